@@ -1,0 +1,122 @@
+"""Gradient accumulation over the minibatches of one device's batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xlstm.common_types import Metrics, PRNGKeyArray, PyTree, TrainState
+
+# loss_fn(params, apply_fn, batch, rng) -> (loss, (metrics, mutable_variables))
+LossFn = Callable[
+    [PyTree, Callable, PyTree, PRNGKeyArray], tuple[jax.Array, tuple[Metrics, PyTree]]
+]
+
+
+def _split_minibatches(batch: PyTree, num_minibatches: int) -> PyTree:
+    """Cuts the leading axis of every leaf, `(B, ...)`, into `(num_minibatches, B / n, ...)`."""
+    if num_minibatches < 1:
+        raise ValueError(f"num_minibatches={num_minibatches}: it must be at least 1")
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"the leaves of a batch must agree on their leading axis, the examples; found {sizes}"
+        )
+    (batch_size,) = sizes
+    if batch_size % num_minibatches:
+        raise ValueError(
+            f"a batch of {batch_size} examples does not divide into {num_minibatches} minibatches"
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(num_minibatches, batch_size // num_minibatches, *x.shape[1:]), batch
+    )
+
+
+def _add(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def accumulate_gradients_loop(
+    state: TrainState,
+    batch: PyTree,
+    rng: PRNGKeyArray,
+    num_minibatches: int,
+    loss_fn: LossFn,
+) -> tuple[PyTree, Metrics, PyTree]:
+    """Accumulates gradients with a Python loop, so that the minibatches are compiled one by one.
+
+    Args:
+        state: Train state; its `params` and `apply_fn` are handed to `loss_fn`.
+        batch: Pytree of arrays with the examples on the leading axis.
+        rng: Key from which every minibatch gets its own.
+        num_minibatches: Number of equal parts that the batch is cut into.
+        loss_fn: `loss_fn(params, apply_fn, batch, rng) -> (loss, (metrics, mutable_variables))`.
+
+    Returns:
+        The gradients averaged over the minibatches, the metrics summed leaf by leaf, and the
+        mutable variables stacked on a new leading axis of size `num_minibatches`.
+
+    Raises:
+        ValueError: If the batch does not divide into `num_minibatches`.
+    """
+    minibatches = _split_minibatches(batch, num_minibatches)
+    rngs = jax.random.split(rng, num_minibatches)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    grads, metrics, mutables = None, None, []
+    for index in range(num_minibatches):
+        minibatch = jax.tree.map(lambda x, index=index: x[index], minibatches)
+        new_grads, (new_metrics, mutable) = grad_fn(
+            state.params, state.apply_fn, minibatch, rngs[index]
+        )
+        grads = new_grads if grads is None else _add(grads, new_grads)
+        metrics = new_metrics if metrics is None else _add(metrics, new_metrics)
+        mutables.append(mutable)
+    grads = jax.tree.map(lambda g: g / num_minibatches, grads)
+    return grads, metrics, jax.tree.map(lambda *leaves: jnp.stack(leaves), *mutables)
+
+
+def accumulate_gradients_scan(
+    state: TrainState,
+    batch: PyTree,
+    rng: PRNGKeyArray,
+    num_minibatches: int,
+    loss_fn: LossFn,
+) -> tuple[PyTree, Metrics, PyTree]:
+    """Accumulates gradients with `lax.scan`: one compiled body whatever the number of minibatches.
+
+    Args and returned values are those of `accumulate_gradients_loop`.
+    """
+    minibatches = _split_minibatches(batch, num_minibatches)
+    rngs = jax.random.split(rng, num_minibatches)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def minibatch_grads(minibatch, minibatch_rng):
+        return grad_fn(state.params, state.apply_fn, minibatch, minibatch_rng)
+
+    def body(carry, xs):
+        grads, metrics = carry
+        new_grads, (new_metrics, mutable) = minibatch_grads(*xs)
+        return (_add(grads, new_grads), _add(metrics, new_metrics)), mutable
+
+    first = jax.tree.map(lambda x: x[0], (minibatches, rngs))
+    grads_shape, (metrics_shape, _) = jax.eval_shape(minibatch_grads, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads_shape, metrics_shape))
+    (grads, metrics), mutables = lax.scan(body, zeros, (minibatches, rngs))
+    return jax.tree.map(lambda g: g / num_minibatches, grads), metrics, mutables
+
+
+def accumulate_gradients(
+    state: TrainState,
+    batch: PyTree,
+    rng: PRNGKeyArray,
+    num_minibatches: int,
+    loss_fn: LossFn,
+    use_scan: bool = False,
+) -> tuple[PyTree, Metrics, PyTree]:
+    """Accumulates gradients over minibatches, by a loop or, with `use_scan`, by a scan.
+
+    Args and returned values are those of `accumulate_gradients_loop`.
+    """
+    accumulate = accumulate_gradients_scan if use_scan else accumulate_gradients_loop
+    return accumulate(state, batch, rng, num_minibatches, loss_fn)

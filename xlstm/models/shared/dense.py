@@ -1,0 +1,43 @@
+"""Dense layer on a flattened token axis."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlstm.models.shared.parameters import boxed_parameter
+
+
+class Dense(nn.Module):
+    """`y = x W + b` over the last axis, with boxed parameters.
+
+    All leading axes are flattened to one before the product: with two, XLA on CPU transposes inside
+    of a fused copy for the weight gradient, which costs more than the product itself.
+
+    Attributes:
+        features: Size of the last axis of the output.
+        kernel_init: Initializer of the `kernel`, shape `(in_features, features)`.
+        kernel_axes: Mesh axes that the kernel's two dimensions are cut over.
+        bias_init: Initializer of the `bias`, shape `(features,)`; None for no bias.
+        dtype: Type of the computation and of the output.
+    """
+
+    features: int
+    kernel_init: Callable
+    kernel_axes: tuple[str | None, str | None]
+    bias_init: Callable | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(..., in_features)` to `(..., features)`."""
+        shape = (x.shape[-1], self.features)
+        kernel = boxed_parameter(self, "kernel", self.kernel_init, shape, self.kernel_axes)
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.bias_init is not None:
+            bias = boxed_parameter(
+                self, "bias", self.bias_init, (self.features,), self.kernel_axes[1:]
+            )
+            y = y + bias.astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)

@@ -1,0 +1,45 @@
+"""Gated feed-forward layer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlstm.models.shared.dense import Dense
+from xlstm.models.shared.init import small_init, wang_init
+
+
+def feed_forward_dim(embedding_dim: int, proj_factor: float, round_up_to: int) -> int:
+    """The hidden size: `proj_factor * D` rounded up to a multiple of `round_up_to`."""
+    return -(-int(embedding_dim * proj_factor) // round_up_to) * round_up_to
+
+
+class GatedFeedForward(nn.Module):
+    """`proj_down(silu(proj_up_gate(x)) * proj_up(x))` (SwiGLU).
+
+    Attributes:
+        hidden_dim: Size between the projections.
+        num_blocks: Number of residual blocks of the model, for the initial scale.
+        dtype: Type of the computation.
+
+    References:
+        Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6.
+    """
+
+    hidden_dim: int
+    num_blocks: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(..., D)` to `(..., D)`."""
+        embedding_dim = x.shape[-1]
+
+        def up(name: str) -> Dense:
+            init_fn = small_init(embedding_dim)
+            return Dense(self.hidden_dim, init_fn, (None, "tp"), dtype=self.dtype, name=name)
+
+        hidden = nn.silu(up("proj_up_gate")(x)) * up("proj_up")(x)
+        down_init = wang_init(embedding_dim, self.num_blocks)
+        return Dense(embedding_dim, down_init, ("tp", None), dtype=self.dtype, name="proj_down")(
+            hidden
+        )

@@ -1,0 +1,56 @@
+"""Normalisation layers; their reductions are in float32 whatever the compute type."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlstm.models.shared.parameters import boxed_parameter
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last axis and scales by a weight.
+
+    Attributes:
+        eps: Added to the mean square.
+        dtype: Type of the output.
+
+    References:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4.
+    """
+
+    eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(..., D)` to `(..., D)`."""
+        scale = boxed_parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+
+
+class MultiHeadLayerNorm(nn.Module):
+    """Layer norm of every head by itself, with a weight and no bias.
+
+    Attributes:
+        eps: Added to the variance.
+        dtype: Type of the output.
+    """
+
+    eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(B, NH, T, DHV)` to `(B, T, NH * DHV)`: normalises, and joins the heads."""
+        batch, num_heads, time, head_dim = x.shape
+        scale = boxed_parameter(
+            self, "scale", nn.initializers.ones, (num_heads * head_dim,), ("tp",)
+        )
+        x = x.astype(jnp.float32)
+        centered = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(variance + self.eps)
+        joined = normed.swapaxes(1, 2).reshape(batch, time, num_heads * head_dim)
+        return (joined * scale).astype(self.dtype)

@@ -1,0 +1,32 @@
+"""How our models create parameters: boxed, so that each carries the mesh axes it is cut over."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def boxed_parameter(
+    module: nn.Module,
+    name: str,
+    init_fn: Callable,
+    shape: tuple[int, ...],
+    axis_names: tuple[str | None, ...],
+) -> jax.Array:
+    """Creates or reads a float32 parameter that is stored in an `nn.Partitioned` box.
+
+    Args:
+        module: The module that owns the parameter.
+        name: Its name in the module.
+        init_fn: `init_fn(rng, shape, dtype)`.
+        shape: Its global shape.
+        axis_names: For every dimension the mesh axis it is cut over, or None.
+
+    Returns:
+        The array itself. A parameter that is given without its box does as well.
+    """
+    init_fn = nn.with_partitioning(init_fn, axis_names)
+    box = module.param(name, init_fn, shape, jnp.float32, unbox=False)
+    # `nn.Partitioned.unbox` would add a sharding constraint, an error inside `shard_map`.
+    return box.value if isinstance(box, nn.Partitioned) else box

@@ -1,0 +1,50 @@
+"""What the command-line tools share: how they start, how they fail, and where paths lie."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+def resolve_path(path: str) -> str:
+    """Returns the absolute path; a relative one starts where the user called `bazel run`."""
+    return os.path.abspath(os.path.join(os.environ.get("BUILD_WORKING_DIRECTORY", ""), path))
+
+
+def run(
+    main: Callable[[list[str]], None],
+    prepare_words: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Runs a tool: parses its flags, and answers bad input in one line with exit status 2.
+
+    Args:
+        main: Takes the arguments that are no flags; ValueError and OSError are the user's business,
+            any other exception is ours and shows its traceback.
+        prepare_words: Changes the words of the command line before flags are parsed.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, OSError) as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS([argv[0], *prepare_words(argv[1:])])
+        except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
+            # ml_collections answers an unknown field with an AttributeError that quotes its text.
+            text = str(error) if isinstance(error, OSError) else str(error.args[0])
+            _fail(text.replace("\\'", "").replace("\\n", " ").strip("'\" "))
+
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much; --verbosity=0 shows it.
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

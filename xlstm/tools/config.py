@@ -1,0 +1,136 @@
+"""ConfigDicts end here: config files and flags on one side, frozen dataclasses on the other.
+
+A config file is a Python file with a function `get_config()`, or `get_config(argument)`, that takes
+`default_config()`, changes fields, and returns it.
+"""
+
+import dataclasses
+import inspect
+import io
+import os
+import tokenize
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from xlstm.trainer.llm.config import RunConfig
+
+_CONFIGS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+
+
+def sections() -> dict[str, type]:
+    """The sections of a configuration and their dataclasses."""
+    return typing.get_type_hints(RunConfig)
+
+
+def default_config() -> ConfigDict:
+    """Returns a configuration with every field at its default; unknown fields are refused."""
+    config = ConfigDict(dataclasses.asdict(RunConfig()))
+    return config.lock()
+
+
+def to_run_config(config: ConfigDict) -> RunConfig:
+    """Converts a configuration, once, to the frozen dataclasses that everything else takes.
+
+    Args:
+        config: A configuration made from `default_config`.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ValueError: If a section or field is unknown or missing, or a value cannot be.
+    """
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    if not isinstance(values, dict):
+        raise ValueError(f"a config file's get_config returns a ConfigDict, not {config!r}")
+    _check_names("the config", values, sections())
+    made = {}
+    for section, section_class in sections().items():
+        fields = {field.name for field in dataclasses.fields(section_class)}
+        _check_names(f"config.{section}", values[section], fields)
+        hints = typing.get_type_hints(section_class)
+        typed = {
+            name: _typed(f"{section}.{name}", value, hints[name])
+            for name, value in values[section].items()
+        }
+        made[section] = section_class(**typed)
+    return RunConfig(**made)
+
+
+def _check_names(where: str, given: Any, known: typing.Collection[str]) -> None:
+    unknown, missing = sorted(set(given) - set(known)), sorted(set(known) - set(given))
+    if unknown or missing:
+        raise ValueError(
+            f"{where} has the wrong fields (unknown: {', '.join(unknown) or 'none'}; missing:"
+            f" {', '.join(missing) or 'none'}); begin with default_config()"
+        )
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Brings a value to a field's type: an int where a float is wanted, a list for a tuple."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{name}={value!r}: expected a tuple, such as ('a', 'b')")
+        element = typing.get_args(hint)[0]
+        return tuple(_typed(f"{name}[{index}]", x, element) for index, x in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name}={value!r}: expected {hint.__name__}")
+    return value
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the project."""
+    names = [os.path.splitext(name) for name in os.listdir(_CONFIGS_DIR)]
+    return sorted(stem for stem, ending in names if ending == ".py")
+
+
+def config_path(name: str, base: str) -> str:
+    """Finds a config file.
+
+    Args:
+        name: Name of a config that comes with the project, or a path; `:argument` may follow.
+        base: The folder that relative paths start from.
+
+    Returns:
+        The absolute path, with the argument.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    path, colon, argument = name.partition(":")
+    if path in config_names():
+        path = os.path.join(_CONFIGS_DIR, f"{path}.py")
+    else:
+        path = os.path.abspath(os.path.join(base, path))
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"--config={name}: there is no file {path}, and the configs by name are"
+                f" {', '.join(config_names())}"
+            )
+    return path + colon + argument
+
+
+def field_comments(section_class: type) -> dict[str, str]:
+    """The comments of a dataclass's fields: what stands behind `#`, until the next field."""
+    source = inspect.getsource(section_class)
+    names = {field.name for field in dataclasses.fields(section_class)}
+    comments = {name: "" for name in names}
+    field, line_start = None, True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.OP and token.string == "@":
+            field = None
+        elif token.type == tokenize.NAME and line_start and token.string in names:
+            field = token.string
+        elif token.type == tokenize.NAME and line_start:
+            field = None
+        elif token.type == tokenize.COMMENT and field:
+            comments[field] = f"{comments[field]} {token.string.lstrip('# ')}".strip()
+        if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            line_start = True
+        elif token.type != tokenize.COMMENT:
+            line_start = False
+    return comments

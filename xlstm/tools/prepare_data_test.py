@@ -1,0 +1,205 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xlstm.dataset.pipeline import DataConfig, open_stores, train_batches, validation_batches
+from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.dataset.token_store import TokenStore
+from xlstm.tools.prepare_data import find_files, train_command
+
+COMMAND = [sys.executable, "-m", "xlstm.tools.prepare_data"]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **more}
+
+
+def prepare(folder, *arguments):
+    """Runs the tool as a user in `folder` would."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env=environment(BUILD_WORKING_DIRECTORY=str(folder)),
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.txt").write_text("second book")
+    (tmp_path / "books" / "a.txt").write_text("first book")
+    (tmp_path / "books" / ".hidden").write_bytes(b"\xff")
+    write_lines(tmp_path / "lines.jsonl", [f"line {i} " * 100 for i in range(2000)] + [""])
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}'))
+    return tmp_path
+
+
+def test_from_files_to_batches(corpus):
+    inputs = ["--input=books,lines.jsonl", "--input=*.gz"]
+    result = prepare(corpus, *inputs, "--output=out/one", "--workers=1")
+    assert result.returncode == 0, result.stderr
+    store = TokenStore.open(str(corpus / "out" / "one"), verify=True)
+    documents = bytes(store.tokens).split(b"\0")[1:]
+    assert documents[:3] == [b"first book", b"second book", b"line 0 " * 100]
+    assert documents[-1] == b"packed"
+    assert store.meta.num_documents == 2003
+    for words in ("2,003", f"{store.meta.num_tokens:,}", "left out (empty)  1"):
+        assert words in result.stdout
+    assert f"--config.data.stores={store.path}" in result.stdout
+
+    result = prepare(corpus, *inputs, "--output=out/two", "--workers=3")
+    assert result.returncode == 0, result.stderr
+    for name in ("tokens.bin", "documents.bin", "meta.json"):
+        one, two = corpus / "out" / "one" / name, corpus / "out" / "two" / name
+        assert one.read_bytes() == two.read_bytes()
+
+    config = DataConfig(stores=(store.path,))
+    stores = open_stores(config, "")
+    assert next(train_batches(config, stores)).inputs.shape == (16, 256)
+    assert next(validation_batches(config, stores)).inputs.shape == (16, 256)
+
+
+def test_with_a_tokenizer(corpus):
+    write_tokenizer_json(corpus / "tokenizer.json", ["<end>"], words=["book"])
+    tokenizer = ["--tokenizer=tokenizer.json", "--eod_token=<end>"]
+    result = prepare(corpus, "--input=books", "--output=store", *tokenizer)
+    assert result.returncode == 0, result.stderr
+    store = TokenStore.open(str(corpus / "store"))
+    assert store.load_tokenizer().decode(store.tokens) == "first booksecond book"
+    assert f"--config.model.vocab_size={store.meta.vocab_size}" in result.stdout
+
+
+def test_bad_input(corpus):
+    (corpus / "bad.jsonl").write_text('{"text": "fine"}\nnonsense\n')
+    (corpus / "empty.txt").write_text("")
+    (corpus / "latin.txt").write_bytes(b"caf\xe9")
+    cases = {
+        ("--input=bad.jsonl",): "bad.jsonl, line 2: not JSON",
+        ("--input=empty.txt",): "there is no text in the input",
+        ("--input=latin.txt",): "latin.txt, line 1: not UTF-8 text",
+        ("--input=none*.txt",): "none*.txt: there is no such file",
+        ("--input=lines.jsonl", "--text_column=body"): "lines.jsonl, line 1: no 'body'",
+        ("--input=books", "--tokenizer=none.json"): "none.json': give 'byte' or the path",
+        ("--input=books", "more"): "what is 'more'?",
+    }
+    for arguments, message in cases.items():
+        result = prepare(corpus, *arguments, "--output=out/store")
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr and "Traceback" not in result.stderr
+        assert not (corpus / "out").exists() or not os.listdir(corpus / "out")
+
+
+def test_an_existing_store_stays(corpus):
+    assert prepare(corpus, "--input=books", "--output=store").returncode == 0
+    result = prepare(corpus, "--input=lines.jsonl", "--output=store")
+    assert result.returncode == 2
+    assert "store exists already" in result.stderr
+    assert TokenStore.open(str(corpus / "store"), verify=True).meta.num_documents == 2
+
+
+def _children(process_id):
+    """The processes whose parent is `process_id`."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == process_id:
+                    found.append(int(name))
+        except OSError:  # It ended meanwhile.
+            pass
+    return found
+
+
+def _wait(condition, seconds=60):
+    """Waits for a condition; returns whether it came true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _alive(process_id):
+    try:
+        with open(f"/proc/{process_id}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+def test_killed_half_way(corpus):
+    # The input is a pipe that never ends: the tool is surely in the middle when it is killed.
+    pipe = corpus / "endless.jsonl"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [*COMMAND, f"--input={pipe}", f"--output={corpus}/store", "--workers=2"],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    line = json.dumps({"text": "x" * 10_000}).encode() + b"\n"
+
+    def partly_written():
+        feed.write(line * 100)
+        return any(
+            file.stat().st_size > 1_000_000 for file in corpus.glob("store.incomplete-*/tokens.bin")
+        )
+
+    with open(pipe, "wb") as feed:
+        assert _wait(partly_written)
+        children = _children(process.pid)
+        assert len(children) >= 2
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        feed.detach()
+    assert _wait(lambda: not any(map(_alive, children)))
+    (left,) = corpus.glob("store*")
+    with pytest.raises(ValueError, match="no token store, or one that was never finished"):
+        TokenStore.open(str(left))
+    result = prepare(corpus, "--input=books", "--output=store")
+    assert result.returncode == 0, result.stderr
+
+
+def test_find_files(corpus):
+    books = [str(corpus / "books" / name) for name in ("a.txt", "b.txt")]
+    lines = str(corpus / "lines.jsonl")
+    assert find_files([str(corpus / "books")]) == books
+    assert find_files([lines, str(corpus / "*" / "*.txt"), lines]) == [lines, *books]
+    assert find_files([str(corpus / "**" / "*.jsonl")]) == [lines]
+    (corpus / "nothing").mkdir()
+    with pytest.raises(ValueError, match="nothing: there is no such file, or none in that folder"):
+        find_files([str(corpus / "nothing")])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 25, 26, 40])
+def test_train_command_splits_few_documents(corpus, count):
+    write_lines(corpus / "few.jsonl", ["text " * 300] * count)
+    result = prepare(corpus, "--input=few.jsonl", "--output=store", "--workers=1")
+    assert result.returncode == 0, result.stderr
+    store = TokenStore.open(str(corpus / "store"))
+    command = train_command(store.path, store.meta)
+    fraction = command.partition("--config.data.validation_fraction=")[2]
+    config = DataConfig(
+        stores=(store.path,), **({"validation_fraction": float(fraction)} if fraction else {})
+    )
+    if count > 1:
+        assert next(validation_batches(config, [store])).targets_mask.any()
+    next(train_batches(config, [store]))
+
+
+def test_train_command_quotes_odd_paths(corpus):
+    result = prepare(corpus, "--input=books", "--output=my store, new", "--workers=1")
+    assert result.returncode == 0, result.stderr
+    assert "'--config.data.stores='\"'\"'" in result.stdout

@@ -1,0 +1,43 @@
+"""Flags that say which processes and devices take part in a run."""
+
+import jax
+from absl import flags
+
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, for a run of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, counted from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes, found out from SLURM or the cloud's environment."
+)
+_SIMULATE_DEVICES = flags.DEFINE_integer(
+    "simulate_devices", None, "Pretend that this CPU is so many devices.", lower_bound=1
+)
+
+
+def initialize_devices() -> None:
+    """Connects the processes and simulates devices, as the flags say.
+
+    Raises:
+        ValueError: If only a part of the flags for several processes is given, or they contradict.
+    """
+    if _SIMULATE_DEVICES.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", _SIMULATE_DEVICES.value)
+    settings = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if all(setting is None for setting in settings):
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
+        return
+    if any(setting is None for setting in settings):
+        raise ValueError(
+            "--coordinator_address, --num_processes and --process_id go together; on SLURM and in"
+            " clouds that JAX knows, --distributed finds them out"
+        )
+    if not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
+        raise ValueError(
+            f"--process_id={_PROCESS_ID.value}: it must be at least 0 and below"
+            f" --num_processes={_NUM_PROCESSES.value}"
+        )
+    jax.distributed.initialize(*settings)

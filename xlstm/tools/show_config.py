@@ -1,0 +1,43 @@
+"""Prints every field of a config: its value, its default and what it means."""
+
+import dataclasses
+
+from rich.console import Console
+from rich.table import Table
+
+from xlstm.tools.command_line import run
+from xlstm.tools.config import field_comments, sections, to_run_config
+from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
+from xlstm.trainer.llm.config import RunConfig
+
+_CONFIG = define_config_flag("stdlib_tiny")
+
+
+def config_table(config: RunConfig, title: str) -> Table:
+    """Lists the fields of a configuration; values that are not the default are bold."""
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in ("field", "value", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    defaults = RunConfig()
+    for section, section_class in sections().items():
+        comments = field_comments(section_class)
+        for field in dataclasses.fields(section_class):
+            value = getattr(getattr(config, section), field.name)
+            default = getattr(getattr(defaults, section), field.name)
+            style = "bold" if value != default else None
+            row = (f"{section}.{field.name}", str(value), str(default), comments[field.name])
+            table.add_row(*row, style=style)
+        table.add_section()
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Prints the config that the flags choose."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = to_run_config(_CONFIG.value)
+    Console(markup=False, highlight=False).print(config_table(config, config_name()))
+
+
+if __name__ == "__main__":
+    run(main, with_config_paths)

@@ -1,0 +1,35 @@
+"""Trains a language model: `bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER`."""
+
+import os
+
+from absl import flags
+
+from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.config import to_run_config
+from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
+from xlstm.tools.processes import initialize_devices
+from xlstm.trainer.llm.train import train_language_model
+
+_CONFIG = define_config_flag("stdlib_tiny")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; if it holds the run already, it goes on [runs/CONFIG]."
+)
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "Go on with a run that began with another configuration."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the flags say."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = to_run_config(_CONFIG.value)
+    workdir = _WORKDIR.value or os.path.join("runs", config_name())
+    initialize_devices()
+    train_language_model(
+        config, resolve_path(workdir), allow_config_change=_ALLOW_CONFIG_CHANGE.value
+    )
+
+
+if __name__ == "__main__":
+    run(main, with_config_paths)

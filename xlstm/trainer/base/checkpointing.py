@@ -1,0 +1,107 @@
+"""Checkpoints of the train state, written and read by Orbax."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint as ocp
+
+from xlstm.common_types import PyTree, TrainState
+from xlstm.trainer.base.param_utils import reboxed, unboxed
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Turns whatever storage raises into one OSError that says what failed."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise OSError(f"{what}: {reason[:300]}") from error
+
+
+def _arrays(state: TrainState) -> PyTree:
+    """What a checkpoint holds: names and arrays, no boxes, so that it knows nothing of a mesh."""
+    return {
+        "params": unboxed(state.params),
+        "opt_state": unboxed(state.opt_state),
+        "step": state.step,
+        "rng": state.rng,
+    }
+
+
+class Checkpointer:
+    """Writes checkpoints in the background and finds the last whole one."""
+
+    def __init__(self, directory: str, max_to_keep: int):
+        """Opens the folder of a run's checkpoints.
+
+        Args:
+            directory: The folder; it is made when the first checkpoint is written.
+            max_to_keep: Older checkpoints than the last so many are removed.
+
+        Raises:
+            OSError: If the folder cannot be used.
+        """
+        self._directory = directory
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep, enable_async_checkpointing=True
+        )
+        with _reported(f"the checkpoints in {directory} cannot be opened"):
+            self._manager = ocp.CheckpointManager(os.path.abspath(directory), options=options)
+
+    def latest_step(self) -> int | None:
+        """The step of the last whole checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Reads the last checkpoint.
+
+        Args:
+            like: A state with the shapes and shardings wanted; its values are not used.
+
+        Returns:
+            The state that was saved, placed as `like` is.
+
+        Raises:
+            OSError: If there is none, or it cannot be read.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise OSError(f"there is no checkpoint in {self._directory}")
+        like_arrays = _arrays(like)
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like_arrays
+        )
+        with _reported(f"the checkpoint of step {step} in {self._directory} cannot be read"):
+            arrays = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        return like.replace(
+            params=reboxed(arrays["params"], like.params),
+            opt_state=reboxed(arrays["opt_state"], like.opt_state),
+            step=arrays["step"],
+            rng=arrays["rng"],
+        )
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begins to write a checkpoint; training may go on at once.
+
+        Args:
+            step: Its step.
+            state: The state after that step.
+
+        Raises:
+            OSError: If it, or the one before it, cannot be written.
+        """
+        with _reported(f"a checkpoint cannot be written to {self._directory}"):
+            self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+
+    def close(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            OSError: If the last checkpoint could not be written.
+        """
+        with _reported(f"a checkpoint cannot be written to {self._directory}"):
+            self._manager.wait_until_finished()
+            self._manager.close()

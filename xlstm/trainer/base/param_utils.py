@@ -1,0 +1,188 @@
+"""Counts, norms, masks and a table of parameters.
+
+Leaves are arrays or `nn.Partitioned` boxes. Inside `shard_map` a box's names say over which mesh
+axes its leaf is cut; outside, where arrays are global, they say nothing that matters here.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+
+from xlstm.common_types import Parameter, PyTree, TrainState
+
+
+def is_partitioned(x: object) -> bool:
+    """Whether `x` is a boxed parameter."""
+    return isinstance(x, nn.Partitioned)
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """The tree with every box replaced by what is in it."""
+    return jax.tree.map(lambda x: x.value if is_partitioned(x) else x, tree, is_leaf=is_partitioned)
+
+
+def reboxed(tree: PyTree, like: PyTree) -> PyTree:
+    """The inverse of `unboxed`: the leaves of `tree` in the boxes that `like` has."""
+    return jax.tree.map(
+        lambda box, x: box.replace(value=x) if is_partitioned(box) else x,
+        like,
+        tree,
+        is_leaf=is_partitioned,
+    )
+
+
+def _path_name(path: tuple) -> str:
+    names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
+    return ".".join(str(name) for name in names)
+
+
+def _named_leaves(tree: PyTree) -> Iterator[tuple[str, Parameter]]:
+    """Pairs of the path, its parts joined by `.`, and the leaf, which may be a box."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_partitioned):
+        yield _path_name(path), leaf
+
+
+def get_num_params(params: PyTree) -> int:
+    """The number of parameters; of abstract ones too."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(unboxed(params)))
+
+
+def tabulate_params(
+    state: TrainState | PyTree,
+    show_weight_decay: bool = False,
+    weight_decay_exclude: Sequence[str] | None = None,
+    weight_decay_include: Sequence[str] | None = None,
+) -> str:
+    """Draws a table of the parameters: name, shape, count, type and mesh axes.
+
+    Args:
+        state: A train state or a tree of parameters; abstract ones do too, nothing is computed.
+        show_weight_decay: Whether to add a column that says which are decayed.
+        weight_decay_exclude: Patterns of the mask, see `get_param_mask_fn`.
+        weight_decay_include: Patterns of the mask.
+
+    Returns:
+        The table as text.
+    """
+    params = state.params if isinstance(state, TrainState) else state
+    table = Table(title=f"{get_num_params(params):,} parameters")
+    for column in ("name", "shape", "count", "dtype", "sharding"):
+        table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
+    if show_weight_decay:
+        table.add_column("weight decay")
+    is_decayed = _name_matcher(weight_decay_exclude, weight_decay_include)
+    for name, leaf in _named_leaves(params):
+        names = leaf.names if is_partitioned(leaf) else ()
+        array = leaf.value if is_partitioned(leaf) else leaf
+        axes = ", ".join("-" if axis is None else str(axis) for axis in names)
+        shape = " x ".join(map(str, array.shape)) or "scalar"
+        row = [name, shape, f"{math.prod(array.shape):,}", str(array.dtype), axes or "replicated"]
+        table.add_row(*row, *(["yes" if is_decayed(name) else "no"] if show_weight_decay else []))
+    text = io.StringIO()
+    Console(file=text, width=140, color_system=None).print(table)
+    return text.getvalue().rstrip()
+
+
+def _bound_axes(names: tuple) -> tuple[str, ...]:
+    """Those of a leaf's mesh axes that are manual here, which is to say inside `shard_map`."""
+    flat = [axis for name in names for axis in (name if isinstance(name, tuple) else (name,))]
+    bound = []
+    for axis in flat:
+        if axis is None:
+            continue
+        try:
+            lax.axis_size(axis)
+        except NameError:  # Not inside of a shard_map over this axis.
+            continue
+        bound.append(axis)
+    return tuple(bound)
+
+
+def get_sharded_norm_logits(x: Parameter) -> jax.Array:
+    """The squared norm of a leaf, summed over the mesh axes that the leaf is cut over.
+
+    Args:
+        x: A box or an array; an array counts as replicated.
+
+    Returns:
+        A float32 scalar.
+    """
+    value = x.value if is_partitioned(x) else x
+    squared = jnp.sum(jnp.square(jnp.abs(value.astype(jnp.float32))))
+    axes = _bound_axes(x.names) if is_partitioned(x) else ()
+    return lax.psum(squared, axes) if axes else squared
+
+
+def get_sharded_global_norm(x: PyTree) -> tuple[jax.Array, PyTree]:
+    """Euclidean norms of a tree.
+
+    Args:
+        x: Tree of boxes and arrays.
+
+    Returns:
+        The norm of the whole, and a tree of the leaves' norms (a box counts as one leaf).
+    """
+    squared = jax.tree.map(get_sharded_norm_logits, x, is_leaf=is_partitioned)
+    total = sum(jax.tree.leaves(squared), start=jnp.zeros((), jnp.float32))
+    return jnp.sqrt(total), jax.tree.map(jnp.sqrt, squared)
+
+
+def _get_norms(kind: str, tree: PyTree, return_per_param: bool) -> dict[str, jax.Array]:
+    total, per_leaf = get_sharded_global_norm(tree)
+    norms = {kind: total}
+    if return_per_param:
+        norms |= {f"{kind}_{name}": norm for name, norm in _named_leaves(per_leaf)}
+    return norms
+
+
+def get_grad_norms(grads: PyTree, return_per_param: bool = False) -> dict[str, jax.Array]:
+    """Gradient norms: `grad_norm`, and with `return_per_param` one `grad_norm_<path>` a leaf."""
+    return _get_norms("grad_norm", grads, return_per_param)
+
+
+def get_param_norms(params: PyTree, return_per_param: bool = False) -> dict[str, jax.Array]:
+    """Parameter norms: `param_norm`, and with `return_per_param` one `param_norm_<path>` a leaf."""
+    return _get_norms("param_norm", params, return_per_param)
+
+
+def _name_matcher(
+    exclude: Sequence[str] | None, include: Sequence[str] | None
+) -> Callable[[str], bool]:
+    def matches(name: str) -> bool:
+        included = include is None or any(re.search(pattern, name) for pattern in include)
+        return included and not any(re.search(pattern, name) for pattern in exclude or ())
+
+    return matches
+
+
+def get_param_mask_fn(
+    exclude: Sequence[str] | None, include: Sequence[str] | None = None
+) -> Callable[[PyTree], PyTree]:
+    """Makes a function that says by name which parameters are chosen, for `optax.masked` and such.
+
+    Args:
+        exclude: Regular expressions, searched for in the path, its parts joined by `.`; what one of
+            them matches is not chosen. None for nothing.
+        include: Regular expressions; only what one of them matches is chosen. None for everything.
+
+    Returns:
+        A function from a tree of parameters to a tree of bools of the same structure.
+    """
+    matches = _name_matcher(exclude, include)
+
+    def mask_fn(params: PyTree) -> PyTree:
+        def mask(path, leaf):
+            chosen = matches(_path_name(path))
+            return leaf.replace(value=chosen) if is_partitioned(leaf) else chosen
+
+        return jax.tree_util.tree_map_with_path(mask, params, is_leaf=is_partitioned)
+
+    return mask_fn

@@ -1,0 +1,41 @@
+"""The file `metrics.jsonl`: one JSON object a line, `{"step": ..., "loss": ..., ...}`."""
+
+import json
+import os
+
+from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.logger.base_logger import Logger
+
+
+def read_rows(path: str) -> list[dict[str, float]]:
+    """Reads the rows of a metrics file; a torn last line, left by a killed run, is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # What follows the last newline is torn.
+
+
+class JsonLinesLogger(Logger):
+    """Appends rows to a metrics file."""
+
+    def __init__(self, path: str, start_step: int):
+        """Opens the file.
+
+        Args:
+            path: The file.
+            start_step: Rows of later steps, left by a run that was killed, are dropped: these steps
+                are done again.
+        """
+        rows = [row for row in read_rows(path) if row["step"] <= start_step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Writes the row at once."""
+        self._file.write(json.dumps({"step": step} | row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
