@@ -36,10 +36,8 @@ def run(
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS([argv[0], *prepare_words(argv[1:])])
-        except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
-            # ml_collections answers an unknown field with an AttributeError that quotes its text.
-            text = str(error) if isinstance(error, OSError) else str(error.args[0])
-            _fail(text.replace("\\'", "").replace("\\n", " ").strip("'\" "))
+        except (flags.Error, ValueError, OSError) as error:
+            _fail(str(error))
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much; --verbosity=0 shows it.
     app.run(guarded, flags_parser=parse)

@@ -5,10 +5,14 @@ A config file is a Python file with a function `get_config()`, or `get_config(ar
 """
 
 import dataclasses
+import difflib
 import inspect
 import io
 import os
+import re
+import runpy
 import tokenize
+import traceback
 import typing
 from typing import Any
 
@@ -82,6 +86,19 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def check_field(name: str) -> None:
+    """Raises ValueError, with the nearest name, if `section.field` is no field of a config."""
+    known = [
+        f"{section}.{field.name}"
+        for section, section_class in sections().items()
+        for field in dataclasses.fields(section_class)
+    ]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "//xlstm/tools:show_config lists the fields"
+        raise ValueError(f"config.{name}: there is no such field; {hint}")
+
+
 def config_names() -> list[str]:
     """Names of the configs that come with the project."""
     names = [os.path.splitext(name) for name in os.listdir(_CONFIGS_DIR)]
@@ -112,6 +129,36 @@ def config_path(name: str, base: str) -> str:
                 f" {', '.join(config_names())}"
             )
     return path + colon + argument
+
+
+def load_config(path: str) -> ConfigDict:
+    """Runs a config file.
+
+    Args:
+        path: What `config_path` returned: a path, and perhaps `:argument`.
+
+    Returns:
+        What its `get_config` returned.
+
+    Raises:
+        ValueError: If the file or its `get_config` fails; in one sentence, with the place.
+    """
+    path, _, argument = path.partition(":")
+    try:
+        names = runpy.run_path(path)
+        if "get_config" not in names:
+            raise ValueError(f"the config file {path} has no function get_config")
+        return names["get_config"](*([argument] if argument else []))
+    except ValueError:
+        raise
+    except Exception as error:  # Whatever a user's file may raise.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        place = f"{path}:{lines[files.index(path)]}" if path in files else path
+        # A locked ConfigDict lists all its fields; the first and the last sentence say enough.
+        text = re.sub(r" and cannot be added.*?}\"", ";", str(error), flags=re.S)
+        text = text.replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        raise ValueError(f"{place}: {type(error).__name__}: {text}") from error
 
 
 def field_comments(section_class: type) -> dict[str, str]:

@@ -5,30 +5,33 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-from xlstm.tools.config import config_path
+from xlstm.tools.config import check_field, config_path, load_config
+
+DEFAULT_CONFIG = "stdlib_tiny"
+_FLAG = ("--config", "-config")
 
 
-def define_config_flag(default: str) -> flags.FlagHolder:
+def define_config_flag() -> flags.FlagHolder:
     """Defines the flag.
-
-    Args:
-        default: Name of the default config.
 
     Returns:
         The holder of the ConfigDict.
     """
+    # The default is put in by `with_config_paths`: one given here would be read, and its overrides
+    # with it, before anyone can catch an error.
     return config_flags.DEFINE_config_file(
         "config",
-        config_path(default, ""),
-        "A config by its name, or path[:argument] of a config file.",
+        None,
+        f"A config by its name, or path[:argument] of a config file [{DEFAULT_CONFIG}].",
         lock_config=True,
     )
 
 
 def config_name() -> str:
-    """The name of the chosen config: that of its file, without the ending."""
-    path = flags.FLAGS["config"].config_filename
-    return os.path.splitext(os.path.basename(path))[0]
+    """The name of the chosen config: that of its file, without the ending, and its argument."""
+    path, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return f"{stem}_{argument}" if argument else stem
 
 
 def with_config_paths(words: list[str]) -> list[str]:
@@ -39,14 +42,29 @@ def with_config_paths(words: list[str]) -> list[str]:
 
     Returns:
         The command line for `config_flags`, which knows only paths.
+
+    Raises:
+        ValueError: If there is no such config, it does not load, or a `--config.<section>.<field>`
+            is no field.
     """
     base = os.environ.get("BUILD_WORKING_DIRECTORY", "")
     result = []
+    if not any(word.partition("=")[0] in _FLAG for word in words):
+        words = [f"--config={DEFAULT_CONFIG}", *words]
     for index, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if flag in ("--config", "-config") and equals:
-            word = f"{flag}={config_path(value, base)}"
-        elif index and words[index - 1] in ("--config", "-config"):
-            word = config_path(word, base)
+        if flag in _FLAG and equals:
+            word = f"{flag}={_checked_path(value, base)}"
+        elif flag.lstrip("-").startswith("config."):
+            check_field(flag.lstrip("-").removeprefix("config."))
+        elif index and words[index - 1] in _FLAG:
+            word = _checked_path(word, base)
         result.append(word)
     return result
+
+
+def _checked_path(name: str, base: str) -> str:
+    # `config_flags` loads the file itself, but answers an error in it with a traceback.
+    path = config_path(name, base)
+    load_config(path)
+    return path

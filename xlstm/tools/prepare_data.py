@@ -31,7 +31,7 @@ from xlstm.dataset.parallel_encoding import encode_blocks
 from xlstm.dataset.token_store import StoreMeta, TokenStore
 from xlstm.dataset.token_store_writer import TokenStoreWriter
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
-from xlstm.tools import command_line
+from xlstm.tools.command_line import resolve_path, run
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
@@ -59,20 +59,20 @@ def find_files(inputs: Iterable[str]) -> list[str]:
     """Lists the files that the inputs stand for.
 
     Args:
-        inputs: absolute paths of files and folders, or glob patterns (`**` is any folders).
+        inputs: Absolute paths of files and folders, or glob patterns (`**` is any folders).
 
     Returns:
         Their absolute paths, in the order of the inputs, each input's own sorted, without doubles.
 
     Raises:
-        ValueError: an input stands for no file.
+        ValueError: An input stands for no file.
     """
     files: dict[str, None] = {}
     for pattern in inputs:
         paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = [file for path in sorted(paths) for file in _files_below(path)]
         if not found:
-            raise ValueError(f"--input={pattern}: there is no such file, or none in that folder.")
+            raise ValueError(f"--input={pattern}: there is no such file, or none in that folder")
         files.update(dict.fromkeys(found))
     return list(files)
 
@@ -83,18 +83,18 @@ def prepare(
     """Writes a token store, with a progress bar on the terminal.
 
     Args:
-        files: what to read, in this order.
-        output: the folder to make.
-        tokenizer: what `load_tokenizer` returned.
-        text_column: the key or column with the text.
-        workers: the number of processes.
+        files: What to read, in this order.
+        output: The folder to make.
+        tokenizer: What `load_tokenizer` returned.
+        text_column: The key or column with the text.
+        workers: The number of processes.
 
     Returns:
         The store, and the number of documents left out since they had no text.
 
     Raises:
-        ValueError: the input is malformed or has no text, or the output exists.
-        OSError: a file cannot be read or written.
+        ValueError: The input is malformed or has no text, or the output exists.
+        OSError: A file cannot be read or written.
     """
     num_empty = 0
     total = sum(os.path.getsize(file) for file in files)
@@ -125,21 +125,19 @@ def main(argv: Sequence[str]) -> None:
     """Runs the tool.
 
     Args:
-        argv: the arguments that are no flags, of which there must be none but the program's name.
+        argv: The arguments that are no flags, of which there must be none but the program's name.
 
     Raises:
-        ValueError: bad flags or bad input.
-        OSError: a file cannot be read or written.
+        ValueError: Bad flags or bad input.
+        OSError: A file cannot be read or written.
     """
     if len(argv) > 1:
-        raise ValueError(f"what is {argv[1]!r}? Every argument is a flag: see --help.")
+        raise ValueError(f"what is {argv[1]!r}? Every argument is a flag: see --help")
     patterns = [part for value in _INPUT.value for part in value.split(",") if part]
-    files = find_files(command_line.resolve_path(pattern) for pattern in patterns)
+    files = find_files(resolve_path(pattern) for pattern in patterns)
     name = _TOKENIZER.value
-    tokenizer = load_tokenizer(
-        name if name == "byte" else command_line.resolve_path(name), _EOD_TOKEN.value
-    )
-    output = command_line.resolve_path(_OUTPUT.value)
+    tokenizer = load_tokenizer(name if name == "byte" else resolve_path(name), _EOD_TOKEN.value)
+    output = resolve_path(_OUTPUT.value)
     store, num_empty = prepare(files, output, tokenizer, _TEXT_COLUMN.value, _WORKERS.value)
     _report(store, num_empty)
 
@@ -185,4 +183,4 @@ def _report(store: TokenStore, num_empty: int) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

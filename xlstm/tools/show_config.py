@@ -10,13 +10,14 @@ from xlstm.tools.config import field_comments, sections, to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
 from xlstm.trainer.llm.config import RunConfig
 
-_CONFIG = define_config_flag("stdlib_tiny")
+_CONFIG = define_config_flag()
 
 
 def config_table(config: RunConfig, title: str) -> Table:
     """Lists the fields of a configuration; values that are not the default are bold."""
     table = Table(title=title, box=None, pad_edge=False)
-    for column in ("field", "value", "default", "meaning"):
+    table.add_column("field", no_wrap=True)
+    for column in ("value", "default", "meaning"):
         table.add_column(column, overflow="fold")
     defaults = RunConfig()
     for section, section_class in sections().items():

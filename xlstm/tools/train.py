@@ -1,16 +1,19 @@
 """Trains a language model: `bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER`."""
 
+import dataclasses
 import os
 
 from absl import flags
 
+from xlstm.dataset.config import STDLIB
 from xlstm.tools.command_line import resolve_path, run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
 from xlstm.tools.processes import initialize_devices
+from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.train import train_language_model
 
-_CONFIG = define_config_flag("stdlib_tiny")
+_CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; if it holds the run already, it goes on [runs/CONFIG]."
 )
@@ -19,11 +22,16 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 
 
+def _with_absolute_stores(config: RunConfig) -> RunConfig:
+    stores = tuple(name if name == STDLIB else resolve_path(name) for name in config.data.stores)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, stores=stores))
+
+
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = to_run_config(_CONFIG.value)
+    config = _with_absolute_stores(to_run_config(_CONFIG.value))
     workdir = _WORKDIR.value or os.path.join("runs", config_name())
     initialize_devices()
     train_language_model(

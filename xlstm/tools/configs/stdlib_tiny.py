@@ -1,7 +1,7 @@
 """A small byte-level model on the Python standard library: some two minutes on two CPU cores.
 
-`bazel run //xlstm/tools:train` trains it. The validation loss falls from above 5.5 to below 1.4 nats a
-byte.
+`bazel run //xlstm/tools:train` trains it. The validation loss falls from above 5.5 to below 1.4
+nats a byte.
 """
 
 from xlstm.tools.config import default_config

@@ -73,17 +73,18 @@ def tabulate_params(
         The table as text.
     """
     params = state.params if isinstance(state, TrainState) else state
-    table = Table(title=f"{get_num_params(params):,} parameters")
+    # Narrow, so that it fits into 80 columns.
+    table = Table(title=f"{get_num_params(params):,} parameters", box=None, pad_edge=False)
     for column in ("name", "shape", "count", "dtype", "sharding"):
         table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
     if show_weight_decay:
-        table.add_column("weight decay")
+        table.add_column("decay")
     is_decayed = _name_matcher(weight_decay_exclude, weight_decay_include)
     for name, leaf in _named_leaves(params):
         names = leaf.names if is_partitioned(leaf) else ()
         array = leaf.value if is_partitioned(leaf) else leaf
-        axes = ", ".join("-" if axis is None else str(axis) for axis in names)
-        shape = " x ".join(map(str, array.shape)) or "scalar"
+        axes = ",".join("-" if axis is None else str(axis) for axis in names)
+        shape = "x".join(map(str, array.shape)) or "scalar"
         row = [name, shape, f"{math.prod(array.shape):,}", str(array.dtype), axes or "replicated"]
         table.add_row(*row, *(["yes" if is_decayed(name) else "no"] if show_weight_decay else []))
     text = io.StringIO()

@@ -26,6 +26,16 @@ def check_batch_size(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
+def check_mesh(config: RunConfig) -> None:
+    """Raises ValueError if the mesh uses more than the training step supports: data parallelism."""
+    for axis in ("fsdp", "pp", "tp"):
+        size = getattr(config.mesh, axis)
+        if size != 1 and jax.device_count() % size == 0:
+            raise ValueError(
+                f"mesh.{axis}={size}: training does not support this axis yet; use mesh.dp"
+            )
+
+
 def check_vocabulary(config: RunConfig, stores: Iterable[TokenStore]) -> None:
     """Raises ValueError if a store has more token ids than the model."""
     for store in stores:

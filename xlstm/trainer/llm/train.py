@@ -26,6 +26,7 @@ from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
     check_batch_size,
+    check_mesh,
     check_vocabulary,
     corpus_checksums,
     global_batches,
@@ -89,6 +90,7 @@ def train_language_model(
         OSError: If something cannot be read or written.
     """
     console = Console(quiet=jax.process_index() != 0, highlight=False)
+    check_mesh(config)
     mesh = create_mesh(config.mesh)
     check_batch_size(config, mesh)
     workdir = Workdir(workdir_path)
@@ -98,7 +100,8 @@ def train_language_model(
 
     state, specs, train_step = create_language_model_run(config, mesh)
     excluded = config.optimizer.weight_decay_exclude
-    console.print(tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded))
+    table = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
+    console.print(table, soft_wrap=True)
     checkpointer = Checkpointer(workdir.checkpoints, config.trainer.max_checkpoints)
     start_step = checkpointer.latest_step() or 0
     if start_step:

@@ -25,9 +25,7 @@ class BackendConfig:
 
     name: str = "fwbw"  # fwbw (chunkwise), parallel_stabilized (quadratic) or recurrent.
     chunk_size: int = 64  # Tokens in a chunk of fwbw; 0 takes the whole sequence as one chunk.
-    stabilize_correctly: bool = (
-        True  # Bound the normalizer by exp(-m), the paper's equation, not 1.
-    )
+    stabilize_correctly: bool = True  # Bound the normalizer by exp(-m), the paper's way, not 1.
 
     def __post_init__(self):
         if self.name not in BACKENDS:

@@ -1,0 +1,82 @@
+"""The repository rule behind `@pip`: locked Python packages, and the interpreter they were made for.
+
+`@pip//:jax` is a `py_library` of the installed distribution `jax` and all that it requires; the
+names are those of the distributions in lower case, with `_` for `-` and `.`. `@pip//:python_toolchain`
+runs every Python target with the interpreter that installed the packages: `python3` on the PATH, or
+the one that the environment variable XLSTM_PYTHON names.
+"""
+
+_OLDEST_PYTHON = (3, 11)
+_NEWEST_PYTHON = (3, 13)
+
+# A virtual environment may be gone tomorrow, the interpreter that it was made from stays.
+_DESCRIBE_PYTHON = """
+import importlib.util, sys
+print(*sys.version_info[:2], int(importlib.util.find_spec("pip") is not None))
+print(getattr(sys, "_base_executable", sys.executable))
+"""
+
+def _find_python(repository_ctx):
+    """Returns the interpreter that was asked for, the one it is based on, and whether it has pip."""
+    wanted = repository_ctx.os.environ.get("XLSTM_PYTHON") or "python3"
+    path = repository_ctx.which(wanted) if "/" not in wanted else wanted
+    if not path:
+        fail("No %s on the PATH; install Python 3, or name one: XLSTM_PYTHON=/path/python3." % wanted)
+    result = repository_ctx.execute([path, "-c", _DESCRIBE_PYTHON])
+    if result.return_code:
+        fail("%s is not a working Python 3 interpreter: %s" % (path, result.stderr))
+    facts, base = result.stdout.strip().split("\n")
+    major, minor, has_pip = [int(fact) for fact in facts.split(" ")]
+    if (major, minor) < _OLDEST_PYTHON or (major, minor) > _NEWEST_PYTHON:
+        fail("%s is Python %d.%d, but Python %d.%d to %d.%d is needed; " % (
+            (path, major, minor) + _OLDEST_PYTHON + _NEWEST_PYTHON
+        ) + "name one with XLSTM_PYTHON=/path/python3.")
+    if not has_pip:
+        fail("%s has no pip; install it (Debian: apt-get install python3-pip), " % path +
+             "or name another interpreter with XLSTM_PYTHON=/path/python3.")
+    return path, base
+
+def _pip_repository_impl(repository_ctx):
+    locks = {name: label for label, name in repository_ctx.attr.requirements.items()}
+    choice = repository_ctx.os.environ.get("XLSTM_REQUIREMENTS") or "cpu"
+    if choice not in locks:
+        fail("XLSTM_REQUIREMENTS is '%s'; it can be %s." % (choice, " or ".join(sorted(locks))))
+    lock = repository_ctx.path(locks[choice])
+    generator = repository_ctx.path(repository_ctx.attr._generator)
+    python, base_python = _find_python(repository_ctx)
+
+    repository_ctx.report_progress("installing the packages of %s" % lock.basename)
+    result = repository_ctx.execute(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--no-compile"] +
+        ["--only-binary", ":all:", "--target", "site-packages", "-r", lock],
+        # Settings that some people have in their pip's configuration, and that refuse `--target`.
+        environment = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0"},
+        timeout = 3600,
+    )
+    if result.return_code:
+        fail("pip could not install %s; is the package registry reachable? It said:\n%s" % (
+            lock.basename,
+            result.stderr,
+        ))
+
+    repository_ctx.report_progress("writing the BUILD file")
+    result = repository_ctx.execute(
+        [python, "-B", generator, lock, base_python],
+        environment = {"PYTHONPATH": "site-packages"},
+        timeout = 3600,
+    )
+    if result.return_code:
+        fail("The installed packages of %s cannot be used: %s" % (lock.basename, result.stderr))
+
+pip_repository = repository_rule(
+    doc = "Installs a hash-locked requirements file; one `py_library` per distribution.",
+    implementation = _pip_repository_impl,
+    attrs = {
+        "requirements": attr.label_keyed_string_dict(
+            doc = "The locks, each with the value of XLSTM_REQUIREMENTS that chooses it.",
+            mandatory = True,
+        ),
+        "_generator": attr.label(default = Label("//third_party:pip_repository.py")),
+    },
+    environ = ["XLSTM_PYTHON", "XLSTM_REQUIREMENTS"],
+)

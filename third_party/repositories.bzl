@@ -1,0 +1,19 @@
+"""Everything that a workspace needs to build `@xlstm`, in one call."""
+
+load("//third_party:bazel_defaults.bzl", "bazel_defaults")
+load("//third_party:pip_repository.bzl", "pip_repository")
+
+def xlstm_dependencies():
+    """Declares `@pip` and its Python toolchain, and what Bazel 4 would otherwise download.
+
+    Call it from WORKSPACE, before anything else: the first declaration of a repository wins.
+    """
+    bazel_defaults()
+    pip_repository(
+        name = "pip",
+        requirements = {
+            Label("//third_party:requirements.txt"): "cpu",
+            Label("//third_party:requirements_cuda.txt"): "cuda",
+        },
+    )
+    native.register_toolchains("@pip//:python_toolchain")

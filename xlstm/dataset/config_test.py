@@ -1,0 +1,30 @@
+import pytest
+
+from xlstm.dataset.config import DataConfig
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"stores": ()}, "data.stores is empty"),
+        ({"context_length": 0}, "at least 1, not 0 and 16"),
+        ({"batch_size": 0}, "at least 1, not 256 and 0"),
+        ({"validation_fraction": 1.0}, r"in \[0, 1\), not 1.0"),
+        ({"validation_fraction": -0.1}, r"in \[0, 1\), not -0.1"),
+        ({"validation_fraction": float("nan")}, r"in \[0, 1\), not nan"),
+        ({"seed": -1}, "negative, but is -1"),
+        ({"weights": (1.0, 2.0)}, "has 2 numbers for 1 stores"),
+        ({"stores": ("a", "b"), "weights": (1.0, -1.0)}, r"not \(1.0, -1.0\)"),
+        ({"stores": ("a", "b"), "weights": (0.0, 0.0)}, r"not \(0.0, 0.0\)"),
+        ({"stores": ("a", "b"), "weights": (1.0, float("inf"))}, "must be finite"),
+        ({"stores": ("a", "b"), "weights": (1.0, float("nan"))}, "must be finite"),
+    ],
+)
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+def test_good_values():
+    DataConfig()
+    DataConfig(stores=("a", "b"), weights=(0.0, 3.0), validation_fraction=0.0)

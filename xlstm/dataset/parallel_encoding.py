@@ -1,0 +1,73 @@
+"""Encodes blocks of documents in several processes, in order and without piling them up."""
+
+import collections
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from xlstm.dataset.document_readers import Block
+from xlstm.dataset.token_store_writer import EncodedDocuments, encode_documents
+from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
+
+_tokenizer: Tokenizer  # Of a worker process.
+
+
+def encode_blocks(
+    blocks: Iterable[Block], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Block, EncodedDocuments]]:
+    """Encodes blocks in worker processes.
+
+    Args:
+        blocks: Taken one by one, a few ahead of what has been handed out.
+        tokenizer: What `load_tokenizer` returned; each worker loads it again.
+        workers: The number of processes.
+
+    Yields:
+        Each block with its documents, in the order of `blocks` however many workers there are.
+
+    Raises:
+        ValueError: A document is malformed.
+        OSError: A file cannot be read, or a worker died.
+    """
+    pool = ProcessPoolExecutor(
+        workers,
+        # Not forked: the progress bar runs in a thread, and forking threads can hang.
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (tokenizer.name, tokenizer.eod_token),
+    )
+    pending = collections.deque()
+    try:
+        for block in blocks:
+            pending.append((block, pool.submit(_encode, block)))
+            if len(pending) > 2 * workers:
+                block, documents = pending.popleft()
+                yield block, documents.result()
+        for block, documents in pending:
+            yield block, documents.result()
+    except BrokenProcessPool as error:
+        raise OSError("a worker process died, perhaps for want of memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(tokenizer_name: str, eod_token: str) -> None:
+    """Prepares a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is for the parent to handle.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    global _tokenizer
+    _tokenizer = load_tokenizer(tokenizer_name, eod_token)
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is gone: killed, it cannot tell its workers."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode(block: Block) -> EncodedDocuments:
+    return encode_documents(_tokenizer, block.texts())

@@ -1,0 +1,71 @@
+import dataclasses
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from xlstm.dataset.document_readers import Block
+from xlstm.dataset.parallel_encoding import encode_blocks
+from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.dataset.token_store_writer import encode_documents
+from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered(Block):
+    """A block whose document is its number; the first ones take longest."""
+
+    number: int = 0
+
+    def texts(self):
+        time.sleep(0.05 if self.number < 3 else 0)
+        yield str(self.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Malformed(Block):
+    def texts(self):
+        raise ValueError("file.txt, line 7: not text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadly(Block):
+    def texts(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_order_and_few_blocks_ahead(workers):
+    taken = []
+
+    def blocks():
+        for number in range(40):
+            taken.append(number)
+            yield Numbered(1, number)
+
+    for number, (block, documents) in enumerate(encode_blocks(blocks(), ByteTokenizer(), workers)):
+        assert block.number == number
+        assert bytes(documents.tokens) == b"\0" + str(number).encode()
+        assert len(taken) <= number + 1 + 2 * workers + 1
+    assert number == 39
+
+
+def test_workers_use_the_tokenizer_as_given(tmp_path):
+    path = write_tokenizer_json(tmp_path / "tokenizer.json", ["<a>", "</s>"], words=["12"])
+    tokenizer = load_tokenizer(path, "<a>")
+    ((_, documents),) = encode_blocks([Numbered(1, 12)], tokenizer, 1)
+    expected = encode_documents(tokenizer, ["12"])
+    np.testing.assert_array_equal(documents.tokens, expected.tokens)
+    assert documents.tokens[0] == 0 and documents.tokens.dtype == np.uint16
+
+
+def test_a_malformed_document():
+    with pytest.raises(ValueError, match="^file.txt, line 7: not text$"):
+        list(encode_blocks([Numbered(1, 0), Malformed(1), Numbered(1, 1)], ByteTokenizer(), 2))
+
+
+def test_a_worker_that_dies():
+    with pytest.raises(OSError, match="a worker process died"):
+        list(encode_blocks([Deadly(1)], ByteTokenizer(), 1))

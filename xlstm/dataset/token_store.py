@@ -1,0 +1,188 @@
+"""The token store: a folder that holds a tokenised corpus, opened by mapping it into memory.
+
+    tokens.bin      the ids of all documents, one behind the other, little-endian uint8/16/32
+    documents.bin   int64: where each document starts in tokens.bin, and at last where it ends
+    tokenizer.json  the tokenizer's definition, unless it is "byte"
+    meta.json       `StoreMeta`: version, tokenizer, counts, the size and SHA-256 of each file
+
+A document is `[eod_id] + tokens`: the marker stands in front, so that it is at once the end of the
+document before and the start of this one, and occurs nowhere else. `token_store_writer` writes
+stores.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = "xlstm token store"
+VERSION = 1
+META_FILE = "meta.json"
+TOKENS_FILE = "tokens.bin"
+DOCUMENTS_FILE = "documents.bin"
+TOKENIZER_FILE = "tokenizer.json"
+OFFSET_DTYPE = np.dtype("<i8")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreMeta:
+    """What `meta.json` says.
+
+    Attributes:
+        tokenizer: "byte", or "tokenizer.json" where the store holds the definition itself.
+        fingerprint: The tokenizer's.
+        vocab_size: The tokenizer's.
+        eod_id: The tokenizer's.
+        eod_token: The tokenizer's.
+        dtype: Of `tokens.bin`, in NumPy's notation.
+        num_documents: How many documents there are.
+        num_tokens: How many tokens there are, markers included.
+        text_bytes: The size of the text in UTF-8.
+        files: For every other file of the store, its size in `bytes` and its `sha256`.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    dtype: str
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """Returns the text of `meta.json`."""
+        fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "StoreMeta":
+        """Parses the text of `meta.json`; raises ValueError where it is not one of ours."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise ValueError(f"it does not describe an {FORMAT}")
+        version = fields.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"it has format version {version}, this program reads {VERSION}")
+        try:
+            meta = cls(**fields)
+            itemsize = np.dtype(meta.dtype).itemsize
+            expected = {
+                TOKENS_FILE: meta.num_tokens * itemsize,
+                DOCUMENTS_FILE: (meta.num_documents + 1) * OFFSET_DTYPE.itemsize,
+            }
+            sizes = {name: meta.files[name]["bytes"] for name in expected}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"its fields are not those of version {VERSION} ({error})") from error
+        if sizes != expected or not meta.num_tokens > meta.num_documents > 0:
+            raise ValueError("its counts and file sizes contradict each other")
+        return meta
+
+
+class TokenStore:
+    """An open token store.
+
+    Attributes:
+        path: The folder.
+        meta: What `meta.json` says.
+        tokens: `(num_tokens,)` ids, mapped from the file.
+        documents: `(num_documents + 1,)` int64: document `i` is `tokens[documents[i] :
+            documents[i + 1]]`.
+    """
+
+    def __init__(self, path: str, meta: StoreMeta, tokens: np.ndarray, documents: np.ndarray):
+        """Takes what `open` has read and checked."""
+        self.path = path
+        self.meta = meta
+        self.tokens = tokens
+        self.documents = documents
+
+    @classmethod
+    def open(cls, path: str, *, verify: bool = False) -> "TokenStore":
+        """Opens a store, checking the sizes of its files and the order of its documents.
+
+        Args:
+            path: The folder.
+            verify: Also read all of it and compare the checksums.
+
+        Returns:
+            The store.
+
+        Raises:
+            ValueError: There is no store at `path`, or it is unreadable, truncated or damaged.
+        """
+        try:
+            meta = _read_meta(path)
+            for name, file in meta.files.items():
+                _check_file(path, name, file, verify)
+            tokens = np.memmap(os.path.join(path, TOKENS_FILE), np.dtype(meta.dtype), "r")
+            documents = np.memmap(os.path.join(path, DOCUMENTS_FILE), OFFSET_DTYPE, "r")
+        except OSError as error:
+            raise ValueError(f"cannot read {error.filename or path}: {error.strerror}") from error
+        in_order = documents[0] == 0 and documents[-1] == meta.num_tokens
+        if not in_order or not np.all(documents[:-1] < documents[1:]):
+            raise ValueError(
+                f"the token store {path} is damaged: the offsets in {DOCUMENTS_FILE} do not run "
+                f"from 0 to {meta.num_tokens} in rising order"
+            )
+        return cls(path, meta, tokens, documents)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer that the store was written with.
+
+        Raises:
+            ValueError: The store's own `tokenizer.json` is not the one it was written with.
+        """
+        if self.meta.tokenizer == TOKENIZER_FILE:
+            definition = os.path.join(self.path, TOKENIZER_FILE)
+            tokenizer = load_tokenizer(definition, self.meta.eod_token)
+        else:
+            tokenizer = load_tokenizer(self.meta.tokenizer)
+        if tokenizer.fingerprint != self.meta.fingerprint:
+            raise ValueError(
+                f"the token store {self.path} is damaged: its {tokenizer.name} has the fingerprint "
+                f"{tokenizer.fingerprint}, {META_FILE} says {self.meta.fingerprint}"
+            )
+        return tokenizer
+
+
+def _read_meta(path: str) -> StoreMeta:
+    """Reads `meta.json`; raises ValueError or OSError."""
+    meta_path = os.path.join(path, META_FILE)
+    try:
+        with open(meta_path, encoding="utf-8") as file:
+            return StoreMeta.from_json(file.read())
+    except FileNotFoundError as error:
+        if not os.path.isdir(path):
+            raise ValueError(f"no token store at {path}: there is no such folder") from error
+        raise ValueError(
+            f"{path} is no token store, or one that was never finished: it has no {META_FILE}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"cannot use the token store {path}: {META_FILE}: {error}") from error
+
+
+def _check_file(path: str, name: str, expected: dict[str, Any], verify: bool) -> None:
+    """Compares a file's size, and with `verify` its checksum, with what `meta.json` says."""
+    file_path = os.path.join(path, name)
+    size = os.path.getsize(file_path)
+    if size != expected["bytes"]:
+        raise ValueError(
+            f"the token store {path} is truncated or damaged: {name} has {size} bytes, "
+            f"{META_FILE} says {expected['bytes']}"
+        )
+    if verify:
+        with open(file_path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected["sha256"]:
+            raise ValueError(
+                f"the token store {path} is damaged: the SHA-256 of {name} is {digest}, "
+                f"{META_FILE} says {expected['sha256']}"
+            )

@@ -1,0 +1,151 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.tokenizer import load_tokenizer
+
+TEXTS = ["hello", "wörld", "x" * 1000]
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_store(tmp_path / "store", TEXTS)
+    return str(tmp_path / "store")
+
+
+def edit_meta(path, **changes):
+    file = os.path.join(path, "meta.json")
+    with open(file) as source:
+        fields = json.load(source)
+    fields.update(changes)
+    with open(file, "w") as target:
+        json.dump(fields, target)
+
+
+def test_documents_are_led_by_the_marker(path):
+    store = TokenStore.open(path, verify=True)
+    assert store.meta.num_documents == 3
+    assert store.documents.tolist() == [0, 6, 13, 1014]
+    assert store.tokens.dtype == np.uint8
+    assert bytes(store.tokens) == b"".join(b"\0" + text.encode() for text in TEXTS)
+    assert store.meta.text_bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_store_holds_its_tokenizer(tmp_path):
+    source = write_tokenizer_json(tmp_path / "tokenizer.json", ["<end>"], words=["hello"])
+    store = write_store(tmp_path / "store", TEXTS, load_tokenizer(source, "<end>"))
+    os.remove(source)
+    moved = shutil.move(store.path, tmp_path / "moved")
+    store = TokenStore.open(moved, verify=True)
+    tokenizer = store.load_tokenizer()
+    assert store.tokens.dtype == np.uint16
+    assert tokenizer.eod_id == store.meta.eod_id
+    assert tokenizer.vocab_size == store.meta.vocab_size
+    first = store.tokens[store.documents[0] : store.documents[1]]
+    assert first[0] == tokenizer.eod_id
+    assert tokenizer.decode(first) == TEXTS[0]
+
+
+def test_tokenizer_that_was_exchanged(tmp_path):
+    source = write_tokenizer_json(tmp_path / "tokenizer.json", words=["hello"])
+    store = write_store(tmp_path / "store", TEXTS, load_tokenizer(source))
+    write_tokenizer_json(os.path.join(store.path, "tokenizer.json"), words=["other"])
+    with pytest.raises(ValueError, match="fingerprint"):
+        store.load_tokenizer()
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match="no token store at .*nowhere: there is no such folder"):
+        TokenStore.open(str(tmp_path / "nowhere"))
+
+
+def test_folder_that_is_no_store(tmp_path):
+    with pytest.raises(ValueError, match="is no token store.*no meta.json"):
+        TokenStore.open(str(tmp_path))
+
+
+def test_file_instead_of_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot read .*file"):
+        TokenStore.open(str(tmp_path / "file"))
+
+
+def test_unreadable_meta(path):
+    os.remove(os.path.join(path, "meta.json"))
+    os.mkdir(os.path.join(path, "meta.json"))
+    with pytest.raises(ValueError, match="cannot read .*meta.json"):
+        TokenStore.open(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_forbidden_meta(path):
+    os.chmod(os.path.join(path, "meta.json"), 0)
+    with pytest.raises(ValueError, match="cannot read .*meta.json: Permission denied"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin"])
+def test_missing_file(path, name):
+    os.remove(os.path.join(path, name))
+    with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_wrong_size(path, name, change):
+    file = os.path.join(path, name)
+    os.truncate(file, os.path.getsize(file) + change)
+    with pytest.raises(ValueError, match=f"truncated or damaged: {name} has"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": "else"}', '{"a": "\udcff"}'])
+def test_meta_that_is_not_ours(path, content):
+    with open(os.path.join(path, "meta.json"), "w", errors="surrogateescape") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match="cannot use the token store .*: meta.json: "):
+        TokenStore.open(path)
+
+
+def test_version_from_the_future(path):
+    edit_meta(path, version=2)
+    with pytest.raises(ValueError, match="format version 2, this program reads 1"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_tokens": 5}, {"num_documents": 2}, {"dtype": "<u4"}, {"dtype": "?!"}, {"files": {}}],
+)
+def test_meta_that_contradicts_itself(path, changes):
+    edit_meta(path, **changes)
+    with pytest.raises(ValueError, match="cannot use the token store .*: meta.json: its "):
+        TokenStore.open(path)
+
+
+def test_meta_with_another_field(path):
+    edit_meta(path, colour="green")
+    with pytest.raises(ValueError, match="its fields .*colour"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("offsets", [[1, 6, 13, 1014], [0, 6, 13, 1013], [0, 13, 6, 1014]])
+def test_damaged_offsets(path, offsets):
+    np.array(offsets, np.int64).tofile(os.path.join(path, "documents.bin"))
+    with pytest.raises(ValueError, match="documents.bin do not run from 0 to 1014"):
+        TokenStore.open(path)
+
+
+def test_verify_finds_a_changed_byte(path):
+    with open(os.path.join(path, "tokens.bin"), "r+b") as file:
+        file.seek(500)
+        file.write(b"y")
+    TokenStore.open(path)
+    with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
+        TokenStore.open(path, verify=True)

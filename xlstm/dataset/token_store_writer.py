@@ -1,0 +1,246 @@
+"""Writes token stores: streaming, all or nothing.
+
+The files grow in a folder beside the final one, which has no `meta.json` until the end and so
+never opens as a store; the last act is to rename it.
+"""
+
+import dataclasses
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from types import TracebackType
+
+import numpy as np
+
+from xlstm.dataset.token_store import (
+    DOCUMENTS_FILE,
+    META_FILE,
+    OFFSET_DTYPE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    StoreMeta,
+)
+from xlstm.dataset.tokenizer import Tokenizer
+
+
+class StoreExistsError(ValueError):
+    """Something already lies where a new token store should go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedDocuments:
+    """Some documents as a store holds them.
+
+    Attributes:
+        tokens: `(T,)` ids of all of them, each document led by the marker.
+        lengths: `(N,)` int64, tokens per document, the marker included.
+        text_bytes: The size of their text in UTF-8.
+        num_empty: How many texts had no token and were left out.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    text_bytes: int
+    num_empty: int
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocuments:
+    """Turns texts into documents; a text without any token is left out and counted.
+
+    Args:
+        tokenizer: Turns a text into ids.
+        texts: One text a document.
+
+    Returns:
+        The documents, ready for `TokenStoreWriter.add`.
+
+    Raises:
+        ValueError: A text is not valid Unicode.
+    """
+    marker = np.array([tokenizer.eod_id], tokenizer.dtype)
+    pieces, lengths, text_bytes, num_empty = [marker[:0]], [], 0, 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if not ids.size:
+            num_empty += 1
+            continue
+        pieces += [marker, ids]
+        lengths.append(1 + ids.size)
+        text_bytes += len(text.encode("utf-8"))
+    return EncodedDocuments(
+        np.concatenate(pieces), np.array(lengths, np.int64), text_bytes, num_empty
+    )
+
+
+class TokenStoreWriter:
+    """Writes one token store.
+
+    A context manager: when the block ends well, the store appears at its path, whole and on disk;
+    when it ends with an exception, nothing is left. A process that is killed leaves at most a
+    folder `<path>.incomplete-...`, which does not open as a store and may be deleted.
+    """
+
+    def __init__(self, path: str, tokenizer: Tokenizer):
+        """Starts a store.
+
+        Args:
+            path: The folder to make; folders above it are made too.
+            tokenizer: What the documents are encoded with.
+
+        Raises:
+            StoreExistsError: Something is there already; it is never overwritten.
+            OSError: The folder cannot be made.
+        """
+        self.path = os.path.abspath(path)
+        if os.path.lexists(self.path):
+            raise StoreExistsError(f"{self.path} exists already: remove it, or choose another")
+        self._tokenizer = tokenizer
+        self._num_documents = 0
+        self._num_tokens = 0
+        self._text_bytes = 0
+        self._folder = f"{self.path}.incomplete-{secrets.token_hex(4)}"
+        os.makedirs(self._folder)
+        self._tokens = _HashedFile(self._folder, TOKENS_FILE)
+        self._documents = _HashedFile(self._folder, DOCUMENTS_FILE)
+
+    def __enter__(self) -> "TokenStoreWriter":
+        """Returns the writer."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finishes the store, or removes all of it after an exception."""
+        try:
+            if exc_type is None:
+                self._finish()
+        finally:
+            self._tokens.abandon()
+            self._documents.abandon()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, documents: EncodedDocuments) -> None:
+        """Appends documents.
+
+        Args:
+            documents: What `encode_documents` made with the store's tokenizer.
+
+        Raises:
+            ValueError: The ids are not those of documents of this tokenizer.
+            OSError: The disk is full, or fails.
+        """
+        tokens, lengths = documents.tokens, documents.lengths
+        if not lengths.size:
+            return
+        starts = np.cumsum(lengths) - lengths
+        markers = np.flatnonzero(tokens == self._tokenizer.eod_id)
+        if tokens.dtype != self._tokenizer.dtype or not np.array_equal(markers, starts):
+            raise ValueError(
+                f"the documents were not encoded with this store's tokenizer "
+                f"{self._tokenizer.name}: each must start with its marker and hold no other"
+            )
+        if tokens.max() >= self._tokenizer.vocab_size:
+            raise ValueError(
+                f"the documents hold the token {tokens.max()}, the tokenizer "
+                f"{self._tokenizer.name} has only {self._tokenizer.vocab_size}"
+            )
+        self._tokens.write(tokens.tobytes())
+        self._documents.write((starts + self._num_tokens).astype(OFFSET_DTYPE).tobytes())
+        self._num_documents += lengths.size
+        self._num_tokens += tokens.size
+        self._text_bytes += documents.text_bytes
+
+    def _finish(self) -> None:
+        """Writes what is missing, `meta.json` last, and renames the folder."""
+        if not self._num_documents:
+            raise ValueError(f"no token store {self.path} was made: there is no text in the input")
+        self._documents.write(np.array([self._num_tokens], OFFSET_DTYPE).tobytes())
+        tokenizer = self._tokenizer
+        files = {file.name: file.close() for file in (self._tokens, self._documents)}
+        if tokenizer.definition is not None:
+            files[TOKENIZER_FILE] = _write_file(self._folder, TOKENIZER_FILE, tokenizer.definition)
+        meta = StoreMeta(
+            tokenizer=tokenizer.name if tokenizer.definition is None else TOKENIZER_FILE,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            eod_token=tokenizer.eod_token,
+            dtype=tokenizer.dtype.str,
+            num_documents=self._num_documents,
+            num_tokens=self._num_tokens,
+            text_bytes=self._text_bytes,
+            files=files,
+        )
+        _write_file(self._folder, META_FILE, meta.to_json().encode())
+        _sync_folder(self._folder)
+        try:
+            os.rename(self._folder, self.path)
+        except OSError as error:
+            if not os.path.lexists(self.path):
+                raise
+            raise StoreExistsError(f"{self.path} was made by another process") from error
+        _sync_folder(os.path.dirname(self.path))
+
+
+class _HashedFile:
+    """A file that is written once, from front to end, and knows its size and SHA-256."""
+
+    def __init__(self, folder: str, name: str):
+        self.name = name
+        self._path = os.path.join(folder, name)
+        self._file = open(self._path, "wb", buffering=1 << 20)
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes; an OSError names the file."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._named(error) from error
+        self._hash.update(data)
+        self._size += len(data)
+
+    def close(self) -> dict[str, int | str]:
+        """Puts the file on the disk and returns its entry in `meta.json`."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise self._named(error) from error
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        """Closes the file whatever state it is in."""
+        try:
+            self._file.close()
+        except OSError:  # What could not be written is about to be deleted.
+            pass
+
+    def _named(self, error: OSError) -> OSError:
+        return OSError(error.errno, error.strerror, self._path)
+
+
+def _write_file(folder: str, name: str, content: bytes) -> dict[str, int | str]:
+    """Writes a small file and returns its entry in `meta.json`."""
+    file = _HashedFile(folder, name)
+    try:
+        file.write(content)
+        return file.close()
+    finally:
+        file.abandon()
+
+
+def _sync_folder(path: str) -> None:
+    """Puts a folder's entries on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

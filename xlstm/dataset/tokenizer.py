@@ -1,0 +1,176 @@
+"""Tokenizers: text to token ids and back.
+
+Two kinds: `byte` (an id is a UTF-8 byte; needs no file) and a `tokenizer.json` of the `tokenizers`
+library. Both have an end-of-document marker, which stands in front of every document of a token
+store and of every prompt; `encode` never yields it.
+"""
+
+import abc
+import hashlib
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import tokenizers
+
+EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        name: "byte", or the path of the `tokenizer.json`.
+        vocab_size: Every id is below it.
+        eod_id: The id of the end-of-document marker.
+        eod_token: How the marker is written in the tokenizer's vocabulary.
+        fingerprint: Equal for two tokenizers exactly if they turn text into the same ids.
+        definition: The content of the `tokenizer.json`; None where the name says everything.
+    """
+
+    name: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    fingerprint: str
+    definition: bytes | None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned type, 8 to 32 bits, that holds every id."""
+        return smallest_dtype(self.vocab_size)
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Turns a text into ids `(T,)` of the tokenizer's `dtype`, without any marker.
+
+        Raises:
+            ValueError: The text holds a lone surrogate, which no UTF-8 text can.
+        """
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turns ids back into text; what is not valid UTF-8 becomes U+FFFD, markers vanish."""
+
+
+class ByteTokenizer(Tokenizer):
+    """An id is a UTF-8 byte. The marker is NUL; NULs in a text, which say nothing, are left out."""
+
+    name = "byte"
+    vocab_size = 256
+    eod_id = 0
+    eod_token = "\0"
+    fingerprint = "byte"
+    definition = None
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode`."""
+        ids = np.frombuffer(_utf8(text), np.uint8)
+        return ids[ids != self.eod_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`."""
+        kept = [int(i) for i in ids if i != self.eod_id]
+        return bytes(kept).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library, read from a local file.
+
+    Markers that are spelled out in a text are taken as ordinary text, so that no document can end
+    another; where the vocabulary cannot spell them, they are left out. Truncation and padding that
+    the file may ask for are off.
+    """
+
+    def __init__(self, path: str, eod_token: str | None = None):
+        """Reads the file.
+
+        Args:
+            path: The `tokenizer.json`.
+            eod_token: The marker's entry in the vocabulary; by default the first of `EOD_TOKENS`
+                that the vocabulary has.
+
+        Raises:
+            ValueError: The file cannot be read or parsed, or has no such marker.
+        """
+        try:
+            with open(path, "rb") as file:
+                self.definition = file.read()
+            inner = tokenizers.Tokenizer.from_str(self.definition.decode("utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        except Exception as error:  # The library raises plain `Exception`s.
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self.name = path
+        self.eod_token, self.eod_id = _find_eod(inner, path, eod_token)
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        digest = hashlib.sha256(self.definition + self.eod_token.encode())
+        self.fingerprint = f"sha256:{digest.hexdigest()}"
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode`."""
+        _utf8(text)  # The library's own complaint about lone surrogates is not a ValueError.
+        ids = np.asarray(self._inner.encode(text, add_special_tokens=False).ids, self.dtype)
+        return ids[ids != self.eod_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        name_or_path: "byte", or the path of a `tokenizer.json` (or of a folder that holds one).
+        eod_token: Which entry of the vocabulary is the end-of-document marker, where it is none of
+            the usual ones; not for "byte", whose marker is NUL.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: No such tokenizer, not readable, or without an end-of-document marker.
+    """
+    if name_or_path == ByteTokenizer.name:
+        if eod_token not in (None, ByteTokenizer.eod_token):
+            raise ValueError(f"the byte tokenizer's marker is NUL and cannot be {eod_token!r}")
+        return ByteTokenizer()
+    if os.path.isdir(name_or_path):
+        name_or_path = os.path.join(name_or_path, "tokenizer.json")
+    if not os.path.exists(name_or_path):
+        raise ValueError(
+            f"no tokenizer {name_or_path!r}: give 'byte' or the path of a tokenizer.json"
+        )
+    return JsonTokenizer(name_or_path, eod_token)
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """Returns the smallest little-endian unsigned type that holds the ids below `vocab_size`."""
+    return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
+
+
+def _find_eod(inner: tokenizers.Tokenizer, path: str, token: str | None) -> tuple[str, int]:
+    """Finds the end-of-document marker: the one asked for, or else the first usual one."""
+    candidates = EOD_TOKENS if token is None else (token,)
+    for candidate in candidates:
+        token_id = inner.token_to_id(candidate)
+        if token_id is not None:
+            return candidate, token_id
+    looked_for = ", ".join(repr(candidate) for candidate in candidates)
+    raise ValueError(f"{path} has no end-of-document token (looked for {looked_for}): name one")
+
+
+def _utf8(text: str) -> bytes:
+    """Returns the text's UTF-8 bytes; raises ValueError where it has none."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds a lone surrogate (U+{ord(text[error.start]):04X} at character "
+            f"{error.start}), which is not valid Unicode"
+        ) from error

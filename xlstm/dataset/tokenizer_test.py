@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    return write_tokenizer_json(path, words=["hello", "world"])
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint8
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_json_round_trip(json_path, text):
+    tokenizer = load_tokenizer(json_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_byte_tokenizer_leaves_nul_out():
+    tokenizer = load_tokenizer("byte")
+    assert tokenizer.encode("a\0b").tolist() == [97, 98]
+    assert tokenizer.decode([0, 97, 0, 98]) == "ab"
+
+
+def test_byte_tokenizer_replaces_what_is_not_utf8():
+    assert ByteTokenizer().decode([97, 0xE9, 98]) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("kind", ["byte", "json"])
+def test_lone_surrogate(kind, json_path):
+    tokenizer = load_tokenizer("byte" if kind == "byte" else json_path)
+    with pytest.raises(ValueError, match="U\\+D800 at character 2"):
+        tokenizer.encode("ab\ud800")
+
+
+def test_json_tokenizer(json_path):
+    tokenizer = load_tokenizer(json_path)
+    assert (tokenizer.eod_id, tokenizer.eod_token) == (0, "<|endoftext|>")
+    assert tokenizer.encode("hello").size == 1
+    assert tokenizer.encode("hello").dtype == np.uint16
+    assert tokenizer.vocab_size == 1 + max(tokenizer.encode("hello world").max(), 256)
+
+
+def test_marker_in_a_text_is_text(json_path):
+    tokenizer = load_tokenizer(json_path)
+    text = "before<|endoftext|>after"
+    assert tokenizer.eod_id not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_marker_that_is_not_special_is_left_out(json_path, tmp_path):
+    definition = json.loads(open(json_path).read())
+    definition["added_tokens"][0]["special"] = False
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.decode(tokenizer.encode("before<|endoftext|>after")) == "beforeafter"
+
+
+def test_truncation_and_padding_of_the_file_are_off(json_path, tmp_path):
+    definition = json.loads(open(json_path).read())
+    definition["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    assert load_tokenizer(str(path)).encode("x" * 100).size == 100
+
+
+def test_eod_by_name(tmp_path):
+    path = write_tokenizer_json(tmp_path / "tokenizer.json", ["<pad>", "<end>"])
+    assert load_tokenizer(path, "<end>").eod_id == 1
+    with pytest.raises(ValueError, match="no end-of-document token .*'</s>'"):
+        load_tokenizer(path)
+    with pytest.raises(ValueError, match="looked for '<stop>'"):
+        load_tokenizer(path, "<stop>")
+    with pytest.raises(ValueError, match="NUL"):
+        load_tokenizer("byte", "<end>")
+
+
+def test_folder_stands_for_its_file(json_path, tmp_path):
+    write_tokenizer_json(tmp_path / "tokenizer.json")
+    assert load_tokenizer(str(tmp_path)).name == str(tmp_path / "tokenizer.json")
+
+
+def test_fingerprint(json_path, tmp_path):
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(open(json_path, "rb").read())
+    other = write_tokenizer_json(tmp_path / "other.json", words=["different"])
+    fingerprint = load_tokenizer(json_path).fingerprint
+    assert load_tokenizer(str(copy)).fingerprint == fingerprint
+    assert load_tokenizer(other).fingerprint != fingerprint
+    assert load_tokenizer("byte").fingerprint != fingerprint
+
+
+def test_not_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer 'bytes'.*'byte'"):
+        load_tokenizer("bytes")
+    with pytest.raises(ValueError, match="no tokenizer .*tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
+        load_tokenizer(str(bad))
+    bad.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
+        load_tokenizer(str(bad))

@@ -1,0 +1,123 @@
+"""Cuts a token store into windows: which documents belong to which split, and where rows lie."""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from xlstm.dataset.token_store import TokenStore
+
+
+def split_documents(num_documents: int, fraction: float) -> np.ndarray:
+    """Chooses the validation documents, by a fixed rule that knows only their numbers.
+
+    Every document number has a fixed hash, and those with the smallest are chosen: scattered over
+    the store, and with a larger fraction documents only join.
+
+    Args:
+        num_documents: Documents in the store.
+        fraction: The share to choose, in [0, 1).
+
+    Returns:
+        `(num_documents,)` bool, True for validation.
+
+    Raises:
+        ValueError: The fraction is above 0, but of so few documents it is not one.
+    """
+    count = round(num_documents * fraction)
+    if fraction > 0 and not count:
+        enough = f" ({1 / num_documents:.2g} gives one)" if num_documents > 1 else ""
+        raise ValueError(
+            f"validation_fraction={fraction} of {num_documents} documents is not a single one: "
+            f"set a larger fraction{enough}, or 0 to train without validation"
+        )
+    chosen = np.zeros(num_documents, bool)
+    chosen[np.argsort(scatter(num_documents), kind="stable")[:count]] = True
+    return chosen
+
+
+def scatter(count: int) -> np.ndarray:
+    """Returns `(count,)` uint64: a fixed hash of each of the numbers 0 to `count - 1`.
+
+    It is the output function of the SplitMix64 generator (Steele, Lea and Flood 2014), spelled out
+    since NumPy's own random streams may change between versions.
+    """
+    mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+class Windows:
+    """The windows of some documents of a store, read as if they lay one behind the other.
+
+    Window `i` covers `T + 1` tokens from token `i * T` on, so that every token but the first is a
+    target exactly once. `len()` counts the full windows; what is left over behind the last one is
+    a window only with `keep_partial`.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        chosen: np.ndarray,
+        context_length: int,
+        *,
+        keep_partial: bool = False,
+    ):
+        """Finds where the windows lie, without reading any token.
+
+        Args:
+            store: The store.
+            chosen: `(num_documents,)` bool, the documents to read.
+            context_length: T.
+            keep_partial: Whether a last window with fewer tokens counts.
+        """
+        # Neighbouring documents are one stretch of the file: few stretches, so few copies a window.
+        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+        starts, stops = store.documents[edges[::2]], store.documents[edges[1::2]]
+        self._tokens = np.asarray(store.tokens)  # Still mapped; slicing a `memmap` is slow.
+        self._ends = np.cumsum(stops - starts)
+        self._shifts = (
+            stops - self._ends
+        )  # From a place in the row of stretches to one in the file.
+        self._context_length = context_length
+        self.num_tokens = int(self._ends[-1]) if self._ends.size else 0
+        targets = max(self.num_tokens - 1, 0)
+        self._length = -(-targets // context_length) if keep_partial else targets // context_length
+
+    def __len__(self) -> int:
+        """Returns the number of windows."""
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns window `index`: `(T + 1,)` int32, fewer in a partial last window."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"there is no window {index}, only {self._length}")
+        place = index * self._context_length
+        window = np.empty(min(self._context_length + 1, self.num_tokens - place), np.int32)
+        filled = 0
+        stretch = int(np.searchsorted(self._ends, place, side="right"))
+        while filled < window.size:
+            size = min(int(self._ends[stretch]) - place, window.size - filled)
+            begin = place + int(self._shifts[stretch])
+            window[filled : filled + size] = self._tokens[begin : begin + size]
+            filled, place, stretch = filled + size, place + size, stretch + 1
+        return window
+
+
+class JoinedWindows:
+    """The windows of several `Windows`, numbered on from one to the next."""
+
+    def __init__(self, parts: Sequence[Windows]):
+        """Takes the parts, in order."""
+        self._parts = parts
+        self._firsts = np.cumsum([0, *map(len, parts)]).tolist()
+
+    def __len__(self) -> int:
+        """Returns the number of windows."""
+        return self._firsts[-1]
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Returns a window, see `Windows`."""
+        part = bisect.bisect_right(self._firsts, number) - 1
+        return self._parts[part][number - self._firsts[part]]

@@ -1,0 +1,72 @@
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+_MAIN = os.path.join(os.path.dirname(__file__), "pytest_main.py")
+
+_TESTS = """
+import os
+import hypothesis
+
+def test_passes():
+    assert True
+
+def test_fails():
+    assert False
+
+def test_repeatable(tmp_path):
+    assert hypothesis.settings().derandomize and hypothesis.settings().database is None
+    assert tmp_path.is_relative_to(os.environ["TEST_TMPDIR"])
+    assert os.path.expanduser("~") == os.environ["TEST_TMPDIR"]
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Returns a function that runs the runner on a file of tests, in a process of its own."""
+
+    def run(tests, **env):
+        (tmp_path / "some_test.py").write_text(tests)
+        env = {k: v for k, v in os.environ.items() if k != "TESTBRIDGE_TEST_ONLY"} | env
+        env |= {"XML_OUTPUT_FILE": str(tmp_path / "results.xml"), "TEST_TMPDIR": str(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-S", _MAIN, "some_test.py"],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def _results(tmp_path):
+    suite = ElementTree.parse(tmp_path / "results.xml").getroot().find("testsuite")
+    return int(suite.get("tests")), int(suite.get("failures"))
+
+
+def test_a_failure_is_reported_and_counted(run, tmp_path):
+    result = run(_TESTS)
+    assert result.returncode == 1
+    assert "test_fails" in result.stdout
+    assert _results(tmp_path) == (3, 1), result.stdout
+
+
+def test_filter(run, tmp_path):
+    assert run(_TESTS, TESTBRIDGE_TEST_ONLY="passes or repeatable").returncode == 0
+    assert _results(tmp_path) == (2, 0)
+
+
+def test_a_filter_may_leave_no_test(run):
+    assert run(_TESTS, TESTBRIDGE_TEST_ONLY="nothing").returncode == 0
+
+
+def test_a_file_without_tests_fails(run):
+    assert run("").returncode != 0
+
+
+def test_a_file_that_cannot_be_imported_fails(run):
+    assert run("import no_such_module").returncode != 0
