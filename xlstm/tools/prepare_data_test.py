@@ -25,7 +25,7 @@ def environment(**more):
 def prepare(folder, *arguments):
     """Runs the tool as a user in `folder` would."""
     return subprocess.run(
-        [*COMMAND, *arguments],
+        [*COMMAND, "--workers=1", *arguments],
         env=environment(BUILD_WORKING_DIRECTORY=str(folder)),
         capture_output=True,
         text=True,
@@ -49,7 +49,7 @@ def corpus(tmp_path):
 
 def test_from_files_to_batches(corpus):
     inputs = ["--input=books,lines.jsonl", "--input=*.gz"]
-    result = prepare(corpus, *inputs, "--output=out/one", "--workers=1")
+    result = prepare(corpus, *inputs, "--output=out/one")
     assert result.returncode == 0, result.stderr
     store = TokenStore.open(str(corpus / "out" / "one"), verify=True)
     documents = bytes(store.tokens).split(b"\0")[1:]

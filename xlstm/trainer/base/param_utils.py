@@ -74,7 +74,7 @@ def tabulate_params(
     """
     params = state.params if isinstance(state, TrainState) else state
     # Narrow, so that it fits into 80 columns.
-    table = Table(title=f"{get_num_params(params):,} parameters", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("name", "shape", "count", "dtype", "sharding"):
         table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
     if show_weight_decay:
@@ -87,9 +87,10 @@ def tabulate_params(
         shape = "x".join(map(str, array.shape)) or "scalar"
         row = [name, shape, f"{math.prod(array.shape):,}", str(array.dtype), axes or "replicated"]
         table.add_row(*row, *(["yes" if is_decayed(name) else "no"] if show_weight_decay else []))
+    table.add_row("total", "", f"{get_num_params(params):,}")
     text = io.StringIO()
-    Console(file=text, width=140, color_system=None).print(table)
-    return text.getvalue().rstrip()
+    Console(file=text, width=10_000, color_system=None).print(table)  # No name is cut.
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def _bound_axes(names: tuple) -> tuple[str, ...]:

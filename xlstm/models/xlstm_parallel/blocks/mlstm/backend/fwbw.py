@@ -46,7 +46,8 @@ def rev_cumsum(x: jax.Array) -> jax.Array:
 
 def rev_cumsum_off(x: jax.Array) -> jax.Array:
     """Exclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t > r`."""
-    return rev_cumsum(x) - x
+    # Shifted, not `rev_cumsum(x) - x`, which would lose what is small beside `x`.
+    return jnp.pad(rev_cumsum(x[..., 1:]), [(0, 0)] * (x.ndim - 1) + [(0, 1)])
 
 
 class _Chunks(NamedTuple):
@@ -236,6 +237,20 @@ def _gradient_of_last_m(inputs: MLSTMInputs, d_m: jax.Array):
     return d_i * d_m[..., None], d_log_f * d_m[..., None], d_m0
 
 
+def _sum_of_spanning_pairs(pairs: jax.Array) -> jax.Array:
+    """For every token `r` the sum over the pairs `t >= r > s`.
+
+    Args:
+        pairs: `(..., L, L)`, entry `[t, s]`.
+
+    Returns:
+        `(..., L)`.
+    """
+    ones = jnp.ones(pairs.shape[-2:], pairs.dtype)
+    reached = jnp.einsum("...ts,sr->...tr", pairs, jnp.triu(ones, 1), precision="highest")
+    return jnp.sum(jnp.where(jnp.tril(ones) > 0, reached, 0), axis=-2)
+
+
 def _scan_state_gradients(d_local: MLSTMState, keep: jax.Array, d_last: MLSTMState):
     """Hands the state's gradient from chunk to chunk, backward.
 
@@ -260,7 +275,7 @@ def _scan_state_gradients(d_local: MLSTMState, keep: jax.Array, d_last: MLSTMSta
 
 
 def _backward(config: mLSTMBackendFwbwConfig, residuals, cotangents):
-    """Gradient of `_forward`; the derivation is in `docs/mlstm.md`."""
+    """Gradient of `_forward`: exact, with what is cheap computed again rather than kept."""
     inputs, before, last, outputs = residuals
     dh, d_last = cotangents
     chunks = _cut_inputs(inputs, config.chunk_size)
@@ -306,13 +321,12 @@ def _backward(config: mLSTMBackendFwbwConfig, residuals, cotangents):
     dk = _product("ncts,nctk->ncsk", d_products, q) + dk_write
     dv += _product("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
 
-    # The gates. A pair t > s spans the forget gates in (s, t]; the diagonal spans none and is left
-    # out, since in float32 it would drown the rest.
+    # The gates. Sums of what spans a forget gate, never differences of sums: with gates nearly shut
+    # they are tiny beside what does not span it, and in float32 a difference would be noise.
     q_carry, k_write = jnp.sum(q * dq_carry, axis=-1), jnp.sum(k * dk_write, axis=-1)
     d_i = jnp.sum(d_pair, axis=2) + k_write
-    strict = jnp.where(jnp.tril(jnp.ones(d_pair.shape[-2:], bool), -1), d_pair, 0)
-    opened = jnp.sum(strict, axis=2) - jnp.sum(strict, axis=3) + k_write
-    d_log_f = jnp.cumsum(opened, axis=-1) - opened + rev_cumsum(q_carry)
+    d_log_f = _sum_of_spanning_pairs(d_pair)
+    d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
     d_log_f += (keep * _dot(before, d_after))[..., None]
     if chunks.reset is not None:
         d_log_f = jnp.where(chunks.reset, 0, d_log_f)

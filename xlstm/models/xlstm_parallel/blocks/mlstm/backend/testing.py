@@ -31,6 +31,7 @@ def random_arguments(
     igate_bias: float = 0.0,
     fgate_bias: float = 3.0,
     with_state: bool = True,
+    one_sign: bool = False,
 ) -> Arguments:
     """Draws normal arguments, in float32.
 
@@ -43,6 +44,8 @@ def random_arguments(
         igate_bias: Mean of the input gate pre-activations.
         fgate_bias: Mean of the forget gate pre-activations.
         with_state: Whether the state is random instead of zero.
+        one_sign: Whether `q`, `k` and `n` are made positive. Where the bound of the normalizer is
+            tiny, as with wide open input gates, this keeps the division well-conditioned.
 
     Returns:
         `q, k (..., T, DHQK)`, `v (..., T, DHV)`, `i, f (..., T)` and the state before them.
@@ -52,15 +55,16 @@ def random_arguments(
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
+    sign = np.abs if one_sign else lambda x: x
     state_scale = np.float32(with_state)
     return Arguments(
-        q=normal(*leading, time, qk_dim),
-        k=normal(*leading, time, qk_dim),
+        q=sign(normal(*leading, time, qk_dim)),
+        k=sign(normal(*leading, time, qk_dim)),
         v=normal(*leading, time, v_dim),
         i=normal(*leading, time) + np.float32(igate_bias),
         f=normal(*leading, time) + np.float32(fgate_bias),
         C=normal(*leading, qk_dim, v_dim) * state_scale,
-        n=normal(*leading, qk_dim) * state_scale,
+        n=sign(normal(*leading, qk_dim)) * state_scale,
         m=normal(*leading) * state_scale,
     )
 
@@ -161,7 +165,45 @@ def _gradients(arguments, reset, cotangents, stabilize_correctly):
     return jax.vjp(run, arguments)[1](cotangents)[0]
 
 
-_jitted_gradients = jax.jit(_gradients, static_argnames="stabilize_correctly")
+def _quick_compilation() -> dict[str, Any]:
+    """Compiler options that save most of a test's time; the second is not in every XLA."""
+    options = {"xla_backend_optimization_level": 0}
+    fewer_passes = options | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=fewer_passes).lower().compile()
+    except RuntimeError:
+        return options
+    return fewer_passes
+
+
+QUICK_COMPILATION = _quick_compilation()
+_jitted_gradients = jax.jit(
+    _gradients, static_argnames="stabilize_correctly", compiler_options=QUICK_COMPILATION
+)
+
+
+def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangents):
+    """Runs a function that is to be tested, and differentiates it.
+
+    Args:
+        cell: `cell(arguments, reset) -> (h, (C, n, m))`.
+        arguments: The arguments that it is differentiated for.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
+        cotangents: Cotangents of what it returns.
+
+    Returns:
+        What it returns, and the gradients of the arguments.
+    """
+
+    def run(arguments, reset, cotangents):
+        def as_tuples(arguments):
+            h, state = cell(arguments, reset)
+            return h, tuple(state)
+
+        outputs, vjp = jax.vjp(as_tuples, arguments)
+        return outputs, vjp(cotangents)[0]
+
+    return jax.jit(run, compiler_options=QUICK_COMPILATION)(arguments, reset, cotangents)
 
 
 def relative_error(actual, expected) -> float:

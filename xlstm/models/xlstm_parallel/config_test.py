@@ -1,0 +1,45 @@
+import jax.numpy as jnp
+import pytest
+
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
+
+
+def test_sizes_of_xlstm_7b():
+    config = ModelConfig(vocab_size=50304, embedding_dim=4096, num_blocks=32, num_heads=8)
+    assert (config.qk_dim, config.v_dim, config.ffn_dim) == (2048, 4096, 10944)
+    assert (config.gate_soft_cap, config.output_logit_soft_cap) == (15, 30)
+    assert (config.norm_eps, config.igate_bias_init) == (1e-6, -10)
+
+
+def test_compute_type():
+    assert ModelConfig().compute_dtype == jnp.float32
+    assert ModelConfig(dtype="bfloat16").compute_dtype == jnp.bfloat16
+
+
+def test_the_default_backend_is_the_chunkwise_one_with_the_exact_bound():
+    backend = LanguageModelConfig().backend
+    assert backend.name == "fwbw"
+    assert backend.stabilize_correctly is True
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "embedding_dim", "num_blocks", "num_heads", "scan_unroll"]
+)
+@pytest.mark.parametrize("value", [0, -4])
+def test_sizes_are_at_least_one(name, value):
+    with pytest.raises(ValueError, match=f"model.{name}={value}.*at least 1"):
+        ModelConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_dim": 128, "num_heads": 3}, "num_heads=3 does not divide qk_dim = 64"),
+        ({"num_heads": 8, "v_dim_factor": 0.03125}, "num_heads=8 does not divide v_dim = 4"),
+        ({"qk_dim_factor": 0.0}, "num_heads=4 does not divide qk_dim = 0"),
+        ({"dtype": "float16"}, "dtype='float16' is unknown; there are float32, bfloat16"),
+    ],
+)
+def test_values_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**options)

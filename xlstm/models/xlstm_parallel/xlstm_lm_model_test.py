@@ -1,0 +1,181 @@
+# bazel: size=medium
+import functools
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.testing import QUICK_COMPILATION
+from xlstm.models.xlstm_parallel.testing import lively_params, small_config
+from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state, xLSTMLMModel
+
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
+
+TIME = 14
+TOKENS = np.random.default_rng(0).integers(0, 11, (2, TIME))
+RESET = np.isin(np.arange(TIME), (0, 5, 6)) | np.zeros((2, TIME), bool)
+PARAMS = lively_params(small_config(), jax.random.key(1))
+
+
+def logits_of(config, tokens=TOKENS, reset=None):
+    return np.asarray(_jitted_logits(config)({"params": PARAMS}, tokens, reset))
+
+
+@functools.cache
+def _jitted_logits(config):
+    return quick_jit(xLSTMLMModel(config).apply)
+
+
+@pytest.mark.parametrize("backend", ["fwbw", "recurrent"])
+def test_step_by_step_is_the_whole(backend):
+    config = small_config(backend)
+    step = quick_jit(
+        lambda token, reset, state: xLSTMLMModel(config).apply(
+            {"params": PARAMS}, token, reset, state
+        )
+    )
+    state, logits = initial_state(config, len(TOKENS)), []
+    for t in range(TIME):
+        new, state = step(TOKENS[:, t : t + 1], RESET[:, t : t + 1], state)
+        logits.append(new)
+    expected = logits_of(config, reset=RESET)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-4)
+    # The test can fail: without the resets the logits are others.
+    assert np.abs(logits_of(config) - expected).max() > 1e-2
+
+
+def test_packed_documents_are_the_documents_alone():
+    config = small_config()
+    packed = logits_of(config, reset=RESET)
+    # Read alone, a document is followed by tokens that it cannot see; so one compilation does.
+    for start, end in ((0, 5), (5, 6), (6, TIME)):
+        alone = logits_of(config, np.roll(TOKENS, -start, axis=1))[:, : end - start]
+        np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
+
+
+def test_logits_do_not_see_the_future():
+    config = small_config()
+    changed = TOKENS.copy()
+    changed[:, 9] = (changed[:, 9] + 1) % 11
+    before, after = logits_of(config), logits_of(config, changed)
+    np.testing.assert_array_equal(before[:, :9], after[:, :9])
+    assert np.all(np.abs(before - after)[:, 9:].max(axis=-1) > 0)
+
+
+def test_bfloat16_is_near_float32():
+    logits = logits_of(small_config(dtype="bfloat16"))
+    expected = logits_of(small_config())
+    assert logits.dtype == np.float32
+    assert np.linalg.norm(logits - expected) < 5e-2 * np.linalg.norm(expected)
+    assert np.any(logits != expected)
+
+
+@pytest.mark.parametrize("scan_unroll", [2, 5])
+def test_unrolling_the_blocks_changes_nothing(scan_unroll):
+    logits = logits_of(small_config(scan_unroll=scan_unroll))
+    np.testing.assert_allclose(logits, logits_of(small_config()), atol=1e-5)
+
+
+def test_logits_are_bounded():
+    logits = logits_of(small_config(output_logit_soft_cap=0.5))
+    assert 0.4 < np.abs(logits).max() <= 0.5
+
+
+def test_initial_state_is_zero():
+    C, n, m = initial_state(small_config(), 5)
+    assert (C.shape, n.shape, m.shape) == ((3, 5, 2, 4, 8), (3, 5, 2, 4), (3, 5, 2))
+    assert not any(np.any(x) for x in (C, n, m))
+
+
+def boxes_of(config):
+    init = quick_jit(xLSTMLMModel(config).init)
+    variables = init(jax.random.key(0), jnp.zeros((1, 2), int))
+    assert set(variables) == {"params"}
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"], is_leaf=is_box)
+    return {".".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+BLOCK = {
+    "norm_mlstm.scale": ((16,), (None,)),
+    "mlstm_layer.q.kernel": ((16, 8), (None, "tp")),
+    "mlstm_layer.k.kernel": ((16, 8), (None, "tp")),
+    "mlstm_layer.v.kernel": ((16, 16), (None, "tp")),
+    "mlstm_layer.ogate_preact.kernel": ((16, 16), (None, "tp")),
+    "mlstm_layer.igate_preact.kernel": ((16, 2), (None, "tp")),
+    "mlstm_layer.igate_preact.bias": ((2,), ("tp",)),
+    "mlstm_layer.fgate_preact.kernel": ((16, 2), (None, "tp")),
+    "mlstm_layer.fgate_preact.bias": ((2,), ("tp",)),
+    "mlstm_layer.multihead_norm.scale": ((16,), ("tp",)),
+    "mlstm_layer.out_proj.kernel": ((16, 16), ("tp", None)),
+    "norm_ffn.scale": ((16,), (None,)),
+    "ffn.proj_up_gate.kernel": ((16, 48), (None, "tp")),
+    "ffn.proj_up.kernel": ((16, 48), (None, "tp")),
+    "ffn.proj_down.kernel": ((48, 16), ("tp", None)),
+}
+TREE = {
+    "embeddings.embedding": ((11, 16), ("tp", None)),
+    "out_norm.scale": ((16,), (None,)),
+    "lm_head.kernel": ((16, 11), (None, "tp")),
+} | {f"blocks.{name}": ((3, *shape), ("pp", *axes)) for name, (shape, axes) in BLOCK.items()}
+
+
+def test_parameters():
+    boxes = boxes_of(small_config())
+    assert all(isinstance(box, nn.Partitioned) for box in boxes.values())
+    assert {name: (box.value.shape, box.names) for name, box in boxes.items()} == TREE
+    assert {box.value.dtype for box in boxes.values()} == {np.dtype(np.float32)}
+
+
+def test_initial_values():
+    config = small_config(embedding_dim=128, num_heads=4, vocab_size=256, dtype="bfloat16")
+    values = {name: np.asarray(box.value) for name, box in boxes_of(config).items()}
+    layer = "blocks.mlstm_layer."
+    small, wang = np.sqrt(2 / (5 * 128)), 2 / (3 * np.sqrt(128))
+    deviations = dict.fromkeys(
+        ["embeddings.embedding", "lm_head.kernel", "blocks.ffn.proj_up_gate.kernel"]
+        + ["blocks.ffn.proj_up.kernel"]
+        + [f"{layer}{name}.kernel" for name in ("q", "k", "v", "ogate_preact")],
+        small,
+    ) | dict.fromkeys([f"{layer}out_proj.kernel", "blocks.ffn.proj_down.kernel"], wang)
+    for name, std in deviations.items():
+        np.testing.assert_allclose(values[name].std(), std, rtol=0.03, err_msg=name)
+        if name.startswith("blocks."):  # The blocks are not copies of one another.
+            assert not np.allclose(values[name][0], values[name][1])
+    for gate in ("igate_preact", "fgate_preact"):
+        assert np.all(values[f"{layer}{gate}.kernel"] == 0)
+    assert np.all(values[f"{layer}igate_preact.bias"] == -10)
+    np.testing.assert_array_equal(
+        values[f"{layer}fgate_preact.bias"], np.tile(np.float32([3, 4, 5, 6]), (3, 1))
+    )
+    for name in values:
+        if name.endswith("scale"):
+            assert np.all(values[name] == 1)
+
+
+def test_number_of_parameters_of_xlstm_7b():
+    config = small_config(
+        vocab_size=50304,
+        embedding_dim=4096,
+        num_blocks=32,
+        num_heads=8,
+        ffn_round_up_to_multiple_of=64,
+    )
+    shapes = jax.eval_shape(
+        xLSTMLMModel(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), int)
+    )
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 6_865_424_896
+
+
+def test_gradients_reach_every_parameter():
+    def loss(params):
+        logits = xLSTMLMModel(small_config()).apply({"params": params}, TOKENS, RESET)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+    grads = flax.traverse_util.flatten_dict(quick_jit(jax.grad(loss))(PARAMS), sep=".")
+    for name, grad in grads.items():
+        assert np.all(np.isfinite(grad)), name
+        assert np.any(grad != 0), name

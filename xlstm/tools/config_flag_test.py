@@ -1,0 +1,110 @@
+import sys
+
+import pytest
+from absl import flags
+
+from xlstm.tools import config_flag
+from xlstm.tools.config import config_path, to_run_config
+from xlstm.tools.config_flag import DEFAULT_CONFIG, config_name, with_config_paths
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """A function from a command line to the configuration, with flags of its own."""
+
+    def parse(*words):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        monkeypatch.setattr(sys, "argv", ["tool", *words])  # It is looked at for fields.
+        holder = config_flag.config_flags.DEFINE_config_file(
+            "config", None, "help", flag_values=values, lock_config=True
+        )
+        values(["tool", *with_config_paths(list(words))])
+        return to_run_config(holder.value)
+
+    return parse
+
+
+def test_the_default(parse):
+    assert parse().model.embedding_dim == 128
+    assert config_name() == DEFAULT_CONFIG == "stdlib_tiny"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--config=smoke"], ["--config", "smoke"], ["-config=smoke"], ["-config", "smoke"]],
+    ids=str,
+)
+def test_a_config_by_its_name(parse, words):
+    assert parse(*words).model.embedding_dim == 32
+    assert config_name() == "smoke"
+
+
+def test_fields_are_changed_by_flags(parse):
+    config = parse(
+        "--config=smoke",
+        "--config.model.embedding_dim=64",
+        "--config.schedule.peak_lr=2e-3",
+        "--config.schedule.warmup_steps",
+        "3",
+        "--config.backend.name=recurrent",
+        "--config.logger.tensorboard=False",
+        "--config.data.stores=/a,/b",
+        "--config.data.weights=(1.0, 2.5)",
+    )
+    assert config.model.embedding_dim == 64
+    assert config.model.num_blocks == 2
+    assert config.schedule.peak_lr == 2e-3
+    assert config.schedule.warmup_steps == 3
+    assert config.backend.name == "recurrent"
+    assert config.logger.tensorboard is False
+    assert config.data.stores == ("/a", "/b")
+    assert config.data.weights == (1.0, 2.5)
+
+
+def test_the_config_comes_before_its_fields(parse):
+    with pytest.raises(flags.Error, match="before a value for --config"):
+        parse("--config.model.embedding_dim=64", "--config=smoke")
+
+
+def test_a_whole_number_for_a_float(parse):
+    assert parse("--config.optimizer.grad_clip_norm=2").optimizer.grad_clip_norm == 2.0
+
+
+def test_one_store_with_and_without_parentheses(parse):
+    assert parse("--config.data.stores=/a").data.stores == ("/a",)
+    assert parse("--config.data.stores=('/a',)").data.stores == ("/a",)
+
+
+def test_a_path_starts_where_the_user_is(parse, monkeypatch, tmp_path):
+    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    (tmp_path / "mine.py").write_text(text.replace("embedding_dim = 32", "embedding_dim = 96"))
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
+    assert parse("--config=mine.py").model.embedding_dim == 96
+    assert config_name() == "mine"
+
+
+def test_an_argument_is_part_of_the_name(parse):
+    assert parse("--config=xlstm:125M").model.embedding_dim == 768
+    assert config_name() == "xlstm_125M"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config=smok"], "--config=smok: there is no file"),
+        (["--config", "smok"], "--config=smok: there is no file"),
+        (["--config=xlstm:9B"], "the sizes are"),
+        (["--config.model.embeding_dim=3"], r"did you mean model\.embedding_dim"),
+        (["--config.moddel.embedding_dim", "3"], r"did you mean model\.embedding_dim"),
+    ],
+    ids=str,
+)
+def test_bad_words(words, message):
+    with pytest.raises(ValueError, match=message):
+        with_config_paths(words)
+
+
+def test_other_words_are_left_alone():
+    words = with_config_paths(["--workdir=config", "--configs=x", "smoke", "--config=smoke"])
+    assert words == ["--workdir=config", "--configs=x", "smoke", f"--config={config_path('smoke', '')}"]

@@ -1,0 +1,277 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.tools.config import (
+    check_field,
+    config_names,
+    config_path,
+    default_config,
+    field_comments,
+    load_config,
+    sections,
+    to_run_config,
+)
+from xlstm.trainer.base.param_utils import get_num_params
+from xlstm.trainer.llm.config import RunConfig
+
+# Every config that comes with the project, and the number of its parameters.
+_NUM_PARAMS = {
+    "smoke": 42_224,
+    "stdlib_tiny": 923_296,
+    "xlstm:125M": 162_303_840,
+    "xlstm:400M": 406_856_896,
+    "xlstm:1.4B": 1_420_839_104,
+    "xlstm:7B": 6_865_424_896,
+}
+
+
+def _fields():
+    return [
+        (section, field.name)
+        for section, section_class in sections().items()
+        for field in dataclasses.fields(section_class)
+    ]
+
+
+def test_the_sections():
+    assert list(sections()) == [
+        "model",
+        "backend",
+        "mesh",
+        "data",
+        "optimizer",
+        "schedule",
+        "trainer",
+        "logger",
+    ]
+
+
+def test_the_default_is_that_of_the_dataclasses():
+    assert to_run_config(default_config()) == RunConfig()
+
+
+def test_changed_fields_arrive():
+    config = default_config()
+    config.model.embedding_dim = 64
+    config.mesh.tp = 2
+    config.data.stores = ("a", "b")
+    config.trainer.seed = 5
+    run_config = to_run_config(config)
+    assert run_config.model.embedding_dim == 64
+    assert run_config.mesh.tp == 2
+    assert run_config.data.stores == ("a", "b")
+    assert run_config.trainer.seed == 5
+
+
+@pytest.mark.parametrize(
+    "section, field, given, expected",
+    [
+        ("data", "stores", ["a", "b"], ("a", "b")),
+        ("data", "weights", [1, 2.5], (1.0, 2.5)),
+        ("schedule", "peak_lr", 1, 1.0),
+        ("optimizer", "weight_decay_exclude", [], ()),
+    ],
+)
+def test_values_are_brought_to_their_types(section, field, given, expected):
+    values = default_config().to_dict()
+    values[section][field] = given
+    values["data"]["stores"] = values["data"]["stores"] if field != "weights" else ["a", "b"]
+    value = getattr(getattr(to_run_config(values), section), field)
+    assert value == expected
+    assert type(value) is type(expected)
+    assert all(type(x) is type(y) for x, y in zip([value], [expected], strict=True))
+
+
+@pytest.mark.parametrize(
+    "section, field, given, message",
+    [
+        ("model", "num_blocks", 2.0, r"model\.num_blocks=2\.0: expected int"),
+        ("model", "num_blocks", True, r"model\.num_blocks=True: expected int"),
+        ("model", "num_blocks", "2", r"model\.num_blocks='2': expected int"),
+        ("model", "dtype", 32, r"model\.dtype=32: expected str"),
+        ("schedule", "peak_lr", "high", r"schedule\.peak_lr='high': expected float"),
+        ("schedule", "peak_lr", True, r"schedule\.peak_lr=True: expected float"),
+        ("logger", "tensorboard", 1, r"logger\.tensorboard=1: expected bool"),
+        ("data", "stores", "a", r"data\.stores='a': expected a tuple"),
+        ("data", "stores", [3], r"data\.stores\[0\]=3: expected str"),
+        ("data", "stores", None, r"data\.stores=None: expected a tuple"),
+        # What a section itself refuses.
+        ("model", "dtype", "float16", r"model\.dtype='float16'"),
+        ("backend", "name", "fw", r"backend\.name='fw' is unknown; there are fwbw"),
+    ],
+)
+def test_wrong_values(section, field, given, message):
+    values = default_config().to_dict()
+    values[section][field] = given
+    with pytest.raises(ValueError, match=message):
+        to_run_config(values)
+
+
+@pytest.mark.parametrize("section, field", _fields())
+def test_every_field_is_checked(section, field):
+    """No field takes just anything, and none may be missing."""
+    values = default_config().to_dict()
+    values[section][field] = object()
+    with pytest.raises(ValueError, match=rf"{section}\.{field}=<object"):
+        to_run_config(values)
+    del values[section][field]
+    with pytest.raises(ValueError, match=rf"config\.{section} .*missing: {field}\)"):
+        to_run_config(values)
+
+
+def test_unknown_and_missing_names():
+    values = default_config().to_dict()
+    values["model"]["embeding_dim"] = values["model"].pop("embedding_dim")
+    with pytest.raises(
+        ValueError, match=r"config\.model .*unknown: embeding_dim; missing: embedding_dim"
+    ):
+        to_run_config(values)
+    with pytest.raises(ValueError, match="the config .*unknown: moddel; missing: none"):
+        to_run_config(default_config().to_dict() | {"moddel": {}})
+    without = default_config().to_dict()
+    del without["mesh"]
+    with pytest.raises(ValueError, match="the config .*unknown: none; missing: mesh"):
+        to_run_config(ConfigDict(without))
+
+
+@pytest.mark.parametrize("section", [None, 3, "model"])
+def test_a_section_that_is_none(section):
+    with pytest.raises(ValueError, match=r"model"):
+        to_run_config(default_config().to_dict() | {"model": section})
+
+
+@pytest.mark.parametrize("given", [None, 3, [], "smoke"])
+def test_what_is_no_config(given):
+    with pytest.raises(ValueError, match="get_config returns a ConfigDict, not"):
+        to_run_config(given)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("model.embeding_dim", r"did you mean model\.embedding_dim\?"),
+        ("trainer.num_step", r"did you mean trainer\.num_steps\?"),
+        ("model", "there is no such field"),
+        ("zzz.qqq", "show_config lists the fields"),
+    ],
+)
+def test_unknown_fields_of_flags(name, message):
+    with pytest.raises(ValueError, match=rf"config\.{name}: .*{message}|{message}"):
+        check_field(name)
+
+
+def test_known_fields_of_flags():
+    for section, field in _fields():
+        check_field(f"{section}.{field}")
+
+
+@pytest.mark.parametrize("section, field", _fields())
+def test_every_field_has_a_comment(section, field):
+    comment = field_comments(sections()[section])[field]
+    assert len(comment) > 10, f"{section}.{field}"
+    assert "#" not in comment
+
+
+def test_comments():
+    @dataclasses.dataclass
+    class Section:
+        """Of one: 1  # which is no field."""
+
+        one: int = 1  # The first.
+        # Over two lines.
+        two: tuple[str, ...] = (
+            "a",  # Inside of the value.
+        )
+        three: int = 3
+
+        def __post_init__(self):
+            self.one = 2  # No field either.
+
+        @property
+        def four(self):
+            return self.three  # Nor this.
+
+    assert field_comments(Section) == {
+        "one": "The first. Over two lines.",
+        "two": "Inside of the value.",
+        "three": "",
+    }
+
+
+def test_the_table_below_names_every_config():
+    assert sorted({name.partition(":")[0] for name in _NUM_PARAMS}) == config_names()
+
+
+@pytest.mark.parametrize("name, num_params", _NUM_PARAMS.items())
+def test_configs_that_come_with_the_project(name, num_params):
+    config = to_run_config(load_config(config_path(name, "")))
+    model = xLSTMLMModel(config.language_model)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens)["params"]
+    assert get_num_params(params) == num_params
+
+
+def test_a_config_without_its_argument_says_which_there_are():
+    with pytest.raises(ValueError, match="the sizes are 125M, 400M, 1.4B, 7B"):
+        load_config(config_path("xlstm", ""))
+    with pytest.raises(ValueError, match="8B.*the sizes are"):
+        load_config(config_path("xlstm:8B", ""))
+
+
+def test_paths_of_configs(tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    assert config_path("mine.py", str(tmp_path)) == str(tmp_path / "mine.py")
+    assert config_path("./mine.py:arg", str(tmp_path)) == str(tmp_path / "mine.py:arg")
+    assert config_path(str(tmp_path / "mine.py"), "/elsewhere") == str(tmp_path / "mine.py")
+    assert config_path("smoke", str(tmp_path)).endswith("configs/smoke.py")
+    with pytest.raises(ValueError, match="--config=smok: .*configs by name are .*smoke"):
+        config_path("smok", str(tmp_path))
+
+
+_HEADER = "from xlstm.tools.config import default_config\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "mine.py has no function get_config"),
+        ("def get_config(:", "mine.py.*SyntaxError"),
+        ("import no_such_module", "mine.py:1: ModuleNotFoundError: .*no_such_module"),
+        ("def get_config():\n    return 1 / 0\n", "mine.py:2: ZeroDivisionError"),
+        ("def get_config(size):\n    return size\n", "mine.py: TypeError: .*size"),
+        (
+            _HEADER + "def get_config():\n    c = default_config()\n    c.model.dmi = 3\n",
+            "mine.py:4: .*dmi",
+        ),
+        (
+            _HEADER + "def get_config():\n    c = default_config()\n    c.model.dtype = 3\n",
+            "mine.py:4: TypeError",
+        ),
+        (
+            _HEADER + "def get_config():\n    c = default_config()\n    c.modell.dtype = 3\n",
+            "mine.py:4: .*modell.*[Dd]id you mean.*model",
+        ),
+    ],
+)
+def test_config_files_that_fail(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(str(tmp_path / "mine.py"))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_config_file_with_an_argument(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        _HEADER
+        + "def get_config(dim='64'):\n"
+        + "    c = default_config()\n    c.model.embedding_dim = int(dim)\n    return c\n"
+    )
+    path = str(tmp_path / "mine.py")
+    assert to_run_config(load_config(path)).model.embedding_dim == 64
+    assert to_run_config(load_config(f"{path}:32")).model.embedding_dim == 32

@@ -1,0 +1,173 @@
+# bazel: size=medium
+"""Bad input and a full disk, as a user of the tool meets them."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from xlstm.dataset.testing import write_store
+from xlstm.tools import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where everything of this module lies: stores, good and bad, and a run of ten steps."""
+    folder = tmp_path_factory.mktemp("errors")
+    for name in ("store", "truncated", "unreadable"):
+        write_store(folder / name, [f"x{i} = {i}\n" * 40 for i in range(50)])
+    tokens = folder / "truncated" / "tokens.bin"
+    os.truncate(tokens, tokens.stat().st_size // 2)
+    (folder / "unreadable" / "meta.json").write_text("{")
+    (folder / "one_line.py").write_text("def get_config():\n    return 1 / 0\n")
+    output, errors = _start(folder, "run").communicate(timeout=200)
+    assert os.path.exists(folder / "run" / "checkpoints" / "10"), output + errors
+    return folder
+
+
+def _start(folder, workdir, *flags, num_steps=10, **kwargs):
+    words = [
+        f"--workdir={workdir}",
+        "--config=smoke",
+        f"--config.data.stores={folder / 'store'}",
+        "--config.data.context_length=16",
+        f"--config.trainer.num_steps={num_steps}",
+        "--config.trainer.eval_interval=1000",
+        "--config.logger.sample_tokens=0",
+        *flags,
+    ]
+    env = os.environ | {
+        # The numbers do not matter here, so compile quickly, and but once.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "BUILD_WORKING_DIRECTORY": str(folder),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", train.__name__, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        **kwargs,
+    )
+
+
+def _error(process):
+    """Waits for a run that must fail; returns its one line on stderr."""
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2, errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    return errors
+
+
+def _contents(workdir):
+    return {str(path): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+_BAD_INPUT = {
+    "typo": (["--config.model.embeding_dim=256"], "did you mean model.embedding_dim?"),
+    "value": (["--config.model.dtype=float16"], "model.dtype='float16' is unknown"),
+    "flag": (["--wrokdir=x"], "wrokdir"),
+    "config": (["--config=smok"], "there is no file"),
+    "config file": (["--config=one_line.py"], "one_line.py:2: ZeroDivisionError"),
+    "mesh": (["--config.mesh.tp=3"], "tp=3 needs a multiple of 3 devices, there are 1"),
+    "batch": (
+        ["--simulate_devices=3"],
+        "data.batch_size=8 does not divide into 3 shares",
+    ),
+    "no store": (["--config.data.stores=/no/store"], "no token store at /no/store"),
+    "truncated": (["--config.data.stores=FOLDER/truncated"], "truncated or damaged: tokens.bin"),
+    "unreadable": (["--config.data.stores=FOLDER/unreadable"], "unreadable: meta.json"),
+    "vocabulary": (["--config.model.vocab_size=100"], "only model.vocab_size=100"),
+    "processes": (["--num_processes=2"], "go together"),
+}
+
+
+def _start_with(folder, workdir, name):
+    flags, _ = _BAD_INPUT[name]
+    return _start(folder, workdir, *(flag.replace("FOLDER", str(folder)) for flag in flags))
+
+
+@pytest.fixture(scope="module")
+def errors_of_bad_input(folder):
+    """What a start in the folder of a run says to each bad input."""
+    before, names, lines = _contents(folder / "run"), list(_BAD_INPUT), {}
+    while names:  # Two at a time: most of it is importing.
+        processes = {name: _start_with(folder, "run", name) for name in names[:2]}
+        lines |= {name: _error(process) for name, process in processes.items()}
+        names = names[2:]
+    assert _contents(folder / "run") == before
+    return lines
+
+
+@pytest.mark.parametrize("name", _BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(errors_of_bad_input, name):
+    _, named = _BAD_INPUT[name]
+    assert named in errors_of_bad_input[name]
+
+
+def test_bad_input_leaves_no_folder(folder):
+    for process in [_start_with(folder, "new", name) for name in ("mesh", "truncated")]:
+        _error(process)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, named",
+    [
+        ("--config.model.num_heads=2", "model.num_heads was 4, is 2"),
+        ("--config.trainer.seed=1", "trainer.seed was 0, is 1"),
+    ],
+)
+def test_the_folder_of_another_run_is_left_alone(folder, flag, named):
+    before = _contents(folder / "run")
+    line = _error(_start(folder, "run", flag))
+    assert f"({named})" in line and "--allow_config_change" in line
+    assert _contents(folder / "run") == before
+
+
+def test_a_run_that_diverges_keeps_what_is_good(folder):
+    line = _error(
+        _start(
+            folder,
+            "diverging",
+            "--config.schedule.peak_lr=1e38",
+            "--config.trainer.checkpoint_interval=1",
+            num_steps=50,
+        )
+    )
+    assert "training diverged at step" in line
+    text = (folder / "diverging" / "metrics.jsonl").read_text()
+    rows = [json.loads(row) for row in text.splitlines()]
+    assert "NaN" not in text and "Infinity" not in text
+    kept = [int(path.name) for path in (folder / "diverging" / "checkpoints").iterdir()]
+    assert max(kept) == rows[-1]["step"]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(folder):
+    """A limit to the size of files stands for the disk: a checkpoint is the largest file."""
+    shutil.copytree(folder / "run", folder / "full")
+    before = _contents(folder / "full" / "checkpoints")
+    rows = (folder / "full" / "metrics.jsonl").read_text()
+    limit = 60_000
+
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = _start(folder, "full", num_steps=40, preexec_fn=limit_file_size)
+    line = _error(process)
+    assert "a checkpoint cannot be written" in line
+    assert "File too large" in line
+    after = _contents(folder / "full" / "checkpoints")
+    assert {path: after.get(path) for path in before} == before
+    assert (folder / "full" / "metrics.jsonl").read_text().startswith(rows)
+    # With room again it goes on from the checkpoint that was whole.
+    process = _start(folder, "full", num_steps=20)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "going on from step 10" in output

@@ -1,0 +1,213 @@
+# bazel: size=medium
+"""Runs of the tool as a user starts it, in processes of their own."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import pytest
+
+from xlstm.dataset.testing import write_store
+from xlstm.tools import train
+
+_NUM_STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where everything of this module lies."""
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """A function that starts a run in the folder of the given name, and returns the process."""
+    rng = random.Random(0)
+    words = ["def", "return", "self", "x", "=", "(", ")\n"]
+    write_store(folder / "store", [" ".join(rng.choices(words, k=200)) for _ in range(50)])
+    # Most of a run's time is compiling: the runs share what does not differ.
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "BUILD_WORKING_DIRECTORY": str(folder),
+    }
+
+    def start(workdir, *flags, num_steps=_NUM_STEPS):
+        words = [
+            f"--workdir={workdir}",
+            "--config=smoke",
+            f"--config.data.stores={folder / 'store'}",
+            "--config.data.context_length=16",
+            f"--config.trainer.num_steps={num_steps}",
+            "--config.trainer.eval_interval=50",
+            "--config.logger.sample_tokens=8",
+            *flags,
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-m", train.__name__, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=env,
+        )
+
+    return start
+
+
+def _finish(process):
+    """Waits for a run that must succeed; returns what it printed."""
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return output
+
+
+def _rows(workdir):
+    with open(workdir / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _repeatable(rows):
+    """Rows without the fields that say how fast the machine was."""
+    speeds = {"tokens_per_second", "matmul_fraction"}
+    return [{name: value for name, value in row.items() if name not in speeds} for row in rows]
+
+
+def _contents(workdir):
+    """Every file but the event files, of which each start makes one."""
+    paths = [path for path in workdir.rglob("*") if path.is_file()]
+    return {
+        str(path): path.read_bytes() for path in paths if path.parent != workdir / "tensorboard"
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(folder, start):
+    """An unbroken run: its folder and what it printed."""
+    output = _finish(start("straight"))
+    return folder / "straight", output
+
+
+@pytest.fixture(scope="module")
+def repeated(folder, start, straight):
+    """Runs with the same seed and with another."""
+    processes = [start("same"), start("other", "--config.trainer.seed=1")]
+    for process in processes:
+        _finish(process)
+    return folder / "same", folder / "other"
+
+
+def test_a_run_leaves_everything_in_its_folder(straight):
+    workdir, output = straight
+    assert sorted(path.name for path in workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    with open(workdir / "config.json", encoding="utf-8") as file:
+        config = json.load(file)["config"]
+    assert config["data"]["context_length"] == 16
+    assert config["trainer"]["num_steps"] == _NUM_STEPS
+    steps = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert sorted(steps) == ["100", "90"]
+    assert matplotlib.image.imread(workdir / "loss.png").ndim == 3
+    (events,) = (workdir / "tensorboard").iterdir()
+    data = events.read_bytes()
+    assert all(tag in data for tag in (b"loss", b"val_loss", b"grad_norm", b"tokens_per_second"))
+
+
+def test_a_run_tells_what_it_does(straight):
+    workdir, output = straight
+    assert "42,224" in output  # The number of parameters, under the table.
+    assert "lm_head.kernel" in output
+    assert output.count("validation loss") == 3
+    assert "a sample" in output
+    assert str(workdir) in output.splitlines()[-1]
+
+
+def test_metrics_are_rows_of_every_step(straight):
+    rows = _rows(straight[0])
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, _NUM_STEPS + 1))
+    for row in training:
+        assert row.keys() == {
+            "step",
+            "loss",
+            "grad_norm",
+            "param_norm",
+            "lr",
+            "tokens",
+            "tokens_per_second",
+            "matmul_fraction",
+        }
+        assert row["tokens"] == row["step"] * 8 * 16
+        assert row["tokens_per_second"] > 0
+    validation = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in validation] == [0, 50, 100]
+    assert all(row.keys() == {"step", "val_loss", "val_perplexity"} for row in validation)
+
+
+def test_the_loss_falls(straight):
+    losses = [row["val_loss"] for row in _rows(straight[0]) if "val_loss" in row]
+    assert losses[0] > 5.0  # More than the 5.55 nats of even odds, or nearly.
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_the_same_seed_gives_the_same_run(straight, repeated):
+    same, _ = repeated
+    assert _repeatable(_rows(same)) == _repeatable(_rows(straight[0]))
+
+
+def test_another_seed_gives_another_run(straight, repeated):
+    _, other = repeated
+    ours, theirs = _rows(straight[0]), _rows(other)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert all(
+        one[name] != two[name]
+        for one, two in zip(ours, theirs, strict=True)
+        for name in ("loss", "val_loss")
+        if name in one
+    )
+
+
+def test_a_finished_run_is_left_as_it_is(straight, start):
+    workdir, _ = straight
+    before = _contents(workdir)
+    output = _finish(start("straight"))
+    assert "going on from step 100" in output
+    after = _contents(workdir)
+    assert after.keys() == before.keys()
+    assert [path for path in before if after[path] != before[path]] == []
+
+
+def _last_row_step(workdir):
+    try:
+        return json.loads((workdir / "metrics.jsonl").read_text().split("\n")[-2])["step"]
+    except (OSError, IndexError):
+        return 0
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder, start, straight):
+    workdir = folder / "killed"
+    # Far from its end, whenever the signal comes.
+    process = start("killed", num_steps=100_000)
+    moment = random.randint(11, 60)
+    deadline = time.monotonic() + 100
+    while not (workdir / "checkpoints" / "10").exists() or _last_row_step(workdir) < moment:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    killed_at = _last_row_step(workdir)
+    assert killed_at < _NUM_STEPS
+    output = _finish(start("killed"))
+    assert "going on from step" in output, killed_at
+    assert _repeatable(_rows(workdir)) == _repeatable(_rows(straight[0])), killed_at

@@ -1,0 +1,165 @@
+import dataclasses
+import json
+import os
+
+import pytest
+
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.workdir import Workdir, claim_workdir
+
+
+def _changed(**sections):
+    """The default configuration with other values, given as `section={field: value}`."""
+    config = RunConfig()
+    for section, fields in sections.items():
+        section_config = dataclasses.replace(getattr(config, section), **fields)
+        config = dataclasses.replace(config, **{section: section_config})
+    return config
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """The folder of a run with the default configuration."""
+    workdir = Workdir(str(tmp_path / "runs" / "mine"))
+    claim_workdir(workdir, RunConfig(), ["abc"], allow_config_change=False)
+    return workdir
+
+
+def _claim(workdir, config, corpora=("abc",), allow=False):
+    claim_workdir(workdir, config, list(corpora), allow_config_change=allow)
+
+
+def _saved(workdir):
+    with open(workdir.config, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_a_new_folder_is_made_and_holds_the_configuration(claimed):
+    assert os.listdir(claimed.path) == ["config.json"]
+    saved = _saved(claimed)
+    assert saved["config"]["model"]["embedding_dim"] == RunConfig().model.embedding_dim
+    assert saved["config"]["data"]["stores"] == ["stdlib"]
+    assert saved["config"].keys() == dataclasses.asdict(RunConfig()).keys()
+
+
+def test_everything_lies_in_the_folder():
+    workdir = Workdir("/runs/mine")
+    assert workdir.config == "/runs/mine/config.json"
+    assert workdir.metrics == "/runs/mine/metrics.jsonl"
+    assert workdir.loss_plot == "/runs/mine/loss.png"
+    assert workdir.checkpoints == "/runs/mine/checkpoints"
+
+
+def test_the_same_configuration_goes_on(claimed):
+    before = _saved(claimed)
+    _claim(claimed, RunConfig())
+    assert _saved(claimed) == before
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"mesh": {"dp": 1, "tp": 4}},
+        {"logger": {"interval": 3, "tensorboard": False, "sample_prompt": "def"}},
+        {"trainer": {"num_steps": 7}},
+        {"trainer": {"num_minibatches": 2, "eval_interval": 5, "eval_batches": 3}},
+        {"trainer": {"checkpoint_interval": 9, "max_checkpoints": 1}},
+    ],
+    ids=str,
+)
+def test_what_may_differ_is_written_anew(claimed, sections):
+    config = _changed(**sections)
+    _claim(claimed, config)
+    for section, fields in sections.items():
+        assert fields.items() <= _saved(claimed)["config"][section].items()
+
+
+@pytest.mark.parametrize(
+    "sections, named",
+    [
+        ({"model": {"embedding_dim": 64}}, "model.embedding_dim was 128, is 64"),
+        ({"backend": {"chunk_size": 32}}, "backend.chunk_size was 64, is 32"),
+        ({"data": {"stores": ("a", "b")}}, "data.stores was ['stdlib'], is ['a', 'b']"),
+        ({"data": {"batch_size": 32}}, "data.batch_size was 16, is 32"),
+        ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 was 0.95, is 0.99"),
+        ({"schedule": {"peak_lr": 0.5}}, "schedule.peak_lr was 0.001, is 0.5"),
+        ({"trainer": {"seed": 3}}, "trainer.seed was 0, is 3"),
+    ],
+    ids=str,
+)
+def test_what_may_not_differ_is_named(claimed, sections, named):
+    before = _saved(claimed)
+    config = _changed(**sections)
+    with pytest.raises(ValueError, match="--allow_config_change") as caught:
+        _claim(claimed, config)
+    assert f"({named})" in str(caught.value)
+    assert claimed.path in str(caught.value)
+    assert _saved(claimed) == before
+    _claim(claimed, config, allow=True)
+    assert _saved(claimed) != before
+    _claim(claimed, config)  # From now on it is the run's own.
+
+
+def test_all_differences_are_named_and_only_those(claimed):
+    config = _changed(
+        model={"num_blocks": 2}, schedule={"warmup_steps": 9}, trainer={"num_steps": 5}
+    )
+    with pytest.raises(ValueError) as caught:
+        _claim(claimed, config)
+    assert "(model.num_blocks was 4, is 2; schedule.warmup_steps was 100, is 9)" in str(
+        caught.value
+    )
+
+
+def test_another_text_under_the_same_name(claimed):
+    with pytest.raises(ValueError, match="the token stores hold other text"):
+        _claim(claimed, RunConfig(), corpora=["def"])
+    _claim(claimed, RunConfig(), corpora=["def"], allow=True)
+    _claim(claimed, RunConfig(), corpora=["def"])
+
+
+@pytest.mark.parametrize("field", ["model.scan_unroll", "trainer.later_option"])
+def test_fields_of_other_versions_are_named(claimed, field):
+    saved = _saved(claimed)
+    section, name = field.split(".")
+    saved["config"][section].pop(name, None)
+    if field == "trainer.later_option":
+        saved["config"][section][name] = True
+    with open(claimed.config, "w", encoding="utf-8") as file:
+        json.dump(saved, file)
+    with pytest.raises(ValueError, match=field):
+        _claim(claimed, RunConfig())
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"config": 3, "corpora": []}', '{"config": {"model": 1}}']
+)
+def test_garbage_is_refused_and_left_alone(claimed, content):
+    with open(claimed.config, "w", encoding="utf-8") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=r"config\.json is not a configuration of ours"):
+        _claim(claimed, RunConfig())
+    with open(claimed.config, encoding="utf-8") as file:
+        assert file.read() == content
+
+
+def test_binary_garbage_is_refused(claimed):
+    with open(claimed.config, "wb") as file:
+        file.write(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"config\.json is not a configuration of ours"):
+        _claim(claimed, RunConfig())
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
+def test_a_run_without_its_configuration_is_refused(tmp_path, left):
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=r"a run without its config\.json"):
+        _claim(Workdir(str(tmp_path)), RunConfig(), allow=True)
+    assert os.listdir(tmp_path) == [left]
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    _claim(Workdir(str(tmp_path)), RunConfig())
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "notes.txt"]

@@ -1,0 +1,79 @@
+import os
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from xlstm.trainer.logger.jsonl import JsonLinesLogger
+from xlstm.trainer.logger.loss_plot import LossPlotLogger, plot_losses
+
+_ROWS = [
+    {"step": 0, "val_loss": 5.5},
+    {"step": 1, "loss": 5.4},
+    {"step": 2, "loss": 4.0},
+    {"step": 2, "val_loss": 3.9},
+]
+
+
+def _colours(path):
+    """The number of pixels of each of the two curves, and of everything that is not white."""
+    picture = matplotlib.image.imread(path)[..., :3]
+    colours = [
+        np.sum(np.abs(picture - np.array(colour) / 255).max(-1) < 0.02)
+        for colour in ((31, 119, 180), (255, 127, 14))
+    ]
+    return picture.shape, colours
+
+
+@pytest.mark.parametrize("rows", [_ROWS, _ROWS[1:3], _ROWS[:1]], ids=["both", "loss", "val_loss"])
+def test_a_picture_is_written(tmp_path, rows):
+    path = str(tmp_path / "loss.png")
+    plot_losses(rows, path)
+    (height, width, _), _ = _colours(path)
+    assert 300 < height < width < 2000
+    assert os.listdir(tmp_path) == ["loss.png"]
+
+
+def test_the_curves_are_in_the_picture(tmp_path):
+    pictures = {}
+    for name, rows in {"both": _ROWS, "training": _ROWS[1:3]}.items():
+        plot_losses(rows, str(tmp_path / name))
+        pictures[name] = _colours(str(tmp_path / name))[1]
+    assert pictures["both"][1] > 100  # The validation curve is opaque, in the second colour,
+    assert pictures["training"][1] == 0  # and not there without such rows.
+
+
+def test_the_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = str(tmp_path / "loss.png")
+    plot_losses(_ROWS, path)
+    before = (tmp_path / "loss.png").read_bytes()
+
+    def replace(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space left"):
+        plot_losses(_ROWS[:1], path)
+    assert (tmp_path / "loss.png").read_bytes() == before
+    assert os.listdir(tmp_path) == ["loss.png"]
+
+
+def test_the_logger_draws_after_evaluations(tmp_path):
+    metrics, plot = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    rows, logger = JsonLinesLogger(str(metrics), 0), LossPlotLogger(str(metrics), str(plot))
+
+    def log(step, row):
+        rows.log(step, row)
+        logger.log(step, row)
+
+    log(0, {"val_loss": 5.5})
+    log(1, {"loss": 5.0})
+    assert not plot.exists()
+    log(1, {"val_loss": 4.9})
+    first = plot.read_bytes()
+    log(2, {"loss": 1.0})
+    assert plot.read_bytes() == first
+    log(2, {"val_loss": 1.0})
+    assert plot.read_bytes() != first
+    rows.close()
+    logger.close()
