@@ -107,4 +107,9 @@ def test_bad_words(words, message):
 
 def test_other_words_are_left_alone():
     words = with_config_paths(["--workdir=config", "--configs=x", "smoke", "--config=smoke"])
-    assert words == ["--workdir=config", "--configs=x", "smoke", f"--config={config_path('smoke', '')}"]
+    assert words == [
+        "--workdir=config",
+        "--configs=x",
+        "smoke",
+        f"--config={config_path('smoke', '')}",
+    ]

@@ -8,6 +8,7 @@ from xlstm.models.shared.feed_forward import feed_forward_dim
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_REMAT = ("none", "dots", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ModelConfig:
     norm_eps: float = 1e-6  # Added to the variances in the norms.
     igate_bias_init: float = -10.0  # Initial bias of the input gates.
     dtype: str = "float32"  # Type of the computation, float32 or bfloat16; parameters are float32.
+    remat: str = "dots"  # What the backward pass computes again: none; dots, all but the matmuls of
+    # the dense layers; block, everything.
     scan_unroll: int = 1  # Blocks that a step of the scan over blocks holds; compiles slower.
 
     def __post_init__(self):
@@ -43,6 +46,10 @@ class ModelConfig:
         if self.dtype not in _DTYPES:
             raise ValueError(
                 f"model.dtype={self.dtype!r} is unknown; there are {', '.join(_DTYPES)}"
+            )
+        if self.remat not in _REMAT:
+            raise ValueError(
+                f"model.remat={self.remat!r} is unknown; there are {', '.join(_REMAT)}"
             )
 
     @property

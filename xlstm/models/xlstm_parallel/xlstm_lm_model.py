@@ -51,7 +51,7 @@ class xLSTMLMModel(nn.Module):
             tokens
         )
         blocks = nn.scan(
-            mLSTMBlock,
+            _rematerialized(mLSTMBlock, config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
@@ -64,6 +64,18 @@ class xLSTMLMModel(nn.Module):
         head = Dense(config.vocab_size, in_init, (None, "tp"), dtype=dtype, name="lm_head")
         logits = soft_cap(head(x).astype(jnp.float32), config.output_logit_soft_cap)
         return logits if state is None else (logits, last_state)
+
+
+def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The block, keeping less for its backward pass: what is cheap is computed again."""
+    if remat == "none":
+        return block
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "block": jax.checkpoint_policies.nothing_saveable,
+    }
+    # The scan around it already keeps XLA from merging the two computations.
+    return nn.remat(block, policy=policies[remat], prevent_cse=False)
 
 
 def initial_state(config: LanguageModelConfig, batch_size: int) -> MLSTMState:

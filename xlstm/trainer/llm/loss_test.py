@@ -21,9 +21,9 @@ def _batch(mask=None):
 
 def _apply(variables, inputs, reset):
     """Logits that depend on the parameters, the tokens and the resets."""
-    return variables["params"]["table"][inputs] + jnp.where(reset, 1.0, 0.0)[..., None] * jnp.arange(
-        _V
-    )
+    return variables["params"]["table"][inputs] + jnp.where(reset, 1.0, 0.0)[
+        ..., None
+    ] * jnp.arange(_V)
 
 
 def _params():
@@ -68,9 +68,9 @@ def test_without_targets_loss_and_gradient_are_zero():
 
 
 def test_even_logits_cost_the_logarithm_of_the_vocabulary():
-    nll, count = next_token_nll({"table": jnp.zeros((_V, _V))}, _apply, _batch().replace(
-        reset=np.zeros((_B, _T), bool)
-    ))
+    nll, count = next_token_nll(
+        {"table": jnp.zeros((_V, _V))}, _apply, _batch().replace(reset=np.zeros((_B, _T), bool))
+    )
     np.testing.assert_allclose(nll / count, np.log(_V), rtol=1e-6)
 
 

@@ -109,7 +109,8 @@ def test_boxes_change_nothing():
     params = _params()
     grads = jax.tree.map(jnp.sin, params)
     boxed = [
-        jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), tree) for tree in (params, grads)
+        jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), tree)
+        for tree in (params, grads)
     ]
     found = _one_update(OptimizerConfig(), *boxed)
     assert jax.tree.structure(found) == jax.tree.structure(boxed[0])
