@@ -47,8 +47,6 @@ def to_run_config(config: ConfigDict) -> RunConfig:
         ValueError: If a section or field is unknown or missing, or a value cannot be.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else config
-    if not isinstance(values, dict):
-        raise ValueError(f"a config file's get_config returns a ConfigDict, not {config!r}")
     _check_names("the config", values, sections())
     made = {}
     for section, section_class in sections().items():
@@ -64,6 +62,8 @@ def to_run_config(config: ConfigDict) -> RunConfig:
 
 
 def _check_names(where: str, given: Any, known: typing.Collection[str]) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}={given!r}: expected a section, with {', '.join(sorted(known))}")
     unknown, missing = sorted(set(given) - set(known)), sorted(set(known) - set(given))
     if unknown or missing:
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -105,3 +106,11 @@ class Checkpointer:
         with _reported(f"a checkpoint cannot be written to {self._directory}"):
             self._manager.wait_until_finished()
             self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type | None, error: object, traceback: object) -> None:
+        """Closes; after an error in the block, that one is told and not another from here."""
+        with contextlib.suppress(OSError) if error_type else contextlib.nullcontext():
+            self.close()

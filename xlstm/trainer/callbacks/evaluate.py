@@ -6,6 +6,7 @@ from collections.abc import Callable
 from xlstm.common_types import Metrics, TrainState
 from xlstm.trainer.base.throughput import Throughput
 from xlstm.trainer.callbacks.callback import Callback
+from xlstm.trainer.callbacks.metrics import fetch_metrics
 from xlstm.trainer.logger.base_logger import Loggers
 
 
@@ -49,6 +50,6 @@ class EvaluateCallback(Callback):
 
     def _log(self, step: int, state: TrainState) -> None:
         with self._throughput.pause():
-            loss = self._evaluate(state)
+            loss = fetch_metrics(step, {"val_loss": self._evaluate(state)})["val_loss"]
         self._loggers.log(step, {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))})
         self._last = step

@@ -1,5 +1,6 @@
 """Trains a language model: puts data, model, optimizer, mesh, callbacks and loggers together."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -102,50 +103,57 @@ def train_language_model(
     excluded = config.optimizer.weight_decay_exclude
     table = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
     console.print(table, soft_wrap=True)
-    checkpointer = Checkpointer(workdir.checkpoints, config.trainer.max_checkpoints)
-    start_step = checkpointer.latest_step() or 0
-    if start_step:
-        state = checkpointer.restore(state)
-        console.print(f"going on from step {start_step:,}, the last checkpoint in {workdir.path}")
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(config.data, stores, start_step=start_step, **processes)
-
-    throughput = Throughput()
-    loggers = _create_loggers(config, workdir, console, start_step)
-    callbacks: list[Callback] = [
-        MetricsCallback(
-            loggers,
-            throughput,
-            interval=config.logger.interval,
-            tokens_per_step=config.data.batch_size * config.data.context_length,
-            flops_per_token=6 * get_num_params(state.params),
-            matmul_rate=measure_matmul_rate(config.model.compute_dtype),
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(
+            Checkpointer(workdir.checkpoints, config.trainer.max_checkpoints)
         )
-    ]
-    if config.data.validation_fraction > 0:
-        evaluate = _create_evaluation(config, mesh, specs, stores, state.apply_fn, processes)
-        callbacks.append(
-            EvaluateCallback(evaluate, loggers, throughput, config.trainer.eval_interval)
-        )
-    callbacks.append(
-        CheckpointCallback(checkpointer, throughput, config.trainer.checkpoint_interval)
-    )
-    try:
+        start_step = checkpointer.latest_step() or 0
+        if start_step:
+            state = checkpointer.restore(state)
+            console.print(f"going on from step {start_step:,}, the last one in {workdir.path}")
+        batches = train_batches(config.data, stores, start_step=start_step, **_processes())
+        loggers = _create_loggers(config, workdir, console, start_step)
+        stack.callback(loggers.close)
+        evaluate = _create_evaluation(config, mesh, specs, stores, state.apply_fn)
         state = fit(
             state,
             global_batches(batches, mesh),
             train_step,
             start_step=start_step,
             num_steps=max(config.trainer.num_steps, start_step),
-            callbacks=callbacks,
+            callbacks=_create_callbacks(config, state, loggers, evaluate, checkpointer),
         )
-    finally:
-        loggers.close()
     if config.logger.sample_tokens:
         console.rule("a sample")
         console.print(sample_text(config, state.params, stores[0].load_tokenizer()), markup=False)
         console.rule()
     console.print(f"{int(state.step):,} steps done; everything lies in {workdir.path}")
+
+
+def _processes() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _create_callbacks(
+    config: RunConfig,
+    state: TrainState,
+    loggers: Loggers,
+    evaluate: Callable[[TrainState], float],
+    checkpointer: Checkpointer,
+) -> list[Callback]:
+    throughput = Throughput()
+    metrics = MetricsCallback(
+        loggers,
+        throughput,
+        interval=config.logger.interval,
+        tokens_per_step=config.data.batch_size * config.data.context_length,
+        flops_per_token=6 * get_num_params(state.params),
+        matmul_rate=measure_matmul_rate(config.model.compute_dtype),
+    )
+    evaluation = EvaluateCallback(evaluate, loggers, throughput, config.trainer.eval_interval)
+    # A checkpoint comes last: what a step has to say is written before the step counts as done.
+    checkpoint = CheckpointCallback(checkpointer, throughput, config.trainer.checkpoint_interval)
+    return [metrics, *([evaluation] if config.data.validation_fraction > 0 else []), checkpoint]
 
 
 def _create_loggers(
@@ -170,7 +178,6 @@ def _create_evaluation(
     specs: PyTree,
     stores: Sequence[TokenStore],
     apply_fn: Callable,
-    processes: dict[str, int],
 ) -> Callable[[TrainState], float]:
     eval_step = create_eval_step(
         mesh, specs.params, lambda params, batch: next_token_nll(params, apply_fn, batch)
@@ -179,7 +186,7 @@ def _create_evaluation(
     def evaluate(state: TrainState) -> float:
         """The validation loss in nats a token."""
         batches = validation_batches(
-            config.data, stores, max_batches=config.trainer.eval_batches, **processes
+            config.data, stores, max_batches=config.trainer.eval_batches, **_processes()
         )
         sums = [eval_step(state.params, batch) for batch in global_batches(batches, mesh)]
         nll, count = (float(sum(values)) for values in zip(*jax.device_get(sums), strict=True))

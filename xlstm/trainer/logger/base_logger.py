@@ -1,5 +1,6 @@
 """The interface of loggers, and several of them as one."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -55,6 +56,7 @@ class Loggers(Logger):
             logger.progress(step)
 
     def close(self) -> None:
-        """Closes each."""
-        for logger in self._loggers:
-            logger.close()
+        """Closes each, also when closing another fails."""
+        with contextlib.ExitStack() as stack:
+            for logger in self._loggers:
+                stack.callback(logger.close)

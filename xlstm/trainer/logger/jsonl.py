@@ -8,12 +8,28 @@ from xlstm.trainer.logger.base_logger import Logger
 
 
 def read_rows(path: str) -> list[dict[str, float]]:
-    """Reads the rows of a metrics file; a torn last line, left by a killed run, is left out."""
+    """Reads the rows of a metrics file; a torn last line, left by a killed run, is left out.
+
+    Args:
+        path: The file; there need not be one.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: If another line is no JSON object.
+    """
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as file:
         lines = file.read().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # What follows the last newline is torn.
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline is torn.
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}:{number} is no JSON object: {line[:80]!r}") from None
+    return rows
 
 
 class JsonLinesLogger(Logger):

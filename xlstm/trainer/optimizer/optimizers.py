@@ -1,6 +1,7 @@
 """Optimizers."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,23 @@ class OptimizerConfig:
     grad_clip_norm: float = 1.0  # The gradient is scaled down to this global norm.
 
     def __post_init__(self):
-        if self.grad_clip_norm <= 0:
-            raise ValueError(f"optimizer.grad_clip_norm={self.grad_clip_norm}: it must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)}: it must be at least 0 and below 1"
+                )
+        for name in ("eps", "grad_clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: it must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay}: it must not be negative")
+        for pattern in self.weight_decay_exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"optimizer.weight_decay_exclude: {pattern!r} is no regular expression: {error}"
+                ) from None
 
 
 def clip_by_sharded_global_norm(max_norm: float) -> optax.GradientTransformation:

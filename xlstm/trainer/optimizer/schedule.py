@@ -17,6 +17,10 @@ class ScheduleConfig:
     def __post_init__(self):
         if self.peak_lr <= 0:
             raise ValueError(f"schedule.peak_lr={self.peak_lr}: it must be positive")
+        if not 0 <= self.final_lr_factor <= 1:
+            raise ValueError(
+                f"schedule.final_lr_factor={self.final_lr_factor}: it must be from 0 to 1"
+            )
         if not 0 <= self.warmup_steps < self.decay_steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.warmup_steps}: it must be at least 0 and below"
