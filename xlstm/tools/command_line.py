@@ -39,7 +39,8 @@ def run(
         except (flags.Error, ValueError, OSError) as error:
             _fail(str(error))
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells much; --verbosity=0 shows it.
+    # Orbax tells much, and every error twice; --verbosity=0 shows it.
+    logging.set_verbosity(logging.FATAL)
     app.run(guarded, flags_parser=parse)
 
 

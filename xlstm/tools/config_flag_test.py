@@ -49,7 +49,7 @@ def test_fields_are_changed_by_flags(parse):
         "3",
         "--config.backend.name=recurrent",
         "--config.logger.tensorboard=False",
-        "--config.data.stores=/a,/b",
+        "--config.data.stores=('/a', '/b')",
         "--config.data.weights=(1.0, 2.5)",
     )
     assert config.model.embedding_dim == 64

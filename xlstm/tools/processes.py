@@ -2,6 +2,7 @@
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for a run of several processes."
@@ -28,7 +29,7 @@ def initialize_devices() -> None:
     settings = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if all(setting is None for setting in settings):
         if _DISTRIBUTED.value:
-            jax.distributed.initialize()
+            _connect()
         return
     if any(setting is None for setting in settings):
         raise ValueError(
@@ -40,4 +41,11 @@ def initialize_devices() -> None:
             f"--process_id={_PROCESS_ID.value}: it must be at least 0 and below"
             f" --num_processes={_NUM_PROCESSES.value}"
         )
+    _connect(*settings)
+
+
+def _connect(*settings: str | int) -> None:
     jax.distributed.initialize(*settings)
+    # CPU processes give up if one comes half a minute late to their first common computation; here
+    # they all are at the same place.
+    multihost_utils.sync_global_devices("start")

@@ -200,11 +200,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder, start, straight
     process = start("killed", num_steps=100_000)
     moment = random.randint(11, 60)
     deadline = time.monotonic() + 100
-    while not (workdir / "checkpoints" / "10").exists() or _last_row_step(workdir) < moment:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    try:
+        while not list(workdir.glob("checkpoints/*0")) or _last_row_step(workdir) < moment:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()  # SIGKILL: it cannot prepare for it.
+        process.communicate()
     assert process.returncode == -signal.SIGKILL
     killed_at = _last_row_step(workdir)
     assert killed_at < _NUM_STEPS

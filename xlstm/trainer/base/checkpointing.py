@@ -1,7 +1,9 @@
 """Checkpoints of the train state, written and read by Orbax."""
 
 import contextlib
+import errno
 import os
+import sys
 from collections.abc import Iterator
 from typing import Self
 
@@ -18,8 +20,29 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise OSError(f"{what}: {reason[:300]}") from error
+        raise OSError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's words for a failure, if there are any in a long text."""
+    text = " ".join(str(error).split()) or repr(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text[:300]
+
+
+def _hide_writes_in_flight() -> None:
+    """Keeps TensorStore from a traceback for each write that was under way when another failed."""
+    print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
+
+    def is_late(error: object) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    sys.excepthook = lambda kind, error, trace: (
+        None if is_late(error) else print_exception(kind, error, trace)
+    )
+    sys.unraisablehook = lambda args: None if is_late(args.exc_value) else print_unraisable(args)
 
 
 def _arrays(state: TrainState) -> PyTree:
@@ -46,6 +69,7 @@ class Checkpointer:
             OSError: If the folder cannot be used.
         """
         self._directory = directory
+        _hide_writes_in_flight()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep, enable_async_checkpointing=True
         )

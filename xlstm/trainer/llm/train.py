@@ -97,7 +97,13 @@ def train_language_model(
     workdir = Workdir(workdir_path)
     stores = open_stores(config.data, workdir.stdlib_store)
     check_vocabulary(config, stores)
-    claim_workdir(workdir, config, corpus_checksums(stores), allow_config_change)
+    claim_workdir(
+        workdir,
+        config,
+        corpus_checksums(stores),
+        allow_config_change=allow_config_change,
+        write=jax.process_index() == 0,
+    )
 
     state, specs, train_step = create_language_model_run(config, mesh)
     excluded = config.optimizer.weight_decay_exclude

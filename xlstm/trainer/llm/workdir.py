@@ -67,15 +67,21 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def claim_workdir(
-    workdir: Workdir, config: RunConfig, corpora: list[str], allow_config_change: bool
+    workdir: Workdir,
+    config: RunConfig,
+    corpora: list[str],
+    *,
+    allow_config_change: bool = False,
+    write: bool = True,
 ) -> None:
-    """Writes the configuration into a run's folder, or checks the one that is there.
+    """Checks the configuration in a run's folder, if there is one, and writes this one there.
 
     Args:
         workdir: The folder of the run; made if it is not there.
         config: The run's configuration.
         corpora: Checksums of what it trains on.
         allow_config_change: Whether to go on when the configuration there is another.
+        write: Whether to write; of several processes one does, all check.
 
     Raises:
         ValueError: If the folder belongs to a run whose configuration or corpus differs in more
@@ -108,6 +114,8 @@ def claim_workdir(
         raise ValueError(
             f"{workdir.path} holds a run without its config.json: choose another --workdir"
         )
+    if not write:
+        return
     os.makedirs(workdir.path, exist_ok=True)
     content = {"config": resolved, "corpora": corpora}
     write_atomically(workdir.config, json.dumps(content, indent=2) + "\n")
