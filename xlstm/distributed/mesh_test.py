@@ -1,4 +1,3 @@
-# bazel: devices=8
 import jax
 import numpy as np
 import pytest

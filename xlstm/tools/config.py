@@ -47,8 +47,6 @@ def to_run_config(config: ConfigDict) -> RunConfig:
         ValueError: If a section or field is unknown or missing, or a value cannot be.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else config
-    if not isinstance(values, dict):
-        raise ValueError(f"a config file's get_config returns a ConfigDict, not {config!r}")
     _check_names("the config", values, sections())
     made = {}
     for section, section_class in sections().items():

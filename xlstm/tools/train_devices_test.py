@@ -1,4 +1,3 @@
-# bazel: size=medium
 """The same run on one device, on several, and in several processes."""
 
 import json

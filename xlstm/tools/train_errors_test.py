@@ -1,4 +1,3 @@
-# bazel: size=medium
 """Bad input and a full disk, as a user of the tool meets them."""
 
 import json

@@ -1,4 +1,3 @@
-# bazel: size=medium
 """Runs of the tool as a user starts it, in processes of their own."""
 
 import json

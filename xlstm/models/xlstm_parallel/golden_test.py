@@ -1,4 +1,3 @@
-# bazel: data=testdata/hf_xlstm_tiny/model.safetensors,testdata/hf_xlstm_tiny/config.json,testdata/hf_xlstm_tiny/expected.npz  # noqa: E501
 """A random checkpoint of the public format, and what the public implementation made of it."""
 
 import json

@@ -1,4 +1,3 @@
-# bazel: devices=8
 import os
 
 import flax.linen as nn

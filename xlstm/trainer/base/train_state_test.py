@@ -1,4 +1,3 @@
-# bazel: devices=8
 import functools
 
 import flax.linen as nn

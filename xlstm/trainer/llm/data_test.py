@@ -1,4 +1,3 @@
-# bazel: devices=8
 import dataclasses
 
 import jax

@@ -116,7 +116,10 @@ def train_language_model(
         start_step = checkpointer.latest_step() or 0
         if start_step:
             state = checkpointer.restore(state)
-            console.print(f"going on from step {start_step:,}, the last one in {workdir.path}")
+            console.print(
+                f"going on from step {start_step:,}, the last checkpoint in {workdir.path}",
+                soft_wrap=True,
+            )
         batches = train_batches(config.data, stores, start_step=start_step, **_processes())
         loggers = _create_loggers(config, workdir, console, start_step)
         stack.callback(loggers.close)
@@ -131,9 +134,15 @@ def train_language_model(
         )
     if config.logger.sample_tokens:
         console.rule("a sample")
-        console.print(sample_text(config, state.params, stores[0].load_tokenizer()), markup=False)
+        console.print(
+            sample_text(config, state.params, stores[0].load_tokenizer()),
+            markup=False,
+            soft_wrap=True,
+        )
         console.rule()
-    console.print(f"{int(state.step):,} steps done; everything lies in {workdir.path}")
+    console.print(
+        f"{int(state.step):,} steps done; everything lies in {workdir.path}", soft_wrap=True
+    )
 
 
 def _processes() -> dict[str, int]:

@@ -1,4 +1,3 @@
-# bazel: devices=8
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

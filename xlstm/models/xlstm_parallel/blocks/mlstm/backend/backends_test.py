@@ -1,4 +1,3 @@
-# bazel: size=medium
 import functools
 import itertools
 
