@@ -79,6 +79,10 @@ class StoreMeta:
                 DOCUMENTS_FILE: (meta.num_documents + 1) * OFFSET_DTYPE.itemsize,
             }
             sizes = {name: meta.files[name]["bytes"] for name in expected}
+            if not all(isinstance(file["sha256"], str) for file in meta.files.values()):
+                raise TypeError("a checksum is no text")
+            if not all(type(x) is int for x in (meta.vocab_size, meta.eod_id, meta.text_bytes)):
+                raise TypeError("a count is no integer")
         except (TypeError, KeyError) as error:
             raise ValueError(f"its fields are not those of version {VERSION} ({error})") from error
         if sizes != expected or not meta.num_tokens > meta.num_documents > 0:

@@ -1,6 +1,6 @@
 """Times the training step of a config: `bazel run //xlstm/tools:benchmark -- --config=NAME`.
 
-The rate of a large dense matmul is measured in the same process, before and after, since a
+The rate of a large dense matmul is measured in the same process, beside every step, since a
 machine's speed drifts. Data are random tokens: reading them is not part of the figure.
 """
 
@@ -63,24 +63,25 @@ def time_train_step(config: RunConfig, repeats: int) -> dict[str, float]:
 
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
-    rates, times = [measure_matmul_rate(config.model.compute_dtype)], []
+    rates, times = [], []
     for _ in range(repeats):
+        rates.append(measure_matmul_rate(config.model.compute_dtype, seconds=0.2))
         begin = time.perf_counter()
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - begin)
-    rates.append(measure_matmul_rate(config.model.compute_dtype))
 
-    median, matmul_rate = float(np.median(times)), float(np.mean(rates))
+    median = float(np.median(times))
     tokens = config.data.batch_size * config.data.context_length
+    fractions = 6 * num_params * tokens / np.asarray(times) / np.asarray(rates)
     return {
         "num_params": num_params,
         "compile_time": compile_time,
         "step_time_median": median,
         "step_time_min": min(times),
         "tokens_per_second": tokens / median,
-        "matmul_rate": matmul_rate,
-        "matmul_fraction": 6 * num_params * tokens / median / matmul_rate,
+        "matmul_rate": float(np.median(rates)),
+        "matmul_fraction": float(np.median(fractions)),
         "temporary_memory": compiled.memory_analysis().temp_size_in_bytes,
         "resident_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

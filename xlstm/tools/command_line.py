@@ -25,6 +25,7 @@ def run(
     """
 
     def guarded(argv: list[str]) -> None:
+        _hide_late_writes()
         try:
             main(argv)
         except (ValueError, OSError) as error:
@@ -47,3 +48,18 @@ def run(
 def _fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _hide_late_writes() -> None:
+    """Keeps TensorStore from a traceback for each write under way when a checkpoint failed."""
+    print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
+
+    def is_late_write(error: object) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    sys.excepthook = lambda kind, error, trace: (
+        None if is_late_write(error) else print_exception(kind, error, trace)
+    )
+    sys.unraisablehook = lambda args: (
+        None if is_late_write(args.exc_value) else print_unraisable(args)
+    )

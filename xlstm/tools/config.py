@@ -148,7 +148,7 @@ def load_config(path: str) -> ConfigDict:
         names = runpy.run_path(path)
         if "get_config" not in names:
             raise ValueError(f"the config file {path} has no function get_config")
-        return names["get_config"](*([argument] if argument else []))
+        config = names["get_config"](*([argument] if argument else []))
     except ValueError:
         raise
     except Exception as error:  # Whatever a user's file may raise.
@@ -159,6 +159,12 @@ def load_config(path: str) -> ConfigDict:
         text = re.sub(r" and cannot be added.*?}\"", ";", str(error), flags=re.S)
         text = text.replace("\\n", " ").replace("\\'", "'").strip("'\"")
         raise ValueError(f"{place}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict;"
+            " begin with default_config()"
+        )
+    return config
 
 
 def field_comments(section_class: type) -> dict[str, str]:

@@ -22,6 +22,7 @@ def initialize_devices() -> None:
 
     Raises:
         ValueError: If only a part of the flags for several processes is given, or they contradict.
+        OSError: If the processes do not find each other.
     """
     if _SIMULATE_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
@@ -45,7 +46,10 @@ def initialize_devices() -> None:
 
 
 def _connect(*settings: str | int) -> None:
-    jax.distributed.initialize(*settings)
+    try:
+        jax.distributed.initialize(*settings)
+    except RuntimeError as error:
+        raise OSError(f"the processes cannot be connected: {error}") from error
     # CPU processes give up if one comes half a minute late to their first common computation; here
     # they all are at the same place.
     multihost_utils.sync_global_devices("start")

@@ -1,6 +1,7 @@
 """Configuration of the xLSTM language model."""
 
 import dataclasses
+import typing
 
 import jax.numpy as jnp
 
@@ -33,9 +34,12 @@ class ModelConfig:
     scan_unroll: int = 1  # Blocks that a step of the scan over blocks holds; compiles slower.
 
     def __post_init__(self):
-        for name in ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "scan_unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: it must be at least 1")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is int and value < 1:
+                raise ValueError(f"model.{name}={value}: it must be at least 1")
+            if kind is float and name != "igate_bias_init" and not value > 0:
+                raise ValueError(f"model.{name}={value}: it must be positive")
         for name in ("qk_dim", "v_dim"):
             size = getattr(self, name)
             if size % self.num_heads or size < self.num_heads:

@@ -36,7 +36,13 @@ def test_sizes_are_at_least_one(name, value):
     [
         ({"embedding_dim": 128, "num_heads": 3}, "num_heads=3 does not divide qk_dim = 64"),
         ({"num_heads": 8, "v_dim_factor": 0.03125}, "num_heads=8 does not divide v_dim = 4"),
-        ({"qk_dim_factor": 0.0}, "num_heads=4 does not divide qk_dim = 0"),
+        ({"qk_dim_factor": 0.0}, "qk_dim_factor=0.0: it must be positive"),
+        ({"gate_soft_cap": float("nan")}, "gate_soft_cap=nan: it must be positive"),
+        (
+            {"ffn_round_up_to_multiple_of": 0},
+            "ffn_round_up_to_multiple_of=0: it must be at least 1",
+        ),
+        ({"remat": "all"}, "remat='all' is unknown; there are none, dots, block"),
         ({"dtype": "float16"}, "dtype='float16' is unknown; there are float32, bfloat16"),
     ],
 )

@@ -12,7 +12,7 @@ from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state, xLSTMLMModel
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "temperature"))
+@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "temperature", "vocab_size"))
 def sample_tokens(
     params: PyTree,
     prompt: jax.Array,
@@ -21,6 +21,7 @@ def sample_tokens(
     config: LanguageModelConfig,
     num_tokens: int,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> jax.Array:
     """Continues prompts by sampling.
 
@@ -34,6 +35,7 @@ def sample_tokens(
         config: Configuration of the model.
         num_tokens: Number of tokens to sample.
         temperature: Divides the logits; 0 takes the likeliest token.
+        vocab_size: Ids from this on are never sampled: a model's vocabulary is often rounded up.
 
     Returns:
         The sampled ids `(B, num_tokens)`.
@@ -45,6 +47,8 @@ def sample_tokens(
     )
 
     def choose(logits: jax.Array, key: PRNGKeyArray) -> jax.Array:
+        if vocab_size is not None:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         if temperature == 0:
             return jnp.argmax(logits, axis=-1)
         return jax.random.categorical(key, logits / temperature)

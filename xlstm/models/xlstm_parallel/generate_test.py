@@ -55,3 +55,12 @@ def test_tokens_follow_the_distribution_and_the_key():
 def test_negative_temperature():
     with pytest.raises(ValueError, match="temperature=-1.*not be negative"):
         sample(temperature=-1)
+
+
+def test_ids_beyond_the_vocabulary_are_not_sampled():
+    options = {"config": CONFIG, "num_tokens": 50, "temperature": 5.0, "vocab_size": 3}
+    sample = jax.jit(
+        functools.partial(sample_tokens, **options), compiler_options=QUICK_COMPILATION
+    )
+    tokens = np.asarray(sample(PARAMS, PROMPT, jax.random.key(0)))
+    assert set(np.unique(tokens)) == {0, 1, 2}

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from typing import Self
 
@@ -32,19 +31,6 @@ def _reason(error: Exception) -> str:
     return text[:300]
 
 
-def _hide_writes_in_flight() -> None:
-    """Keeps TensorStore from a traceback for each write that was under way when another failed."""
-    print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
-
-    def is_late(error: object) -> bool:
-        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
-
-    sys.excepthook = lambda kind, error, trace: (
-        None if is_late(error) else print_exception(kind, error, trace)
-    )
-    sys.unraisablehook = lambda args: None if is_late(args.exc_value) else print_unraisable(args)
-
-
 def _arrays(state: TrainState) -> PyTree:
     """What a checkpoint holds: names and arrays, no boxes, so that it knows nothing of a mesh."""
     return {
@@ -53,6 +39,21 @@ def _arrays(state: TrainState) -> PyTree:
         "step": state.step,
         "rng": state.rng,
     }
+
+
+def _check_shapes(wanted: PyTree, saved: PyTree) -> None:
+    """Raises ValueError if the parameters of a checkpoint are not those of the model."""
+    wanted_shapes, saved_shapes = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (wanted, saved)
+    )
+    for name in sorted(wanted_shapes.keys() | saved_shapes.keys()):
+        here, there = wanted_shapes.get(name), saved_shapes.get(name)
+        if here != there:
+            raise ValueError(f"{name} has the shape {there} there, {here} in this configuration")
 
 
 class Checkpointer:
@@ -69,12 +70,15 @@ class Checkpointer:
             OSError: If the folder cannot be used.
         """
         self._directory = directory
-        _hide_writes_in_flight()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep, enable_async_checkpointing=True
         )
         with _reported(f"the checkpoints in {directory} cannot be opened"):
-            self._manager = ocp.CheckpointManager(os.path.abspath(directory), options=options)
+            self._manager = ocp.CheckpointManager(
+                os.path.abspath(directory),
+                options=options,
+                item_handlers=ocp.StandardCheckpointHandler(),
+            )
 
     def latest_step(self) -> int | None:
         """The step of the last whole checkpoint; None if there is none."""
@@ -84,7 +88,8 @@ class Checkpointer:
         """Reads the last checkpoint.
 
         Args:
-            like: A state with the shapes and shardings wanted; its values are not used.
+            like: A state with the shapes and shardings wanted. It is consumed, so that two states
+                never need room at once.
 
         Returns:
             The state that was saved, placed as `like` is.
@@ -100,6 +105,8 @@ class Checkpointer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like_arrays
         )
         with _reported(f"the checkpoint of step {step} in {self._directory} cannot be read"):
+            _check_shapes(target["params"], self._manager.item_metadata(step).tree["params"])
+            jax.tree.map(lambda x: x.delete(), like_arrays)
             arrays = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         return like.replace(
             params=reboxed(arrays["params"], like.params),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from xlstm.common_types import PyTree
+
 _MATMUL_SIZE = {"cpu": 2048}  # On other platforms:
 _LARGE_MATMUL_SIZE = 8192
 
@@ -49,8 +51,13 @@ class Throughput:
         self._tokens += tokens
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves the time spent inside out: evaluation, say."""
+    def pause(self, pending: PyTree) -> Iterator[None]:
+        """Leaves the time spent inside out: evaluation, say.
+
+        Args:
+            pending: What the steps before are still computing; that time is not left out.
+        """
+        jax.block_until_ready(pending)
         begin = time.perf_counter()
         try:
             yield

@@ -44,7 +44,7 @@ def test_pauses_do_not_count(clock):
     throughput.add(100)
     clock.now += 1.0
     for _ in range(2):
-        with throughput.pause():
+        with throughput.pause(None):
             clock.now += 50.0
     clock.now += 1.0
     assert throughput.lap() == 50.0
@@ -55,7 +55,7 @@ def test_pauses_do_not_count(clock):
 
 def test_a_pause_ends_with_an_error(clock):
     throughput = Throughput()
-    with pytest.raises(KeyError), throughput.pause():
+    with pytest.raises(KeyError), throughput.pause(None):
         clock.now += 50.0
         raise KeyError
     throughput.add(100)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from xlstm.common_types import Metrics, PyTree, TrainState
-from xlstm.trainer.callbacks.callback import Callback
+from xlstm.trainer.base.callback import Callback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,8 @@ class TrainerConfig:
             least = 0 if field.name == "seed" else 1
             if value < least:
                 raise ValueError(f"trainer.{field.name}={value}: it must be at least {least}")
+        if self.seed >= 2**32:
+            raise ValueError(f"trainer.seed={self.seed}: it must be below 2**32")
 
 
 def fit(

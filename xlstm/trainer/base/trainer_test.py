@@ -1,7 +1,7 @@
 import pytest
 
+from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.trainer import TrainerConfig, fit
-from xlstm.trainer.callbacks.callback import Callback
 
 
 class _Recorder(Callback):

@@ -1,9 +1,9 @@
 """Writes checkpoints."""
 
 from xlstm.common_types import Metrics, TrainState
+from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.callbacks.callback import Callback
 from xlstm.trainer.callbacks.metrics import fetch_metrics
 
 
@@ -19,7 +19,7 @@ class CheckpointCallback(Callback):
         """Writes a checkpoint if its turn has come."""
         self._last_metrics = metrics
         if step % self._interval == 0:
-            with self._throughput.pause():
+            with self._throughput.pause(state):
                 self._save(step, state)
 
     def on_end(self, step: int, state: TrainState) -> None:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 
 from xlstm.common_types import Metrics, TrainState
+from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.callbacks.callback import Callback
 from xlstm.trainer.callbacks.metrics import fetch_metrics
 from xlstm.trainer.logger.base_logger import Loggers
 
@@ -49,7 +49,7 @@ class EvaluateCallback(Callback):
             self._log(step, state)
 
     def _log(self, step: int, state: TrainState) -> None:
-        with self._throughput.pause():
+        with self._throughput.pause(state):
             loss = fetch_metrics(step, {"val_loss": self._evaluate(state)})["val_loss"]
         self._loggers.log(step, {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))})
         self._last = step

@@ -5,8 +5,8 @@ import math
 import jax
 
 from xlstm.common_types import Metrics, TrainState
+from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.callbacks.callback import Callback
 from xlstm.trainer.logger.base_logger import Loggers
 
 

@@ -62,7 +62,7 @@ def test_rows_are_logged_with_speeds(monkeypatch):
     callback.on_start(4, None)
     for step in (5, 6, 7, 8, 9):
         now[0] += 1.0
-        with throughput.pause():
+        with throughput.pause(None):
             now[0] += 10.0
         callback.on_step(step, None, {"loss": (jnp.float32(step), jnp.float32(2.0))})
     assert recorder.steps == [5, 6, 7, 8, 9]

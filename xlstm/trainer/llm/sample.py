@@ -28,6 +28,7 @@ def sample_text(config: RunConfig, params: PyTree, tokenizer: Tokenizer) -> str:
         config=config.language_model,
         num_tokens=config.logger.sample_tokens,
         temperature=config.logger.sample_temperature,
+        vocab_size=tokenizer.vocab_size,
     )
     ids = np.asarray(ids[0]).tolist()
     if tokenizer.eod_id in ids:

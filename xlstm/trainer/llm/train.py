@@ -14,13 +14,13 @@ from xlstm.dataset.pipeline import open_stores, train_batches, validation_batche
 from xlstm.dataset.token_store import TokenStore
 from xlstm.distributed.mesh import create_mesh
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.param_utils import get_num_params, tabulate_params
 from xlstm.trainer.base.throughput import Throughput, measure_matmul_rate
 from xlstm.trainer.base.train_state import create_train_state
 from xlstm.trainer.base.train_step import create_eval_step, create_train_step
 from xlstm.trainer.base.trainer import fit
-from xlstm.trainer.callbacks.callback import Callback
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
 from xlstm.trainer.callbacks.evaluate import EvaluateCallback
 from xlstm.trainer.callbacks.metrics import MetricsCallback
@@ -34,7 +34,7 @@ from xlstm.trainer.llm.data import (
 )
 from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
 from xlstm.trainer.llm.sample import sample_text
-from xlstm.trainer.llm.workdir import Workdir, claim_workdir
+from xlstm.trainer.llm.workdir import Workdir, check_workdir, own_workdir, write_config
 from xlstm.trainer.logger.base_logger import Loggers
 from xlstm.trainer.logger.jsonl import JsonLinesLogger
 from xlstm.trainer.logger.loss_plot import LossPlotLogger
@@ -55,7 +55,11 @@ def create_language_model_run(
 
     Returns:
         The initial train state, its partition specs and the training step.
+
+    Raises:
+        ValueError: If the mesh has axes that the training step does not support.
     """
+    check_mesh(config)
     model = xLSTMLMModel(config.language_model)
     schedule = create_schedule(config.schedule)
     state, specs = create_train_state(
@@ -90,26 +94,25 @@ def train_language_model(
         ValueError: If the configuration does not fit itself, the devices, the data or the folder.
         OSError: If something cannot be read or written.
     """
-    console = Console(quiet=jax.process_index() != 0, highlight=False)
-    check_mesh(config)
     mesh = create_mesh(config.mesh)
     check_batch_size(config, mesh)
     workdir = Workdir(workdir_path)
+    check_workdir(workdir, config, allow_config_change=allow_config_change)
     stores = open_stores(config.data, workdir.stdlib_store)
     check_vocabulary(config, stores)
-    claim_workdir(
-        workdir,
-        config,
-        corpus_checksums(stores),
-        allow_config_change=allow_config_change,
-        write=jax.process_index() == 0,
-    )
+    tokenizer = stores[0].load_tokenizer()
+    corpora = corpus_checksums(stores)
+    check_workdir(workdir, config, corpora, allow_config_change=allow_config_change)
 
     state, specs, train_step = create_language_model_run(config, mesh)
+    is_first_process = jax.process_index() == 0
+    console = Console(quiet=not is_first_process, highlight=False)
     excluded = config.optimizer.weight_decay_exclude
     table = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
     console.print(table, soft_wrap=True)
     with contextlib.ExitStack() as stack:
+        if is_first_process:
+            stack.enter_context(own_workdir(workdir))
         checkpointer = stack.enter_context(
             Checkpointer(workdir.checkpoints, config.trainer.max_checkpoints)
         )
@@ -120,6 +123,8 @@ def train_language_model(
                 f"going on from step {start_step:,}, the last checkpoint in {workdir.path}",
                 soft_wrap=True,
             )
+        if is_first_process:
+            write_config(workdir, config, corpora)
         batches = train_batches(config.data, stores, start_step=start_step, **_processes())
         loggers = _create_loggers(config, workdir, console, start_step)
         stack.callback(loggers.close)
@@ -135,7 +140,7 @@ def train_language_model(
     if config.logger.sample_tokens:
         console.rule("a sample")
         console.print(
-            sample_text(config, state.params, stores[0].load_tokenizer()),
+            sample_text(config, state.params, tokenizer),
             markup=False,
             soft_wrap=True,
         )
@@ -177,13 +182,14 @@ def _create_loggers(
     """Only the first process writes and shows anything."""
     if jax.process_index() != 0:
         return Loggers([])
+    first_step = start_step + 1 if start_step else 0  # A new run begins with an evaluation.
     loggers = [
-        JsonLinesLogger(workdir.metrics, start_step),
+        JsonLinesLogger(workdir.metrics, first_step),
         LossPlotLogger(workdir.metrics, workdir.loss_plot),
         TerminalLogger(console, start_step, config.trainer.num_steps),
     ]
     if config.logger.tensorboard:
-        loggers.append(TensorBoardLogger(workdir.tensorboard, start_step))
+        loggers.append(TensorBoardLogger(workdir.tensorboard, first_step))
     return Loggers(loggers)
 
 

@@ -1,8 +1,11 @@
 """The folder that a run owns."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from xlstm.trainer.base.files import write_atomically
@@ -15,7 +18,6 @@ _FREE_TO_CHANGE = {
     "trainer.num_steps",
     "trainer.num_minibatches",
     "trainer.eval_interval",
-    "trainer.eval_batches",
     "trainer.checkpoint_interval",
     "trainer.max_checkpoints",
 }
@@ -58,6 +60,11 @@ class Workdir:
         return os.path.join(self.path, "stdlib")
 
 
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back: with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{field}": value
@@ -66,56 +73,76 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def claim_workdir(
+def check_workdir(
     workdir: Workdir,
     config: RunConfig,
-    corpora: list[str],
+    corpora: list[str] | None = None,
     *,
     allow_config_change: bool = False,
-    write: bool = True,
 ) -> None:
-    """Checks the configuration in a run's folder, if there is one, and writes this one there.
+    """Checks that a folder is new or belongs to this very run.
 
     Args:
-        workdir: The folder of the run; made if it is not there.
+        workdir: The folder.
         config: The run's configuration.
-        corpora: Checksums of what it trains on.
-        allow_config_change: Whether to go on when the configuration there is another.
-        write: Whether to write; of several processes one does, all check.
+        corpora: Checksums of what it trains on; None leaves them unchecked.
+        allow_config_change: Whether the configuration and the corpora there may be others.
 
     Raises:
         ValueError: If the folder belongs to a run whose configuration or corpus differs in more
-            than what may differ (`_FREE_TO_CHANGE`), or holds something else.
+            than what may differ (`_FREE_TO_CHANGE`), or holds a run without a configuration.
     """
-    resolved = json.loads(json.dumps(dataclasses.asdict(config)))  # Tuples become lists.
-    if os.path.exists(workdir.config):
-        with open(workdir.config, encoding="utf-8") as file:
-            try:
-                saved = json.load(file)
-                before, now = _flatten(saved["config"]), _flatten(resolved)
-                saved_corpora = saved["corpora"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{workdir.config} is not a configuration of ours") from None
-        differences = [
-            f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-            and not {name, name.split(".")[0]} & _FREE_TO_CHANGE
-        ]
-        if saved_corpora != corpora:
-            differences.append("the token stores hold other text")
-        if differences and not allow_config_change:
+    if not os.path.exists(workdir.config):
+        if os.path.exists(workdir.checkpoints) or os.path.exists(workdir.metrics):
             raise ValueError(
-                f"{workdir.path} belongs to a run with another configuration"
-                f" ({'; '.join(differences)}): choose another --workdir,"
-                " or go on with --allow_config_change"
+                f"{workdir.path} holds a run without its config.json: choose another --workdir"
             )
-    elif os.path.exists(workdir.checkpoints) or os.path.exists(workdir.metrics):
-        raise ValueError(
-            f"{workdir.path} holds a run without its config.json: choose another --workdir"
-        )
-    if not write:
         return
-    os.makedirs(workdir.path, exist_ok=True)
-    content = {"config": resolved, "corpora": corpora}
+    with open(workdir.config, encoding="utf-8") as file:
+        try:
+            saved = json.load(file)
+            before, now = _flatten(saved["config"]), _flatten(_plain(config))
+            saved_corpora = saved["corpora"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{workdir.config} is not a configuration of ours") from None
+    differences = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not {name, name.split(".")[0]} & _FREE_TO_CHANGE
+    ]
+    if corpora is not None and saved_corpora != corpora:
+        differences.append("the token stores hold other text")
+    if differences and not allow_config_change:
+        raise ValueError(
+            f"{workdir.path} belongs to a run with another configuration"
+            f" ({'; '.join(differences)}): choose another --workdir,"
+            " or go on with --allow_config_change"
+        )
+
+
+def write_config(workdir: Workdir, config: RunConfig, corpora: list[str]) -> None:
+    """Writes a run's configuration, and checksums of what it trains on, into its folder."""
+    content = {"config": _plain(config), "corpora": corpora}
     write_atomically(workdir.config, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def own_workdir(workdir: Workdir) -> Iterator[None]:
+    """Makes a run's folder, and keeps other runs out of it; the end of the process frees it too.
+
+    Args:
+        workdir: The folder.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    os.makedirs(workdir.path, exist_ok=True)
+    folder = os.open(workdir.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {workdir.path}") from None
+        yield
+    finally:
+        os.close(folder)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.workdir import Workdir, claim_workdir
+from xlstm.trainer.llm.workdir import Workdir, check_workdir, own_workdir, write_config
 
 
 def _changed(**sections):
@@ -21,12 +21,15 @@ def _changed(**sections):
 def claimed(tmp_path):
     """The folder of a run with the default configuration."""
     workdir = Workdir(str(tmp_path / "runs" / "mine"))
-    claim_workdir(workdir, RunConfig(), ["abc"], allow_config_change=False)
+    _claim(workdir, RunConfig())
     return workdir
 
 
 def _claim(workdir, config, corpora=("abc",), allow=False):
-    claim_workdir(workdir, config, list(corpora), allow_config_change=allow)
+    """What a run does to its folder before the first step."""
+    check_workdir(workdir, config, list(corpora), allow_config_change=allow)
+    with own_workdir(workdir):
+        write_config(workdir, config, list(corpora))
 
 
 def _saved(workdir):
@@ -62,7 +65,7 @@ def test_the_same_configuration_goes_on(claimed):
         {"mesh": {"dp": 1, "tp": 4}},
         {"logger": {"interval": 3, "tensorboard": False, "sample_prompt": "def"}},
         {"trainer": {"num_steps": 7}},
-        {"trainer": {"num_minibatches": 2, "eval_interval": 5, "eval_batches": 3}},
+        {"trainer": {"num_minibatches": 2, "eval_interval": 5}},
         {"trainer": {"checkpoint_interval": 9, "max_checkpoints": 1}},
     ],
     ids=str,
@@ -163,3 +166,19 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
     _claim(Workdir(str(tmp_path)), RunConfig())
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["config.json", "notes.txt"]
+
+
+def test_a_folder_has_one_owner_at_a_time(claimed):
+    with own_workdir(claimed):
+        with pytest.raises(ValueError, match="another process is training in"):
+            with own_workdir(claimed):
+                pass
+    with own_workdir(claimed):
+        pass
+    assert os.listdir(claimed.path) == ["config.json"]
+
+
+def test_the_corpus_can_be_checked_later(claimed):
+    check_workdir(claimed, RunConfig())
+    with pytest.raises(ValueError, match="the token stores hold other text"):
+        check_workdir(claimed, RunConfig(), ["def"])

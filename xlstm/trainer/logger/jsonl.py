@@ -17,33 +17,36 @@ def read_rows(path: str) -> list[dict[str, float]]:
         The rows.
 
     Raises:
-        ValueError: If another line is no JSON object.
+        ValueError: If another line is no JSON object with a step.
     """
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline is torn.
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}:{number} is no JSON object: {line[:80]!r}") from None
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{path}:{number} is no row of metrics: {line[:80]!r}")
+        rows.append(row)
     return rows
 
 
 class JsonLinesLogger(Logger):
     """Appends rows to a metrics file."""
 
-    def __init__(self, path: str, start_step: int):
+    def __init__(self, path: str, first_step: int):
         """Opens the file.
 
         Args:
             path: The file.
-            start_step: Rows of later steps, left by a run that was killed, are dropped: these steps
-                are done again.
+            first_step: Rows of this step and later ones, left by a run that was killed, are
+                dropped: these steps are done again.
         """
-        rows = [row for row in read_rows(path) if row["step"] <= start_step]
+        rows = [row for row in read_rows(path) if row["step"] < first_step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
@@ -51,6 +54,7 @@ class JsonLinesLogger(Logger):
         """Writes the row at once."""
         self._file.write(json.dumps({"step": step} | row) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # A row is never younger than the checkpoint of its step.
 
     def close(self) -> None:
         """Closes the file."""

@@ -48,13 +48,13 @@ def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path):
         '{"step": 20, "val_loss": 2.8}\n',
     ]
     path.write_text("".join(lines))
-    JsonLinesLogger(str(path), 10).close()
+    JsonLinesLogger(str(path), 11).close()
     assert path.read_text() == "".join(lines[:3])
 
 
-def test_a_fresh_run_keeps_nothing_but_step_zero(tmp_path):
+def test_a_fresh_run_keeps_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n')
+    path.write_text('{"step": 0, "val_loss": 5.0}\n{"step": 1, "loss": 3.0}\n')
     JsonLinesLogger(str(path), 0).close()
     assert path.read_text() == ""
 
@@ -75,3 +75,11 @@ def test_numbers_survive_exactly(tmp_path):
     logger.close()
     assert read_rows(path) == [{"step": 7} | row]
     assert json.dumps(read_rows(path)[0]) == json.dumps({"step": 7} | row)
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "3", "\\xff"])
+def test_a_line_that_is_no_row_is_an_error(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is no row of metrics"):
+        read_rows(str(path))

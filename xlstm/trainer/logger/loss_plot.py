@@ -8,13 +8,13 @@ from xlstm.trainer.logger.jsonl import read_rows
 
 
 def plot_losses(rows: list[dict[str, float]], path: str) -> None:
-    """Draws training and validation loss over tokens.
+    """Draws training and validation loss over steps.
 
     Args:
         rows: Rows of a metrics file.
         path: The PNG file to write.
     """
-    # Imported here: pyplot takes half a second, and only the end of a run needs it.
+    # Imported here, since it takes a while and the first steps can do without.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -36,7 +36,7 @@ def plot_losses(rows: list[dict[str, float]], path: str) -> None:
 
 
 class LossPlotLogger(Logger):
-    """Draws the loss curves of a metrics file after every evaluation."""
+    """Draws the loss curves of a metrics file after every evaluation and at the end."""
 
     def __init__(self, metrics_path: str, plot_path: str):
         """Makes the logger; it must come after the one that writes the metrics file."""
@@ -45,4 +45,8 @@ class LossPlotLogger(Logger):
     def log(self, step: int, row: dict[str, float]) -> None:
         """Draws anew when there is a validation loss."""
         if "val_loss" in row and step > 0:
-            plot_losses(read_rows(self._metrics_path), self._plot_path)
+            self.close()
+
+    def close(self) -> None:
+        """Draws everything."""
+        plot_losses(read_rows(self._metrics_path), self._plot_path)

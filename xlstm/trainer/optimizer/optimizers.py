@@ -29,9 +29,9 @@ class OptimizerConfig:
                     f"optimizer.{name}={getattr(self, name)}: it must be at least 0 and below 1"
                 )
         for name in ("eps", "grad_clip_norm"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: it must be positive")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay}: it must not be negative")
         for pattern in self.weight_decay_exclude:
             try:

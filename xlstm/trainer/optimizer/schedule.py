@@ -15,7 +15,7 @@ class ScheduleConfig:
     final_lr_factor: float = 0.1  # The last learning rate as a fraction of the peak.
 
     def __post_init__(self):
-        if self.peak_lr <= 0:
+        if not self.peak_lr > 0:
             raise ValueError(f"schedule.peak_lr={self.peak_lr}: it must be positive")
         if not 0 <= self.final_lr_factor <= 1:
             raise ValueError(
