@@ -89,7 +89,9 @@ _BAD_INPUT = {
 
 def _start_with(folder, workdir, name):
     flags, _ = _BAD_INPUT[name]
-    return _start(folder, workdir, *(flag.replace("FOLDER", str(folder)) for flag in flags))
+    flags = [flag.replace("FOLDER", str(folder)) for flag in flags]
+    # Another store or vocabulary would else be refused as another configuration.
+    return _start(folder, workdir, "--allow_config_change", *flags)
 
 
 @pytest.fixture(scope="module")
