@@ -26,5 +26,6 @@ def test_bad_values(fields, message):
 
 
 def test_good_values():
-    DataConfig()
-    DataConfig(stores=("a", "b"), weights=(0.0, 3.0), validation_fraction=0.0)
+    assert DataConfig().stores == ("stdlib",)
+    config = DataConfig(stores=("a", "b"), weights=(0.0, 3.0), validation_fraction=0.0)
+    assert config.weights == (0.0, 3.0)

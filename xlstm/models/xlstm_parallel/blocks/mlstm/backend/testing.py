@@ -209,5 +209,6 @@ def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangent
 def relative_error(actual, expected) -> float:
     """The norm of the error over the norm of the expected array."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape {actual.shape}, expected {expected.shape}")
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
