@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm.dataset.batch import Batch
-from xlstm.distributed.mesh import create_mesh
 from xlstm.tools.command_line import run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
@@ -22,7 +21,7 @@ from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.param_utils import get_num_params
 from xlstm.trainer.base.throughput import measure_matmul_rate
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import check_batch_size, global_batches
+from xlstm.trainer.llm.data import create_run_mesh, global_batches
 from xlstm.trainer.llm.train import create_language_model_run
 
 _CONFIG = define_config_flag()
@@ -52,8 +51,7 @@ def time_train_step(config: RunConfig, repeats: int) -> dict[str, float]:
         Times in seconds, memory in bytes, rates in tokens or floating-point operations a second.
         Useful operations are counted as 6 for each parameter and token.
     """
-    mesh = create_mesh(config.mesh)
-    check_batch_size(config, mesh)
+    mesh = create_run_mesh(config)
     state, _, train_step = create_language_model_run(config, mesh)
     (batch,) = global_batches([_random_batch(config)], mesh)
     begin = time.perf_counter()

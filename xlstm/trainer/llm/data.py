@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.token_store import TOKENS_FILE, TokenStore
-from xlstm.distributed.mesh import BATCH_AXES
+from xlstm.distributed.mesh import BATCH_AXES, create_mesh
 from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
 
@@ -34,6 +34,14 @@ def check_mesh(config: RunConfig) -> None:
             raise ValueError(
                 f"mesh.{axis}={size}: training does not support this axis yet; use mesh.dp"
             )
+
+
+def create_run_mesh(config: RunConfig) -> Mesh:
+    """Creates the mesh of a run; raises ValueError if training or the batch does not fit on it."""
+    check_mesh(config)
+    mesh = create_mesh(config.mesh)
+    check_batch_size(config, mesh)
+    return mesh
 
 
 def check_vocabulary(config: RunConfig, stores: Iterable[TokenStore]) -> None:

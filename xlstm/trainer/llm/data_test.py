@@ -16,6 +16,7 @@ from xlstm.trainer.llm.data import (
     check_batch_size,
     check_vocabulary,
     corpus_checksums,
+    create_run_mesh,
     global_batches,
 )
 
@@ -94,3 +95,10 @@ def test_batches_are_taken_one_by_one():
     batches = global_batches(endless(), create_mesh(MeshConfig()))
     assert next(batches).shape == (8, 2)
     assert next(batches).shape == (8, 2)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "pp", "tp"])
+def test_an_axis_that_training_does_not_support_is_refused(axis):
+    config = dataclasses.replace(RunConfig(), mesh=MeshConfig(**{axis: 2}))
+    with pytest.raises(ValueError, match=f"mesh.{axis}=2: training does not support this axis"):
+        create_run_mesh(config)

@@ -12,7 +12,6 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.pipeline import open_stores, train_batches, validation_batches
 from xlstm.dataset.token_store import TokenStore
-from xlstm.distributed.mesh import create_mesh
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.checkpointing import Checkpointer
@@ -26,10 +25,9 @@ from xlstm.trainer.callbacks.evaluate import EvaluateCallback
 from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
-    check_batch_size,
-    check_mesh,
     check_vocabulary,
     corpus_checksums,
+    create_run_mesh,
     global_batches,
 )
 from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
@@ -55,11 +53,7 @@ def create_language_model_run(
 
     Returns:
         The initial train state, its partition specs and the training step.
-
-    Raises:
-        ValueError: If the mesh has axes that the training step does not support.
     """
-    check_mesh(config)
     model = xLSTMLMModel(config.language_model)
     schedule = create_schedule(config.schedule)
     state, specs = create_train_state(
@@ -94,8 +88,7 @@ def train_language_model(
         ValueError: If the configuration does not fit itself, the devices, the data or the folder.
         OSError: If something cannot be read or written.
     """
-    mesh = create_mesh(config.mesh)
-    check_batch_size(config, mesh)
+    mesh = create_run_mesh(config)
     workdir = Workdir(workdir_path)
     check_workdir(workdir, config, allow_config_change=allow_config_change)
     stores = open_stores(config.data, workdir.stdlib_store)
