@@ -13,6 +13,11 @@ _MATMUL_SIZE = {"cpu": 2048}  # On other platforms:
 _LARGE_MATMUL_SIZE = 8192
 
 
+@jax.jit
+def _matmul(x: jax.Array) -> jax.Array:
+    return x @ x
+
+
 def measure_matmul_rate(dtype: jnp.dtype, seconds: float = 0.5) -> float:
     """Measures the rate of a large dense matmul: what a training step could reach at best.
 
@@ -28,12 +33,11 @@ def measure_matmul_rate(dtype: jnp.dtype, seconds: float = 0.5) -> float:
     size = _MATMUL_SIZE.get(platform, _LARGE_MATMUL_SIZE)
     device = jax.local_devices()[0]
     x = jax.device_put(jnp.ones((size, size), dtype), device)
-    matmul = jax.jit(lambda x: x @ x)
-    matmul(x).block_until_ready()
+    _matmul(x).block_until_ready()
     times, start = [], time.perf_counter()
     while time.perf_counter() - start < seconds or len(times) < 3:
         begin = time.perf_counter()
-        matmul(x).block_until_ready()
+        _matmul(x).block_until_ready()
         times.append(time.perf_counter() - begin)
     median = sorted(times)[len(times) // 2]
     return 2 * size**3 / median * (jax.process_count() if platform == "cpu" else jax.device_count())

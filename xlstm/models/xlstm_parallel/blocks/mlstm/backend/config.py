@@ -1,10 +1,15 @@
 """What all mLSTM backends share: their interface, their shapes, the gates and the zero state."""
 
+import functools
 from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# Gates are kept within it: their sums over a sequence stay finite, and nothing can tell the
+# difference, since exp() of a difference of gates is 0, 1 or inf long before.
+LARGEST_GATE = 1e29
 
 
 class MLSTMState(NamedTuple):
@@ -21,8 +26,32 @@ class MLSTMState(NamedTuple):
     m: jax.Array
 
 
+class MLSTMArguments(NamedTuple):
+    """What a backend is called with and differentiated for.
+
+    Attributes:
+        q: Queries `(..., T, DHQK)`.
+        k: Keys `(..., T, DHQK)`.
+        v: Values `(..., T, DHV)`.
+        i: Input gate pre-activations `(..., T)` or `(..., T, 1)`.
+        f: Forget gate pre-activations `(..., T)` or `(..., T, 1)`.
+        initial_C: Matrix memory before the first token `(..., DHQK, DHV)`; None for zero.
+        initial_n: Normalizer `(..., DHQK)`; None for zero.
+        initial_m: Log scale `(...)`; None for zero.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    i: jax.Array
+    f: jax.Array
+    initial_C: jax.Array | None = None
+    initial_n: jax.Array | None = None
+    initial_m: jax.Array | None = None
+
+
 class MLSTMInputs(NamedTuple):
-    """Inputs of a backend, checked and in one form.
+    """Arguments of a backend, checked and in one form.
 
     Attributes:
         q: Queries `(..., T, DHQK)`, divided by `sqrt(DHQK)`.
@@ -30,7 +59,6 @@ class MLSTMInputs(NamedTuple):
         v: Values `(..., T, DHV)`.
         i: Input gate pre-activations `(..., T)`, at least float32.
         log_f: Log forget gates `(..., T)`, at least float32.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
         state: The state before the first token.
     """
 
@@ -39,7 +67,6 @@ class MLSTMInputs(NamedTuple):
     v: jax.Array
     i: jax.Array
     log_f: jax.Array
-    reset: jax.Array | None
     state: MLSTMState
 
 
@@ -98,14 +125,15 @@ class mLSTMBackend(nn.Module):
             `h (..., T, DHV)` in the type of `v`, or `(h, MLSTMState)`.
 
         Raises:
-            ValueError: If the shapes do not fit.
+            ValueError: If the shapes or the types do not fit.
         """
-        inputs = prepare_inputs(q, k, v, i, f, c_initial, n_initial, m_initial, reset)
-        h, state = self.run(inputs)
-        return (h, state) if return_last_states else h
+        arguments = MLSTMArguments(q, k, v, i, f, c_initial, n_initial, m_initial)
+        return self.run(arguments, reset, return_last_states)
 
-    def run(self, inputs: MLSTMInputs) -> tuple[jax.Array, MLSTMState]:
-        """Runs the cell over prepared inputs; returns `h (..., T, DHV)` and the last state."""
+    def run(
+        self, arguments: MLSTMArguments, reset: jax.Array | None, return_last_states: bool
+    ) -> jax.Array | tuple[jax.Array, MLSTMState]:
+        """Does what `__call__` says; a backend defines this."""
         raise NotImplementedError
 
 
@@ -133,74 +161,91 @@ def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has the shape {x.shape}, expected {expected}")
 
 
-def prepare_inputs(q, k, v, i, f, c_initial=None, n_initial=None, m_initial=None, reset=None):
-    """Checks a backend's inputs and brings them into one form.
+def _check_types(arguments: MLSTMArguments) -> None:
+    for name, x in arguments._asdict().items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has the type {x.dtype} (shape {x.shape}), expected a floating-point type"
+            )
 
-    Args are those of `mLSTMBackend.__call__`.
+
+def check_reset(reset: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """Checks `reset` and broadcasts it to the gates' shape.
+
+    Args:
+        reset: Bool, or None.
+        shape: `(..., T)`.
 
     Returns:
-        The inputs as `MLSTMInputs`. Gates and states have the type that float32 and `q`'s type
-        promote to, so they are never less than float32.
+        `reset (..., T)`, or None.
 
     Raises:
-        ValueError: If the shapes do not fit, or only a part of the initial state is given.
+        ValueError: If it does not broadcast, or is not bool.
     """
-    if q.ndim < 2 or q.shape[-2] < 1:
+    if reset is None:
+        return None
+    if reset.dtype != bool:
+        raise ValueError(f"reset has the type {reset.dtype} (shape {reset.shape}), expected bool")
+    try:
+        return jnp.broadcast_to(reset, shape)
+    except ValueError:
+        raise ValueError(
+            f"reset has the shape {reset.shape}, which does not broadcast to {shape}"
+        ) from None
+
+
+def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
+    """Checks a backend's arguments and brings them into one form.
+
+    `q`, `k` and `v` keep their type, except for float16: its range is too small for what the cell
+    computes on its way, so it becomes float32.
+
+    Args:
+        arguments: The arguments.
+
+    Returns:
+        The inputs. Gates and states have the type that float32 and `q`'s type promote to, so they
+        are never less than float32.
+
+    Raises:
+        ValueError: If the shapes or types do not fit, or only a part of the state is given.
+    """
+    _check_types(arguments)
+    q, k, v, i, f, *initial = arguments
+    if q.ndim < 2 or q.shape[-2] < 1 or q.shape[-1] < 1:
         raise ValueError(f"q has the shape {q.shape}, expected (..., T, DHQK) with T >= 1")
     *leading, time, qk_dim = q.shape
     leading = tuple(leading)
     _check_shape("k", k, q.shape)
     _check_shape("v", v, (*leading, time, v.shape[-1] if v.ndim else 0))
+    v_dim = v.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    gates = {}
+    gates = []
     for name, gate in (("i", i), ("f", f)):
         gate = gate[..., 0] if gate.shape == (*leading, time, 1) else gate
         _check_shape(name, gate, (*leading, time))
-        gates[name] = gate.astype(dtype)
-    if reset is not None:
-        try:
-            reset = jnp.broadcast_to(reset, (*leading, time))
-        except ValueError:
-            raise ValueError(
-                f"reset has the shape {reset.shape}, which does not broadcast to {(*leading, time)}"
-            ) from None
-    given = [x is not None for x in (c_initial, n_initial, m_initial)]
+        gates.append(jnp.clip(gate.astype(dtype), -LARGEST_GATE, LARGEST_GATE))
+    given = [x is not None for x in initial]
     if all(given):
-        state = MLSTMState(c_initial, n_initial, m_initial)
-        for name, x, shape in zip(
-            ("initial_C", "initial_n", "initial_m"),
-            state,
-            ((*leading, qk_dim, v.shape[-1]), (*leading, qk_dim), leading),
-            strict=True,
-        ):
+        shapes = ((*leading, qk_dim, v_dim), (*leading, qk_dim), leading)
+        for name, x, shape in zip(MLSTMArguments._fields[5:], initial, shapes, strict=True):
             _check_shape(name, x, shape)
-        state = jax.tree.map(lambda x: x.astype(dtype), state)
+        state = MLSTMState(*(x.astype(dtype) for x in initial))
     elif any(given):
         raise ValueError("an initial state needs all of C, n and m; only a part of them was given")
     else:
-        state = zero_state(leading, qk_dim, v.shape[-1], dtype)
-    log_f = jax.nn.log_sigmoid(gates["f"])
-    return MLSTMInputs(q * qk_dim**-0.5, k, v, gates["i"], log_f, reset, state)
+        state = zero_state(leading, qk_dim, v_dim, dtype)
+    q, k, v = (x.astype(dtype if x.dtype == jnp.float16 else x.dtype) for x in (q, k, v))
+    log_f = jax.nn.log_sigmoid(gates[1])
+    state = _vary_with(state, [q, k, v, *gates])
+    return MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state)
 
 
-def divide_by_normalizer(
-    numerator: jax.Array, qn: jax.Array, m: jax.Array, stabilize_correctly: bool
-) -> jax.Array:
-    """The cell's output from its stabilised numerator and normalizer.
+def _vary_with(state: MLSTMState, inputs: list[jax.Array]) -> MLSTMState:
+    """Makes the state vary over the mesh axes of a `shard_map` that any of the inputs varies over.
 
-    Args:
-        numerator: `C_t^T q_t`, `(..., DHV)`.
-        qn: `n_t . q_t`, `(...)`.
-        m: Log scale `(...)`.
-        stabilize_correctly: Whether the bound of the normalizer is `exp(-m)`, which makes the
-            output independent of `m`, or 1. With 1 the denominator and `m` are constants for the
-            gradient, which is exact behind a scale-invariant norm.
-
-    Returns:
-        `h (..., DHV)`.
+    A scan's carry must do so from the beginning. It is a selection between a value and itself,
+    which the compiler drops: JAX has no function for it that all its versions share.
     """
-    bound = jnp.exp(-m) if stabilize_correctly else jnp.ones_like(m)
-    denominator = jnp.maximum(jnp.abs(qn), bound)
-    if not stabilize_correctly:
-        denominator = jax.lax.stop_gradient(denominator)
-    return numerator / denominator[..., None]
+    marker = functools.reduce(jnp.logical_or, [jnp.any(x > 0) for x in inputs])
+    return jax.tree.map(lambda x: jnp.where(marker, x, x), state)

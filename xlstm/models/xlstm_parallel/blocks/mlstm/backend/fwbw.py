@@ -3,6 +3,7 @@
 The sequence is cut into `NC` chunks of `L` tokens. Inside of a chunk every pair of tokens is
 weighed as in the parallel form; between chunks the state `(C, n, m)` is handed on as in the
 recurrent form. The work is linear in `T`, and nothing of size `T x T` exists.
+`docs/mlstm.md` derives the backward pass.
 """
 
 import dataclasses
@@ -13,25 +14,67 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
+    ChunkGates,
+    chunk_gates,
+    chunk_state_gradients,
+    chunk_states,
+    cut,
+    fold_state,
+    join,
+    log_scales,
+    pair_weights,
+    product,
+    unfold_state,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
+    MLSTMArguments,
     MLSTMInputs,
     MLSTMState,
-    divide_by_normalizer,
+    check_reset,
     mLSTMBackend,
     mLSTMBackendConfig,
     prepare_inputs,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
+    causal_forget_matrix,
+    rev_cumsum,
+    rev_cumsum_off,
+    sum_of_spanning_pairs,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
+    divide_by_normalizer,
+    normalizer_gradients,
+)
 
-# Input gate of padding: neutral, and finite so that no difference of two of them is a NaN.
-_PADDING_GATE = -1e30
+__all__ = [
+    "FwbwContext",
+    "causal_forget_matrix",
+    "fwbw_backward",
+    "fwbw_forward",
+    "mLSTMBackendFwbw",
+    "mLSTMBackendFwbwConfig",
+    "mlstm_fwbw_custom_grad",
+    "rev_cumsum",
+    "rev_cumsum_off",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
-    """Options of the `fwbw` backend."""
+    """Options of the `fwbw` backend.
+
+    What is kept from the forward pass for the backward pass takes memory there; what is not is
+    computed again. No option but `stabilize_correctly` changes a result.
+    """
 
     chunk_size: int | None = 512  # Tokens in a chunk, L; None for one chunk.
     return_state: bool = False  # Whether the function returns the last state too.
+    use_initial_state: bool = False  # Whether a state is expected; one that is given is used.
+    keep_G: bool = False  # Keep the gated scores of all pairs in a chunk: T * L numbers a head.
+    keep_gates: bool = True  # Keep the sums of the gates within the chunks: about 4 * T a head.
+    keep_M: bool = False  # Keep the log scales m of the tokens: T a head.
+    keep_c: bool = False  # Keep the states between chunks: T / L * DHQK * DHV numbers a head.
     stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
 
     def __post_init__(self):
@@ -39,180 +82,256 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
             raise ValueError(f"chunk_size={self.chunk_size}: it must be at least 1, or None")
 
 
-def rev_cumsum(x: jax.Array) -> jax.Array:
-    """Inclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t >= r`."""
-    return lax.cumsum(x, axis=x.ndim - 1, reverse=True)
-
-
-def rev_cumsum_off(x: jax.Array) -> jax.Array:
-    """Exclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t > r`."""
-    # Shifted, not `rev_cumsum(x) - x`, which would lose what is small beside `x`.
-    return jnp.pad(rev_cumsum(x[..., 1:]), [(0, 0)] * (x.ndim - 1) + [(0, 1)])
-
-
-class _Chunks(NamedTuple):
-    """A sequence cut into chunks, with the log weights that the gates give.
+class FwbwContext(NamedTuple):
+    """What the forward pass hands to the backward pass.
 
     Attributes:
-        q: Queries `(N, NC, L, DHQK)`.
-        k: Keys `(N, NC, L, DHQK)`.
-        v: Values `(N, NC, L, DHV)`.
-        pair: Log weight with which token `s` reaches token `t`, `(N, NC, L, L)`; -inf if not.
-        carry: Log weight with which the state before the chunk reaches token `t`, `(N, NC, L)`.
-        floor: Log weight of the zero state after a reset, which bounds `m_t`, `(N, NC, L)`.
-        write: Log weight with which token `s` reaches the state after the chunk, `(N, NC, L)`.
-        reset: Where the state is dropped, `(N, NC, L)`, or None.
+        arguments: The arguments as they were given.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
+        h: The output `(N, NC, L, DHV)`, at least float32.
+        qn: `n_t . q_t`, `(N, NC, L)`.
+        last_state: The state after the last token.
+        gates: With `keep_gates`, else None.
+        m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
+        scores: Gated scores `(N, NC, L, L)` with `keep_G`, else None.
+        before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
     """
+
+    arguments: MLSTMArguments
+    reset: jax.Array | None
+    h: jax.Array
+    qn: jax.Array
+    last_state: MLSTMState
+    gates: ChunkGates | None
+    m: jax.Array | None
+    scores: jax.Array | None
+    before: MLSTMState | None
+
+
+def fwbw_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    i: jax.Array,
+    f: jax.Array,
+    config: mLSTMBackendFwbwConfig,
+    initial_C: jax.Array | None = None,
+    initial_n: jax.Array | None = None,
+    initial_m: jax.Array | None = None,
+    reset: jax.Array | None = None,
+) -> tuple[jax.Array, FwbwContext]:
+    """The forward pass.
+
+    Args:
+        q: Queries `(..., T, DHQK)`.
+        k: Keys `(..., T, DHQK)`.
+        v: Values `(..., T, DHV)`.
+        i: Input gate pre-activations `(..., T)` or `(..., T, 1)`.
+        f: Forget gate pre-activations `(..., T)` or `(..., T, 1)`.
+        config: Options.
+        initial_C: Matrix memory before the first token `(..., DHQK, DHV)`; None for zero.
+        initial_n: Normalizer `(..., DHQK)`; None for zero.
+        initial_m: Log scale `(...)`; None for zero.
+        reset: Bool, broadcasts to `(..., T)`: True drops the state before that token.
+
+    Returns:
+        `h (..., T, DHV)` in the type of `v`, and what `fwbw_backward` needs.
+
+    Raises:
+        ValueError: If the shapes or the types do not fit.
+    """
+    arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
+    inputs = prepare_inputs(arguments)
+    reset = check_reset(reset, inputs.i.shape)
+    q, k, v = _cut_tokens(inputs, config.chunk_size)
+    gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
+    before, last = chunk_states(k, v, gates, fold_state(inputs.state))
+    pairs = pair_weights(gates)
+    m = log_scales(pairs, gates, before.m)
+
+    scores = product("...tk,...sk->...ts", q, k) * jnp.exp(pairs - m[..., None])
+    carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
+    numerator = product("...ts,...sv->...tv", scores.astype(v.dtype), v)
+    numerator += product("...tk,...kv->...tv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
+    qn = jnp.sum(scores, axis=-1) + jnp.sum(carried_q * before.n[..., None, :], axis=-1)
+    h = divide_by_normalizer(numerator, qn, m, config.stabilize_correctly)
+
+    *leading, time = inputs.i.shape
+    context = FwbwContext(
+        arguments=arguments,
+        reset=reset,
+        h=h,
+        qn=qn,
+        last_state=unfold_state(last, leading),
+        gates=gates if config.keep_gates else None,
+        m=m if config.keep_M else None,
+        scores=scores if config.keep_G else None,
+        before=before if config.keep_c else None,
+    )
+    return join(h, leading, time).astype(arguments.v.dtype), context
+
+
+def fwbw_backward(
+    ctx: FwbwContext,
+    dh: jax.Array,
+    config: mLSTMBackendFwbwConfig,
+    dc_last: jax.Array | None = None,
+    dn_last: jax.Array | None = None,
+    dm_last: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """The backward pass.
+
+    With `stabilize_correctly` it is the exact gradient; without, the denominator and `m` are
+    constants, which is exact behind a scale-invariant norm.
+
+    Args:
+        ctx: What `fwbw_forward` returned, with the same `config`.
+        dh: Gradient of the output `(..., T, DHV)`.
+        config: Options.
+        dc_last: Gradient of the last `C (..., DHQK, DHV)`; None for zero.
+        dn_last: Gradient of the last `n (..., DHQK)`; None for zero.
+        dm_last: Gradient of the last `m (...)`; None for zero.
+
+    Returns:
+        The gradients of `q, k, v, i, f` and of the initial `C, n, m`, in the shapes and types of
+        the arguments; of a state that was not given, in that of its zeros.
+    """
+    inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
+    d_last = MLSTMState(
+        *(
+            jnp.zeros_like(x) if dx is None else dx.astype(x.dtype)
+            for x, dx in zip(ctx.last_state, (dc_last, dn_last, dm_last), strict=True)
+        )
+    )
+    has_d_last = any(dx is not None for dx in (dc_last, dn_last, dm_last))
+    d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config)
+    (d_arguments,) = pull_back(d_inputs)
+    if ctx.arguments.initial_C is None:
+        return *d_arguments[:5], *d_inputs.state
+    return tuple(d_arguments)
+
+
+def _cut_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
+    """Cuts `q`, `k` and `v` into `(N, NC, L, D)`."""
+    return [cut(x, inputs.i.ndim - 1, chunk_size) for x in (inputs.q, inputs.k, inputs.v)]
+
+
+class _Recomputed(NamedTuple):
+    """What the backward pass needs of the forward pass; see `FwbwContext`."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    pair: jax.Array
-    carry: jax.Array
-    floor: jax.Array
-    write: jax.Array
-    reset: jax.Array | None
+    gates: ChunkGates
+    before: MLSTMState
+    m: jax.Array
+    weights: jax.Array  # exp(D_ts - m_t), (N, NC, L, L).
+    scores: jax.Array
 
 
-def _cut(x: jax.Array, leading: int, chunk: int, padding=0) -> jax.Array:
-    """Cuts `(..., T, *rest)`, with `leading` axes before `T`, into `(N, NC, L, *rest)`."""
-    x = x.reshape(-1, *x.shape[leading:])
-    missing = -x.shape[1] % chunk
-    if missing:
-        widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths, constant_values=padding)
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
-
-
-def _join(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of `_cut`: joins `(N, NC, L, *rest)` to the shape and type of `like`."""
-    leading = like.ndim - (x.ndim - 2)
-    time = like.shape[leading]
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :time]
-    return x.reshape(like.shape).astype(like.dtype)
-
-
-def _cut_inputs(inputs: MLSTMInputs, chunk_size: int | None) -> _Chunks:
-    q, k, v, i, log_f, reset, _ = inputs
-    leading, time = i.ndim - 1, i.shape[-1]
-    chunk = time if chunk_size is None else min(chunk_size, time)
-    q, k, v, log_f = (_cut(x, leading, chunk) for x in (q, k, v, log_f))
-    i = _cut(i, leading, chunk, padding=_PADDING_GATE)
-    b = jnp.cumsum(log_f, axis=-1)
-    reaches = jnp.tril(jnp.ones((chunk, chunk), bool))
-    carry, floor, write = b, jnp.full_like(b, -jnp.inf), b[..., -1:] - b + i
-    if reset is not None:
-        reset = _cut(reset, leading, chunk)
-        document = jnp.cumsum(reset, axis=-1)
-        reaches = reaches & (document[..., :, None] == document[..., None, :])
-        start = lax.cummax(jnp.where(reset, jnp.arange(chunk), 0), axis=2)
-        before_start = jnp.take_along_axis(b - log_f, start, axis=-1)
-        floor = jnp.where(document == 0, -jnp.inf, b - before_start)
-        carry = jnp.where(document == 0, b, -jnp.inf)
-        write = jnp.where(document == document[..., -1:], write, -jnp.inf)
-    pair = b[..., :, None] - b[..., None, :] + i[..., None, :]
-    pair = jnp.where(reaches, pair, -jnp.inf)
-    return _Chunks(q, k, v, pair, carry, floor, write, reset)
-
-
-def _scan_states(chunks: _Chunks, state: MLSTMState) -> tuple[MLSTMState, MLSTMState]:
-    """Hands the state from chunk to chunk.
-
-    Args:
-        chunks: The cut sequence.
-        state: State before the first chunk, leading axis `N`.
-
-    Returns:
-        The states before every chunk, with leading axes `(N, NC)`, and the last state.
-    """
-    local_m = jnp.max(chunks.write, axis=-1)
-    weighted_k = chunks.k * jnp.exp(chunks.write - local_m[..., None])[..., None]
-    local_C = _product("nclk,nclv->nckv", weighted_k.astype(chunks.v.dtype), chunks.v)
-    local_n = jnp.sum(weighted_k, axis=2)
-    chunk_carry, chunk_floor = chunks.carry[..., -1], chunks.floor[..., -1]
-
-    def body(state, xs):
-        local, carry, floor = xs
-        log_carry = carry + state.m
-        m = jnp.maximum(jnp.maximum(log_carry, floor), local.m)
-        keep, add = jnp.exp(log_carry - m), jnp.exp(local.m - m)
-        new = MLSTMState(
-            C=keep[:, None, None] * state.C + add[:, None, None] * local.C,
-            n=keep[:, None] * state.n + add[:, None] * local.n,
-            m=m,
-        )
-        return new, state
-
-    xs = (MLSTMState(local_C, local_n, local_m), chunk_carry, chunk_floor)
-    last, before = lax.scan(body, state, jax.tree.map(lambda x: x.swapaxes(0, 1), xs))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), before), last
-
-
-def _product(spec: str, *operands: jax.Array) -> jax.Array:
-    """Einsum of operands in the compute type, accumulated in at least float32."""
-    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
-    return jnp.einsum(spec, *operands, preferred_element_type=dtype)
-
-
-class _Outputs(NamedTuple):
-    """What the forward pass of all chunks computes on the way to `h`."""
-
-    h: jax.Array  # (N, NC, L, DHV)
-    qn: jax.Array  # n_t . q_t, (N, NC, L)
-    m: jax.Array  # (N, NC, L)
-
-
-def _outputs(chunks: _Chunks, before: MLSTMState, stabilize_correctly: bool) -> _Outputs:
-    q, k, v = chunks.q, chunks.k, chunks.v
-    log_carry = chunks.carry + before.m[..., None]
-    m = jnp.maximum(jnp.max(chunks.pair, axis=-1), jnp.maximum(log_carry, chunks.floor))
-    scores = _product("nctk,ncsk->ncts", q, k) * jnp.exp(chunks.pair - m[..., None])
-    carried_q = q * jnp.exp(log_carry - m)[..., None]
-    numerator = _product("ncts,ncsv->nctv", scores.astype(v.dtype), v)
-    numerator += _product("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
-    qn = jnp.sum(scores, axis=-1) + jnp.sum(carried_q * before.n[..., None, :], axis=-1)
-    return _Outputs(divide_by_normalizer(numerator, qn, m, stabilize_correctly), qn, m)
-
-
-def _fold_state(state: MLSTMState) -> MLSTMState:
-    """Folds the leading axes of a state to one, `N`."""
-    qk_dim, v_dim = state.C.shape[-2:]
-    return MLSTMState(
-        state.C.reshape(-1, qk_dim, v_dim), state.n.reshape(-1, qk_dim), state.m.reshape(-1)
+def _recompute(
+    ctx: FwbwContext, inputs: MLSTMInputs, config: mLSTMBackendFwbwConfig
+) -> _Recomputed:
+    """Takes from the context what it has, and computes the rest again."""
+    # Without the barrier the compiler would find that it has computed this before, and keep it.
+    inputs, kept, reset = lax.optimization_barrier(
+        (inputs, (ctx.gates, ctx.m, ctx.scores, ctx.before), ctx.reset)
     )
+    gates, m, scores, before = kept
+    q, k, v = _cut_tokens(inputs, config.chunk_size)
+    if gates is None:
+        gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
+    if before is None:
+        before, _ = chunk_states(k, v, gates, fold_state(inputs.state))
+    pairs = pair_weights(gates)
+    if m is None:
+        m = log_scales(pairs, gates, before.m)
+    weights = jnp.exp(pairs - m[..., None])
+    if scores is None:
+        scores = product("...tk,...sk->...ts", q, k) * weights
+    return _Recomputed(q, k, v, gates, before, m, weights, scores)
 
 
-def _forward(inputs: MLSTMInputs, config: mLSTMBackendFwbwConfig):
-    chunks = _cut_inputs(inputs, config.chunk_size)
-    before, last = _scan_states(chunks, _fold_state(inputs.state))
-    outputs = _outputs(chunks, before, config.stabilize_correctly)
-    h = _join(outputs.h, inputs.v)
-    last = jax.tree.map(lambda x, like: x.reshape(like.shape), last, inputs.state)
-    return (h, last), (inputs, before, last, outputs)
+def _dot(a: MLSTMState, d_C: jax.Array, d_n: jax.Array) -> jax.Array:
+    """`<C, dC> + <n, dn>`, over all but the leading axes."""
+    return jnp.sum(a.C * d_C, axis=(-2, -1)) + jnp.sum(a.n * d_n, axis=-1)
 
 
-def _dot(a: MLSTMState, b: MLSTMState) -> jax.Array:
-    """`<C_a, C_b> + <n_a, n_b>` of two states, over all but the leading axes."""
-    return jnp.sum(a.C * b.C, axis=(-2, -1)) + jnp.sum(a.n * b.n, axis=-1)
+def _gradient_of_inputs(
+    ctx: FwbwContext,
+    inputs: MLSTMInputs,
+    dh: jax.Array,
+    d_last: MLSTMState,
+    has_d_last: bool,
+    config: mLSTMBackendFwbwConfig,
+) -> MLSTMInputs:
+    """The gradient of the prepared inputs; see `fwbw_backward`."""
+    q, k, v, gates, before, m, weights, scores = _recompute(ctx, inputs, config)
+    dtype, (*leading, time) = v.dtype, inputs.i.shape
+    dh = cut(dh, len(leading), config.chunk_size).astype(ctx.h.dtype)
+    d_numerator, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
+
+    # Weights of the state before the chunk, of the tokens in the state after it, and what it keeps.
+    after_m = jnp.concatenate([before.m[:, 1:], ctx.last_state.m.reshape(-1, 1)], axis=1)
+    log_carry = gates.carry + before.m[..., None]
+    carry = jnp.exp(log_carry - m)[..., None]
+    write = jnp.exp(gates.write - after_m[..., None])[..., None]
+    keep = jnp.exp(log_carry[..., -1] - after_m)
+
+    # Through the states.
+    carried_q = q * carry
+    local = (
+        product("...tk,...tv->...kv", carried_q.astype(dtype), d_numerator.astype(dtype)),
+        jnp.sum(carried_q * d_qn[..., None], axis=-2),
+    )
+    (d_C, d_n), d_initial = chunk_state_gradients(local, keep, fold_state(d_last)[:2])
+    d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
+    dq_carry = carry * (
+        product("...tv,...kv->...tk", d_numerator.astype(dtype), before.C.astype(dtype))
+        + d_qn[..., None] * before.n[..., None, :]
+    )
+    dk_write = write * (
+        product("...sv,...kv->...sk", v, d_C.astype(dtype)) + d_n[..., None, :]
+    )
+    dv = write * product("...sk,...kv->...sv", k, d_C.astype(dtype))
+
+    # Through the pairs inside of the chunk.
+    d_numerator = d_numerator.astype(dtype)
+    d_scores = product("...tv,...sv->...ts", d_numerator, v) + d_qn[..., None]
+    d_pairs = d_scores * scores
+    d_products = (d_scores * weights).astype(dtype)
+    dq = product("...ts,...sk->...tk", d_products, k) + dq_carry
+    dk = product("...ts,...tk->...sk", d_products, q) + dk_write
+    dv += product("...ts,...tv->...sv", scores.astype(dtype), d_numerator)
+
+    # The gates. Sums of what spans a forget gate, never differences of sums: with gates nearly shut
+    # they are tiny beside what does not span it, and in float32 a difference would be noise.
+    q_carry, k_write = jnp.sum(q * dq_carry, axis=-1), jnp.sum(k * dk_write, axis=-1)
+    d_i = jnp.sum(d_pairs, axis=-2) + k_write
+    d_log_f = sum_of_spanning_pairs(d_pairs)
+    d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
+    d_log_f += (keep * _dot(before, d_C, d_n))[..., None]
+    d_i, d_log_f = join(d_i, leading, time), join(d_log_f, leading, time)
+    if ctx.reset is not None:
+        d_log_f = jnp.where(ctx.reset, 0, d_log_f)
+
+    if config.stabilize_correctly:
+        d_m = _dot(inputs.state, *d_initial[:2])
+        if has_d_last:
+            left = d_last.m - _dot(ctx.last_state, *d_last[:2])
+            more_i, more_f, more_m = _gradient_of_last_m(inputs, ctx.reset, left)
+            d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
+        d_initial = d_initial._replace(m=d_m)
+    dq, dk, dv = (join(dx, leading, time).astype(dtype) for dx in (dq, dk, dv))
+    return MLSTMInputs(dq, dk, dv, d_i, d_log_f, d_initial)
 
 
-def _gradients_of_output(dh: jax.Array, outputs: _Outputs, stabilize_correctly: bool):
-    """Gradients of the numerator `(N, NC, L, DHV)` and of `qn (N, NC, L)`."""
-    h, qn, m = outputs
-    bound = jnp.exp(-m) if stabilize_correctly else jnp.ones_like(m)
-    denominator = jnp.maximum(jnp.abs(qn), bound)
-    d_numerator = dh / denominator[..., None]
-    if not stabilize_correctly:  # The denominator is a constant.
-        return d_numerator, jnp.zeros_like(qn)
-    d_qn = -jnp.sign(qn) * jnp.sum(dh * h, axis=-1) / denominator
-    return d_numerator, jnp.where(jnp.abs(qn) > bound, d_qn, 0)
-
-
-def _gradient_of_last_m(inputs: MLSTMInputs, d_m: jax.Array):
+def _gradient_of_last_m(inputs: MLSTMInputs, reset: jax.Array | None, d_m: jax.Array):
     """Follows the maxima of `m` from the last state back to the gates.
 
     Args:
         inputs: The sequence.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
         d_m: Gradient of the last `m`, all other ways for it accounted for, `(...)`.
 
     Returns:
@@ -222,9 +341,9 @@ def _gradient_of_last_m(inputs: MLSTMInputs, d_m: jax.Array):
     to_end = rev_cumsum_off(inputs.log_f)  # Log forget gates after the token.
     start = jnp.zeros(d_m.shape, int)
     is_carried = jnp.ones(d_m.shape, bool)
-    if inputs.reset is not None:
-        start = jnp.max(jnp.where(inputs.reset, jnp.arange(time), 0), axis=-1)
-        is_carried = ~jnp.any(inputs.reset, axis=-1)
+    if reset is not None:
+        start = jnp.max(jnp.where(reset, jnp.arange(time), 0), axis=-1)
+        is_carried = ~jnp.any(reset, axis=-1)
     in_document = jnp.arange(time) >= start[..., None]
     token = jnp.where(in_document, inputs.i + to_end, -jnp.inf)
     first = jnp.take_along_axis(to_end + inputs.log_f, start[..., None], axis=-1)[..., 0]
@@ -237,133 +356,28 @@ def _gradient_of_last_m(inputs: MLSTMInputs, d_m: jax.Array):
     return d_i * d_m[..., None], d_log_f * d_m[..., None], d_m0
 
 
-def _sum_of_spanning_pairs(pairs: jax.Array) -> jax.Array:
-    """For every token `r` the sum over the pairs `t >= r > s`.
-
-    Args:
-        pairs: `(..., L, L)`, entry `[t, s]`.
-
-    Returns:
-        `(..., L)`.
-    """
-    ones = jnp.ones(pairs.shape[-2:], pairs.dtype)
-    reached = jnp.einsum("...ts,sr->...tr", pairs, jnp.triu(ones, 1), precision="highest")
-    return jnp.sum(jnp.where(jnp.tril(ones) > 0, reached, 0), axis=-2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _fwbw(
+    arguments: MLSTMArguments, reset: jax.Array | None, config: mLSTMBackendFwbwConfig
+) -> jax.Array | tuple[jax.Array, MLSTMState]:
+    """The function that `mlstm_fwbw_custom_grad` returns."""
+    return _fwbw_forward_rule(arguments, reset, config)[0]
 
 
-def _scan_state_gradients(d_local: MLSTMState, keep: jax.Array, d_last: MLSTMState):
-    """Hands the state's gradient from chunk to chunk, backward.
-
-    Args:
-        d_local: Gradient of the state before every chunk through its own outputs; `m` unused.
-        keep: Share of the state that a chunk hands on, `(N, NC)`.
-        d_last: Gradient of the last state; `m` unused.
-
-    Returns:
-        The gradients of the states after every chunk, and of the initial state.
-    """
-
-    def body(d_after, xs):
-        d_C, d_n, keep = xs
-        C, n = d_after
-        return (keep[:, None, None] * C + d_C, keep[:, None] * n + d_n), d_after
-
-    xs = jax.tree.map(lambda x: x.swapaxes(0, 1), (d_local.C, d_local.n, keep))
-    d_initial, d_after = lax.scan(body, (d_last.C, d_last.n), xs, reverse=True)
-    d_after = jax.tree.map(lambda x: x.swapaxes(0, 1), d_after)
-    return MLSTMState(*d_after, m=None), MLSTMState(*d_initial, m=None)
+def _fwbw_forward_rule(arguments, reset, config):
+    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset=reset)
+    return ((h, ctx.last_state) if config.return_state else h), ctx
 
 
-def _backward(config: mLSTMBackendFwbwConfig, residuals, cotangents):
-    """Gradient of `_forward`: exact, with what is cheap computed again rather than kept."""
-    inputs, before, last, outputs = residuals
-    dh, d_last = cotangents
-    chunks = _cut_inputs(inputs, config.chunk_size)
-    q, k, v = chunks.q, chunks.k, chunks.v
-    dtype = q.dtype
-    dh = _cut(dh, inputs.i.ndim - 1, q.shape[2]).astype(outputs.h.dtype)
-    d_numerator, d_qn = _gradients_of_output(dh, outputs, config.stabilize_correctly)
-    d_numerator = d_numerator.astype(dtype)
-
-    # Weights of the state before the chunk, of the tokens in the state after it, and what it keeps.
-    log_carry = chunks.carry + before.m[..., None]
-    carry = jnp.exp(log_carry - outputs.m)[..., None]
-    last_m = last.m.reshape(-1)
-    after_m = jnp.concatenate([before.m[:, 1:], last_m[:, None]], axis=1)
-    write = jnp.exp(chunks.write - after_m[..., None])[..., None]
-    keep = jnp.exp(log_carry[..., -1] - after_m)
-
-    carried_q = q * carry
-    d_local = MLSTMState(
-        C=_product("nctk,nctv->nckv", carried_q.astype(dtype), d_numerator),
-        n=jnp.sum(carried_q * d_qn[..., None], axis=2),
-        m=None,
-    )
-    d_after, d_initial = _scan_state_gradients(d_local, keep, _fold_state(d_last))
-
-    # Through the states.
-    dq_carry = carry * (
-        _product("nctv,nckv->nctk", d_numerator, before.C.astype(dtype))
-        + d_qn[..., None] * before.n[..., None, :]
-    )
-    dk_write = write * (
-        _product("ncsv,nckv->ncsk", v, d_after.C.astype(dtype)) + d_after.n[..., None, :]
-    )
-    dv = write * _product("ncsk,nckv->ncsv", k, d_after.C.astype(dtype))
-
-    # Through the pairs inside of the chunk.
-    weight = jnp.exp(chunks.pair - outputs.m[..., None])
-    scores = _product("nctk,ncsk->ncts", q, k) * weight
-    d_scores = _product("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
-    d_pair = d_scores * scores
-    d_products = (d_scores * weight).astype(dtype)
-    dq = _product("ncts,ncsk->nctk", d_products, k) + dq_carry
-    dk = _product("ncts,nctk->ncsk", d_products, q) + dk_write
-    dv += _product("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
-
-    # The gates. Sums of what spans a forget gate, never differences of sums: with gates nearly shut
-    # they are tiny beside what does not span it, and in float32 a difference would be noise.
-    q_carry, k_write = jnp.sum(q * dq_carry, axis=-1), jnp.sum(k * dk_write, axis=-1)
-    d_i = jnp.sum(d_pair, axis=2) + k_write
-    d_log_f = _sum_of_spanning_pairs(d_pair)
-    d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
-    d_log_f += (keep * _dot(before, d_after))[..., None]
-    if chunks.reset is not None:
-        d_log_f = jnp.where(chunks.reset, 0, d_log_f)
-    d_i, d_log_f = _join(d_i, inputs.i), _join(d_log_f, inputs.log_f)
-
-    d_state = MLSTMState(
-        d_initial.C.reshape(inputs.state.C.shape),
-        d_initial.n.reshape(inputs.state.n.shape),
-        jnp.zeros_like(inputs.state.m),
-    )
-    if config.stabilize_correctly:
-        d_m = _dot(inputs.state, d_state)
-        if config.return_state:
-            left = d_last.m - _dot(last, d_last)
-            more_i, more_f, more_m = _gradient_of_last_m(inputs, left)
-            d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
-        d_state = d_state._replace(m=d_m)
-    return (
-        MLSTMInputs(
-            _join(dq, inputs.q),
-            _join(dk, inputs.k),
-            _join(dv, inputs.v),
-            d_i,
-            d_log_f,
-            None,
-            d_state,
-        ),
-    )
+def _fwbw_backward_rule(config, ctx, cotangents):
+    dh, d_last = cotangents if config.return_state else (cotangents, (None, None, None))
+    grads = fwbw_backward(ctx, dh, config, *d_last)
+    given = [x is not None for x in ctx.arguments]
+    grads = (dx if is_given else None for dx, is_given in zip(grads, given, strict=True))
+    return MLSTMArguments(*grads), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _chunkwise(inputs: MLSTMInputs, config: mLSTMBackendFwbwConfig):
-    """`h` and the last state of prepared inputs."""
-    return _forward(inputs, config)[0]
-
-
-_chunkwise.defvjp(_forward, _backward)
+_fwbw.defvjp(_fwbw_forward_rule, _fwbw_backward_rule)
 
 
 def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig):
@@ -374,14 +388,13 @@ def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig):
 
     Returns:
         A function of `(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None)`,
-        with the shapes of `mLSTMBackend.__call__`, that returns `h (..., T, DHV)`, or
-        `(h, (C, n, m))` with `config.return_state`.
+        with the shapes of `fwbw_forward`, that returns `h (..., T, DHV)`, or `(h, (C, n, m))` with
+        `config.return_state`.
     """
 
     def mlstm_fwbw(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None):
-        inputs = prepare_inputs(q, k, v, i, f, initial_C, initial_n, initial_m, reset)
-        h, last = _chunkwise(inputs, config)
-        return (h, last) if config.return_state else h
+        arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
+        return _fwbw(arguments, reset, config)
 
     return mlstm_fwbw
 
@@ -392,6 +405,7 @@ class mLSTMBackendFwbw(mLSTMBackend):
     config: mLSTMBackendFwbwConfig
     config_class = mLSTMBackendFwbwConfig
 
-    def run(self, inputs):
+    def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
-        return _chunkwise(inputs, dataclasses.replace(self.config, return_state=True))
+        config = dataclasses.replace(self.config, return_state=return_last_states)
+        return mlstm_fwbw_custom_grad(config)(*arguments, reset=reset)

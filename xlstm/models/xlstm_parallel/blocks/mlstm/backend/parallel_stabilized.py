@@ -2,16 +2,20 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
-    divide_by_normalizer,
+    check_reset,
     mLSTMBackend,
     mLSTMBackendConfig,
+    prepare_inputs,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import causal_forget_matrix
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +25,18 @@ class mLSTMBackendParallelStabilizedConfig(mLSTMBackendConfig):
     stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
 
 
-def mlstm_parallel_stabilized(inputs: MLSTMInputs, *, stabilize_correctly: bool):
+def mlstm_parallel_stabilized(
+    inputs: MLSTMInputs, reset: jax.Array | None, *, stabilize_correctly: bool
+) -> tuple[jax.Array, MLSTMState]:
     """Runs the cell over a sequence by weighing every pair of a token and an earlier one.
 
-    With `b` the cumulative log forget gate, token `s` reaches token `t` with the log weight
-    `D_ts = b_t - b_s + i_s`, the initial state with `b_t + m_0`; `m_t` is their maximum.
+    Token `s` reaches token `t` with the log weight `D_ts = F_ts + i_s`, where `F_ts` is the sum of
+    the log forget gates over `(s, t]`; the initial state does with `b_t + m_0`, where `b` is their
+    cumulative sum; `m_t` is the maximum.
 
     Args:
         inputs: Prepared inputs over `T` tokens.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
         stabilize_correctly: See `divide_by_normalizer`.
 
     Returns:
@@ -37,44 +45,46 @@ def mlstm_parallel_stabilized(inputs: MLSTMInputs, *, stabilize_correctly: bool)
     References:
         Beck et al., "xLSTM", 2024 (arXiv 2405.04517), appendix A.3.
     """
-    q, k, v, i, log_f, reset, state = inputs
+    q, k, v, i, log_f, state = inputs
     if not stabilize_correctly:
         state = state._replace(m=lax.stop_gradient(state.m))
-    dtype = i.dtype
     time = i.shape[-1]
-    b = jnp.cumsum(log_f, axis=-1)
-    reaches = jnp.tril(jnp.ones((time, time), bool))
+    forget = causal_forget_matrix(log_f)
+    log_weight = forget + i[..., None, :]
     # The log weight of the state that stands before the token's document: the initial state, or,
     # after a reset, the zero state, whose m = 0 still bounds the log scale from below.
-    log_carry = b + state.m[..., None]
-    carries = jnp.ones(b.shape, bool)
+    log_carry = jnp.cumsum(log_f, axis=-1) + state.m[..., None]
+    carries = jnp.ones(i.shape, bool)
     if reset is not None:
         document = jnp.cumsum(reset, axis=-1)
-        reaches = reaches & (document[..., :, None] == document[..., None, :])
+        log_weight = jnp.where(
+            document[..., :, None] == document[..., None, :], log_weight, -jnp.inf
+        )
         carries = document == 0
-        start = lax.cummax(jnp.where(reset, jnp.arange(time), 0), axis=b.ndim - 1)
-        before_start = jnp.take_along_axis(b - log_f, start, axis=-1)
-        log_carry = jnp.where(carries, log_carry, b - before_start)
-    log_weight = b[..., :, None] - b[..., None, :] + i[..., None, :]
-    log_weight = jnp.where(reaches, log_weight, -jnp.inf)
+        start = lax.cummax(jnp.where(reset, jnp.arange(time), 0), axis=i.ndim - 1)
+        since_start = jnp.take_along_axis(forget, start[..., None], axis=-1)[..., 0]
+        floor = since_start + jnp.take_along_axis(log_f, start, axis=-1)
+        log_carry = jnp.where(carries, log_carry, floor)
     m = jnp.maximum(jnp.max(log_weight, axis=-1), log_carry)
-    if not stabilize_correctly:
-        m = lax.stop_gradient(m)
-    weight = jnp.exp(log_weight - m[..., None])
-    carry = jnp.exp(jnp.where(carries, log_carry - m, -jnp.inf))
+    scale = lax.stop_gradient(m)  # `h` does not depend on it.
+    weight = jnp.exp(log_weight - scale[..., None])
+    carry = jnp.where(carries, jnp.exp(log_carry - scale), 0)
 
-    scores = jnp.einsum("...tk,...sk->...ts", q, k).astype(dtype) * weight
+    scores = jnp.einsum("...tk,...sk->...ts", q, k).astype(i.dtype) * weight
     numerator = jnp.einsum("...ts,...sv->...tv", scores, v)
     numerator += carry[..., None] * jnp.einsum("...tk,...kv->...tv", q, state.C)
     qn = jnp.sum(scores, axis=-1) + carry * jnp.einsum("...tk,...k->...t", q, state.n)
-    h = divide_by_normalizer(numerator, qn, m, stabilize_correctly).astype(v.dtype)
+    h = divide_by_normalizer(numerator, qn, m, stabilize_correctly)
 
-    last_weight, last_carry = weight[..., -1, :], carry[..., -1]
+    last_m = m[..., -1] if stabilize_correctly else scale[..., -1]
+    rescale = jnp.exp(scale[..., -1] - last_m)  # 1; its gradient is that of the true scale.
+    last_weight = rescale[..., None] * weight[..., -1, :]
+    last_carry = rescale * carry[..., -1]
     last = MLSTMState(
         C=last_carry[..., None, None] * state.C
         + jnp.einsum("...s,...sk,...sv->...kv", last_weight, k, v),
         n=last_carry[..., None] * state.n + jnp.einsum("...s,...sk->...k", last_weight, k),
-        m=m[..., -1],
+        m=last_m,
     )
     return h, last
 
@@ -85,8 +95,12 @@ class mLSTMBackendParallelStabilized(mLSTMBackend):
     config: mLSTMBackendParallelStabilizedConfig
     config_class = mLSTMBackendParallelStabilizedConfig
 
-    def run(self, inputs):
+    def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
-        return mlstm_parallel_stabilized(
-            inputs, stabilize_correctly=self.config.stabilize_correctly
+        inputs = prepare_inputs(arguments)
+        reset = check_reset(reset, inputs.i.shape)
+        h, state = mlstm_parallel_stabilized(
+            inputs, reset, stabilize_correctly=self.config.stabilize_correctly
         )
+        h = h.astype(arguments.v.dtype)
+        return (h, state) if return_last_states else h

@@ -9,10 +9,12 @@ from jax import lax
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
-    divide_by_normalizer,
+    check_reset,
     mLSTMBackend,
     mLSTMBackendConfig,
+    prepare_inputs,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ def mlstm_step(
 ) -> tuple[MLSTMState, jax.Array]:
     """One token of the mLSTM.
 
+    For the gradient `C` and `n` are taken at a constant scale `exp(m)`; `h` does not depend on it.
+
     Args:
         state: State before the token.
         q: Query `(..., DHQK)`, divided by `sqrt(DHQK)`.
@@ -50,10 +54,9 @@ def mlstm_step(
         Beck et al., "xLSTM", 2024 (arXiv 2405.04517), eq. 19 to 27.
     """
     m = jnp.maximum(log_f + state.m, i)
-    if not stabilize_correctly:
-        m = lax.stop_gradient(m)
-    keep = jnp.exp(log_f + state.m - m)
-    write = jnp.exp(i - m)
+    scale, scale_before = lax.stop_gradient((m, state.m))
+    keep = jnp.exp(log_f + scale_before - scale)
+    write = jnp.exp(i - scale)
     k = k.astype(state.n.dtype)
     C = keep[..., None, None] * state.C + (write[..., None] * k)[..., None] * v[..., None, :]
     n = keep[..., None] * state.n + write[..., None] * k
@@ -62,21 +65,27 @@ def mlstm_step(
     return MLSTMState(C, n, m), h.astype(v.dtype)
 
 
+def _rescale(state: MLSTMState, log_factor: jax.Array) -> MLSTMState:
+    factor = jnp.exp(log_factor)
+    return MLSTMState(factor[..., None, None] * state.C, factor[..., None] * state.n, state.m)
+
+
 def mlstm_recurrent(
-    inputs: MLSTMInputs, *, stabilize_correctly: bool
+    inputs: MLSTMInputs, reset: jax.Array | None, *, stabilize_correctly: bool
 ) -> tuple[jax.Array, MLSTMState]:
     """Runs the cell over a sequence, one token after the other.
 
     Args:
         inputs: Prepared inputs over `T` tokens.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
         stabilize_correctly: See `divide_by_normalizer`.
 
     Returns:
         `h (..., T, DHV)` and the last state.
     """
-    q, k, v, i, log_f, reset, state = inputs
-    if not stabilize_correctly:
-        state = state._replace(m=lax.stop_gradient(state.m))
+    q, k, v, i, log_f, state = inputs
+    if stabilize_correctly:  # From the true scale to a constant one; a factor of 1.
+        state = _rescale(state, state.m - lax.stop_gradient(state.m))
     tokens = [jnp.moveaxis(x, -2, 0) for x in (q, k, v)]
     tokens += [jnp.moveaxis(x, -1, 0) for x in (i, log_f)]
     resets = None if reset is None else jnp.moveaxis(reset, -1, 0)
@@ -93,6 +102,10 @@ def mlstm_recurrent(
         return mlstm_step(state, *token, stabilize_correctly=stabilize_correctly)
 
     state, h = lax.scan(body, state, (resets, tokens))
+    if stabilize_correctly:  # And back.
+        state = _rescale(state, lax.stop_gradient(state.m) - state.m)
+    else:
+        state = state._replace(m=lax.stop_gradient(state.m))
     return jnp.moveaxis(h, 0, -2), state
 
 
@@ -102,6 +115,12 @@ class mLSTMBackendRecurrent(mLSTMBackend):
     config: mLSTMBackendRecurrentConfig
     config_class = mLSTMBackendRecurrentConfig
 
-    def run(self, inputs):
+    def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
-        return mlstm_recurrent(inputs, stabilize_correctly=self.config.stabilize_correctly)
+        inputs = prepare_inputs(arguments)
+        reset = check_reset(reset, inputs.i.shape)
+        h, state = mlstm_recurrent(
+            inputs, reset, stabilize_correctly=self.config.stabilize_correctly
+        )
+        h = h.astype(arguments.v.dtype)
+        return (h, state) if return_last_states else h

@@ -1,0 +1,209 @@
+"""A sequence in chunks: how it is cut, what its gates mean there, and the states between chunks."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import LARGEST_GATE, MLSTMState
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
+    causal_forget_matrix,
+    rev_cumsum_off,
+)
+
+# Input gate of padding: below every other, and finite so that no difference of two is a NaN.
+_PADDING_GATE = -10 * LARGEST_GATE
+
+
+def cut(x: jax.Array, leading: int, chunk_size: int | None, padding=0) -> jax.Array:
+    """Cuts the axis of time into chunks, and folds the axes before it.
+
+    Args:
+        x: `(..., T, *rest)`.
+        leading: Number of axes before `T`; their sizes make up `N`.
+        chunk_size: Tokens in a chunk; None for one chunk.
+        padding: What fills the last chunk up.
+
+    Returns:
+        `(N, NC, L, *rest)`, where `L` is the chunk's size, or `T` if that is less.
+    """
+    time, *rest = x.shape[leading:]
+    size = time if chunk_size is None else min(chunk_size, time)
+    x = x.reshape(math.prod(x.shape[:leading]), time, *rest)
+    if time % size:
+        widths = [(0, 0), (0, -time % size)] + [(0, 0)] * len(rest)
+        x = jnp.pad(x, widths, constant_values=padding)
+    return x.reshape(x.shape[0], x.shape[1] // size, size, *rest)
+
+
+def join(x: jax.Array, leading: tuple[int, ...], time: int) -> jax.Array:
+    """Joins what `cut` has cut: `(N, NC, L, *rest)` to `(*leading, T, *rest)`."""
+    x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :time]
+    return x.reshape(*leading, *x.shape[1:])
+
+
+def fold_state(state: MLSTMState) -> MLSTMState:
+    """Folds the leading axes of a state, or of its gradient, to `N`."""
+    n = math.prod(state.m.shape)
+    return MLSTMState(*(x.reshape(n, *x.shape[state.m.ndim :]) for x in state))
+
+
+def unfold_state(state: MLSTMState, leading: tuple[int, ...]) -> MLSTMState:
+    """The inverse of `fold_state`."""
+    return MLSTMState(*(x.reshape(*leading, *x.shape[1:]) for x in state))
+
+
+class ChunkGates(NamedTuple):
+    """What the gates of a sequence mean within its chunks; each array is `(N, NC, L)`.
+
+    Attributes:
+        i: Input gate pre-activations.
+        log_f: Log forget gates.
+        carry: Log weight with which the state before the chunk reaches the token.
+        write: Log weight with which the token reaches the state after the chunk.
+        floor: Log weight of the zero state after a reset, which bounds `m`; None without resets.
+        document: Number of resets in the chunk up to the token; None without resets.
+    """
+
+    i: jax.Array
+    log_f: jax.Array
+    carry: jax.Array
+    write: jax.Array
+    floor: jax.Array | None
+    document: jax.Array | None
+
+
+def chunk_gates(
+    i: jax.Array, log_f: jax.Array, reset: jax.Array | None, chunk_size: int | None
+) -> ChunkGates:
+    """Cuts the gates into chunks.
+
+    Args:
+        i: Input gate pre-activations `(..., T)`.
+        log_f: Log forget gates `(..., T)`.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
+        chunk_size: Tokens in a chunk; None for one chunk.
+
+    Returns:
+        What they mean there.
+    """
+    leading = i.ndim - 1
+    i = cut(i, leading, chunk_size, _PADDING_GATE)
+    log_f = cut(log_f, leading, chunk_size)
+    carry, write = jnp.cumsum(log_f, axis=-1), rev_cumsum_off(log_f) + i
+    if reset is None:
+        return ChunkGates(i, log_f, carry, write, None, None)
+    reset = cut(reset, leading, chunk_size, padding=False)
+    document = jnp.cumsum(reset, axis=-1)
+    start = lax.cummax(jnp.where(reset, jnp.arange(reset.shape[-1]), 0), axis=2)
+    floor = carry - jnp.take_along_axis(carry - log_f, start, axis=-1)
+    carry = jnp.where(document == 0, carry, -jnp.inf)
+    floor = jnp.where(document == 0, -jnp.inf, floor)
+    write = jnp.where(document == document[..., -1:], write, -jnp.inf)
+    return ChunkGates(i, log_f, carry, write, floor, document)
+
+
+def pair_weights(gates: ChunkGates) -> jax.Array:
+    """Log weight with which token `s` of a chunk reaches its token `t`.
+
+    Args:
+        gates: The gates.
+
+    Returns:
+        `(N, NC, L, L)`, entry `[t, s]`; -inf where it does not.
+    """
+    pairs = causal_forget_matrix(gates.log_f) + gates.i[..., None, :]
+    if gates.document is None:
+        return pairs
+    same = gates.document[..., :, None] == gates.document[..., None, :]
+    return jnp.where(same, pairs, -jnp.inf)
+
+
+def log_scales(pairs: jax.Array, gates: ChunkGates, before_m: jax.Array) -> jax.Array:
+    """The log scale `m` of every token.
+
+    Args:
+        pairs: `pair_weights(gates)`, `(N, NC, L, L)`.
+        gates: The gates.
+        before_m: Log scale before each chunk `(N, NC)`.
+
+    Returns:
+        `(N, NC, L)`.
+    """
+    m = jnp.maximum(jnp.max(pairs, axis=-1), gates.carry + before_m[..., None])
+    return m if gates.floor is None else jnp.maximum(m, gates.floor)
+
+
+def chunk_states(
+    k: jax.Array, v: jax.Array, gates: ChunkGates, state: MLSTMState
+) -> tuple[MLSTMState, MLSTMState]:
+    """Hands the state from chunk to chunk.
+
+    Args:
+        k: Keys `(N, NC, L, DHQK)`.
+        v: Values `(N, NC, L, DHV)`.
+        gates: The gates.
+        state: State before the first chunk, leading axis `N`.
+
+    Returns:
+        The states before every chunk, with leading axes `(N, NC)`, and the last state.
+    """
+    local_m = jnp.max(gates.write, axis=-1)
+    weighted_k = k * jnp.exp(gates.write - local_m[..., None])[..., None]
+    local = MLSTMState(
+        C=product("...lk,...lv->...kv", weighted_k.astype(v.dtype), v),
+        n=jnp.sum(weighted_k, axis=-2),
+        m=local_m,
+    )
+    floor = None if gates.floor is None else gates.floor[..., -1]
+
+    def body(state, xs):
+        local, carry, floor = xs
+        log_carry = carry + state.m
+        m = jnp.maximum(log_carry, local.m)
+        m = m if floor is None else jnp.maximum(m, floor)
+        keep, add = jnp.exp(log_carry - m), jnp.exp(local.m - m)
+        C = keep[..., None, None] * state.C + add[..., None, None] * local.C
+        n = keep[..., None] * state.n + add[..., None] * local.n
+        return MLSTMState(C, n, m), state
+
+    xs = _swap_chunks_and_sequences((local, gates.carry[..., -1], floor))
+    last, before = lax.scan(body, state, xs)
+    return _swap_chunks_and_sequences(before), last
+
+
+def _swap_chunks_and_sequences(tree):
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+
+
+def chunk_state_gradients(
+    local: tuple[jax.Array, jax.Array], keep: jax.Array, last: tuple[jax.Array, jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Hands the state's gradient from chunk to chunk, backward.
+
+    Args:
+        local: Gradient of `C (N, NC, DHQK, DHV)` and `n (N, NC, DHQK)` before every chunk
+            through that chunk's own outputs.
+        keep: Share of the state that a chunk hands on, `(N, NC)`.
+        last: Gradient of `C` and `n` of the last state.
+
+    Returns:
+        The gradients of `C` and `n` after every chunk, and of the initial ones.
+    """
+
+    def body(after, xs):
+        (C, n), keep = xs
+        before = keep[..., None, None] * after[0] + C, keep[..., None] * after[1] + n
+        return before, after
+
+    xs = _swap_chunks_and_sequences((local, keep))
+    initial, after = lax.scan(body, last, xs, reverse=True)
+    return _swap_chunks_and_sequences(after), initial
+
+
+def product(spec: str, *operands: jax.Array) -> jax.Array:
+    """Einsum of operands in the compute type, accumulated in at least float32."""
+    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+    return jnp.einsum(spec, *operands, preferred_element_type=dtype)

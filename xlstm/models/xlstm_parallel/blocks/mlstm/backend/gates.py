@@ -1,0 +1,67 @@
+"""Sums of log forget gates, and their gradients, without cancellation.
+
+With a forget gate nearly shut its log is large, and a difference of two cumulative sums that span it
+has lost the digits of the others. Nothing here takes such a difference.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def rev_cumsum(x: jax.Array) -> jax.Array:
+    """Inclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t >= r`."""
+    return lax.cumsum(x, axis=x.ndim - 1, reverse=True)
+
+
+def rev_cumsum_off(x: jax.Array) -> jax.Array:
+    """Exclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t > r`."""
+    # Shifted, not `rev_cumsum(x) - x`, which would lose what is small beside `x`.
+    return jnp.pad(rev_cumsum(x[..., 1:]), [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+
+
+def _split_for_exact_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits `x (..., S)` into multiples of a power of two, whose sums are exact, and a small rest."""
+    total = jnp.sum(jnp.abs(x), axis=-1, keepdims=True)
+    _, exponent = jnp.frexp(total)
+    info = jnp.finfo(x.dtype)
+    quantum = jnp.ldexp(jnp.ones_like(total), jnp.maximum(exponent - info.nmant, info.minexp + 2))
+    coarse = jnp.round(x / quantum) * quantum
+    return coarse, x - coarse
+
+
+@jax.custom_vjp
+def causal_forget_matrix(forget_gates: jax.Array) -> jax.Array:
+    """Log weight with which every token reaches every later one.
+
+    Args:
+        forget_gates: Log forget gates `(..., S)`.
+
+    Returns:
+        `(..., S, S)`; entry `[t, s]` is the sum over `(s, t]`, -inf above the diagonal.
+    """
+    size = forget_gates.shape[-1]
+    coarse, fine = (jnp.cumsum(x, axis=-1) for x in _split_for_exact_sums(forget_gates))
+    # The difference of the coarse sums is exact, that of the fine ones has little to lose.
+    sums = coarse[..., :, None] - coarse[..., None, :] + (fine[..., :, None] - fine[..., None, :])
+    return jnp.where(jnp.tril(jnp.ones((size, size), bool)), sums, -jnp.inf)
+
+
+def sum_of_spanning_pairs(pairs: jax.Array) -> jax.Array:
+    """For every token `r` the sum over the pairs `t >= r > s`: transposes `causal_forget_matrix`.
+
+    Args:
+        pairs: `(..., S, S)`, entry `[t, s]`.
+
+    Returns:
+        `(..., S)`.
+    """
+    ones = jnp.ones(pairs.shape[-2:], pairs.dtype)
+    reached = jnp.einsum("...ts,sr->...tr", pairs, jnp.triu(ones, 1), precision="highest")
+    return jnp.sum(jnp.where(jnp.tril(ones) > 0, reached, 0), axis=-2)
+
+
+causal_forget_matrix.defvjp(
+    lambda forget_gates: (causal_forget_matrix(forget_gates), None),
+    lambda _, pairs: (sum_of_spanning_pairs(pairs),),
+)

@@ -1,0 +1,75 @@
+"""The division by the mLSTM's normalizer, and its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Beyond this a gradient says nothing: the normalizer all but vanishes beside what it is made of.
+_LARGEST_GRADIENT = 1e20
+
+
+def _denominator(qn: jax.Array, m: jax.Array, stabilize_correctly: bool):
+    """Returns the denominator, and where it is `|qn|`."""
+    # With m large exp(-m) is zero in floating point, which division must not meet.
+    smallest = float(jnp.finfo(qn.dtype).tiny) ** 0.25
+    bound = jnp.maximum(jnp.exp(-m), smallest) if stabilize_correctly else jnp.ones_like(m)
+    return jnp.maximum(jnp.abs(qn), bound), jnp.abs(qn) > bound
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def divide_by_normalizer(
+    numerator: jax.Array, qn: jax.Array, m: jax.Array, stabilize_correctly: bool
+) -> jax.Array:
+    """The cell's output from its stabilised numerator and normalizer.
+
+    The log scale `m` is a constant for the gradient: `h` does not depend on it.
+
+    Args:
+        numerator: `C_t^T q_t`, `(..., DHV)`.
+        qn: `n_t . q_t`, `(...)`.
+        m: Log scale `(...)`.
+        stabilize_correctly: Whether the bound of the normalizer is `exp(-m)`, which makes the
+            output independent of `m`, or 1. With 1 the denominator is a constant for the gradient,
+            which is exact behind a scale-invariant norm.
+
+    Returns:
+        `h (..., DHV)`, finite also where the normalizer is zero.
+    """
+    return numerator / _denominator(qn, m, stabilize_correctly)[0][..., None]
+
+
+def normalizer_gradients(
+    dh: jax.Array, h: jax.Array, qn: jax.Array, m: jax.Array, stabilize_correctly: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient of `divide_by_normalizer`.
+
+    Args:
+        dh: Gradient of the output `(..., DHV)`.
+        h: The output `(..., DHV)`.
+        qn: `n_t . q_t`, `(...)`.
+        m: Log scale `(...)`.
+        stabilize_correctly: See `divide_by_normalizer`.
+
+    Returns:
+        The gradients of the numerator `(..., DHV)` and of `qn (...)`.
+    """
+    denominator, is_qn = _denominator(qn, m, stabilize_correctly)
+    d_numerator = dh / denominator[..., None]
+    if not stabilize_correctly:
+        return d_numerator, jnp.zeros_like(qn)
+    d_qn = -jnp.sign(qn) * jnp.sum(dh * h, axis=-1) / denominator
+    d_qn = jnp.clip(d_qn, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+    return d_numerator, jnp.where(is_qn, d_qn, 0)
+
+
+def _forward(numerator, qn, m, stabilize_correctly):
+    h = divide_by_normalizer(numerator, qn, m, stabilize_correctly)
+    return h, (h, qn, m)
+
+
+def _backward(stabilize_correctly, residuals, dh):
+    return *normalizer_gradients(dh, *residuals, stabilize_correctly), None
+
+
+divide_by_normalizer.defvjp(_forward, _backward)
