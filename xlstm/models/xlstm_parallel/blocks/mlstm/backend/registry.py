@@ -26,6 +26,12 @@ class BackendConfig:
     name: str = "fwbw"  # fwbw (chunkwise), parallel_stabilized (quadratic) or recurrent.
     chunk_size: int = 64  # Tokens in a chunk of fwbw; 0 takes the whole sequence as one chunk.
     stabilize_correctly: bool = True  # Bound the normalizer by exp(-m), the paper's way, not 1.
+    # What fwbw keeps for the backward pass, and does not compute again: for one block at a time,
+    # unless model.remat is none.
+    keep_G: bool = True  # The gated scores of all pairs of tokens in a chunk.
+    keep_gates: bool = True  # The sums of the gates within the chunks.
+    keep_M: bool = True  # The log scales of the tokens.
+    keep_c: bool = True  # The states between chunks.
 
     def __post_init__(self):
         if self.name not in BACKENDS:
