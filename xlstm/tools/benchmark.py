@@ -1,113 +1,221 @@
-"""Times the training step of a config: `bazel run //xlstm/tools:benchmark -- --config=NAME`.
+"""Times mLSTM backends, or with `--train_step` the training step of a config.
 
-The rate of a large dense matmul is measured in the same process, beside every step, since a
-machine's speed drifts. Data are random tokens: reading them is not part of the figure.
+    bazel run //xlstm/tools:benchmark -- --backends=fwbw,recurrent --chunk_sizes=32,64
+    bazel run //xlstm/tools:benchmark -- --train_step --config=NAME
+
+The rate of a large dense matmul is measured in the same process between the runs. Options of the
+backends are those of the config, `--config.backend.keep_G=False` say; its other sections matter to
+the training step only. To time an mLSTM of another library beside ours, write a module with
+
+    def function(q, k, v, i, f, chunk_size): ...
+
+from `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the pre-activations of the gates
+`i, f (B, NH, T)` to `h (B, NH, T, DHV)`, chunk size None for one chunk, and name it by
+`--external=module:function`.
 """
 
-import resource
-import time
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import flags
+from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from xlstm.dataset.batch import Batch
-from xlstm.tools.command_line import run
+from xlstm.tools import processes
+from xlstm.tools.benchmark_backends import PASSES, time_candidates
+from xlstm.tools.benchmark_candidates import (
+    backend_candidates,
+    external_candidates,
+    parse_chunk_size,
+    parse_shape,
+)
+from xlstm.tools.benchmark_train_step import time_train_step
+from xlstm.tools.command_line import resolve_path, run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
-from xlstm.tools.processes import initialize_devices
-from xlstm.trainer.base.param_utils import get_num_params
-from xlstm.trainer.base.throughput import measure_matmul_rate
+from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import create_run_mesh, global_batches
-from xlstm.trainer.llm.train import create_language_model_run
 
 _CONFIG = define_config_flag()
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed steps.", lower_bound=1)
-
-
-def _random_batch(config: RunConfig) -> Batch:
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, config.data.context_length)
-    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
-    return Batch(
-        inputs=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        targets_mask=np.ones(shape, bool),
-        reset=rng.random(shape) < 1e-3,
-    )
-
-
-def time_train_step(config: RunConfig, repeats: int) -> dict[str, float]:
-    """Compiles and times a training step.
-
-    Args:
-        config: Model, mesh, batch and optimizer.
-        repeats: Number of timed steps.
-
-    Returns:
-        Times in seconds, memory in bytes, rates in tokens or floating-point operations a second.
-        Useful operations are counted as 6 for each parameter and token.
-    """
-    mesh = create_run_mesh(config)
-    state, _, train_step = create_language_model_run(config, mesh)
-    (batch,) = global_batches([_random_batch(config)], mesh)
-    begin = time.perf_counter()
-    compiled = train_step.lower(state, batch).compile()
-    compile_time = time.perf_counter() - begin
-    num_params = get_num_params(state.params)
-
-    state, metrics = compiled(state, batch)
-    jax.block_until_ready(metrics)
-    rates, times = [], []
-    for _ in range(repeats):
-        rates.append(measure_matmul_rate(config.model.compute_dtype, seconds=0.2))
-        begin = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - begin)
-
-    median = float(np.median(times))
-    tokens = config.data.batch_size * config.data.context_length
-    fractions = 6 * num_params * tokens / np.asarray(times) / np.asarray(rates)
-    return {
-        "num_params": num_params,
-        "compile_time": compile_time,
-        "step_time_median": median,
-        "step_time_min": min(times),
-        "tokens_per_second": tokens / median,
-        "matmul_rate": float(np.median(rates)),
-        "matmul_fraction": float(np.median(fractions)),
-        "temporary_memory": compiled.memory_analysis().temp_size_in_bytes,
-        "resident_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File for the figures, a list of objects.")
+_TRAIN_STEP = flags.DEFINE_bool("train_step", False, "Time the config's training step instead.")
+_BACKENDS = flags.DEFINE_list("backends", None, "Backends to time [that of the config].")
+_SHAPES = flags.DEFINE_list(
+    "shapes",
+    ["1x4x1024x64x128", "1x4x8192x64x128", "1x4x1024x256x512"],
+    "Sizes of the inputs, BxNHxTxDHQKxDHV.",
+)
+_CHUNK_SIZES = flags.DEFINE_list(
+    "chunk_sizes",
+    None,
+    "Tokens in a chunk, 0 for one chunk; those above T are left out [that of the config].",
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of q, k and v; gates are float32."
+)
+_EXTERNAL = flags.DEFINE_list(
+    "external",
+    [],
+    "Functions to time in turn with the backends, as module:function; modules are looked for in the"
+    " folder of the call too.",
+)
+_FOR_BACKENDS = (_BACKENDS, _SHAPES, _CHUNK_SIZES, _DTYPE, _EXTERNAL)
 
 
 def main(argv: list[str]) -> None:
-    """Prints the figures of the config that the flags choose."""
+    """Times what the flags choose, prints the figures, and writes them if asked to."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    _refuse_flags_of_the_other_mode()
     config = to_run_config(_CONFIG.value)
-    initialize_devices()
-    figures = time_train_step(config, _REPEATS.value)
-    table = Table(title=f"training step of {config_name()} on {jax.devices()[0].device_kind}")
+    json_path = _JSON.value and resolve_path(_JSON.value)
+    if json_path and (os.path.isdir(json_path) or not os.path.isdir(os.path.dirname(json_path))):
+        raise ValueError(f"--json={_JSON.value}: expected a file in a folder that exists")
+    if _TRAIN_STEP.value:
+        processes.initialize_devices()
+    rows = _time_train_step(config) if _TRAIN_STEP.value else _time_backends(config)
+    if jax.process_index():
+        return
+    source = {"device": jax.devices()[0].device_kind, "jax_version": jax.__version__}
+    rows = [source | row for row in rows]
+    if json_path:
+        write_atomically(json_path, json.dumps(rows, indent=2) + "\n")
+    for table in [_train_step_table(rows[0])] if _TRAIN_STEP.value else _backend_tables(rows):
+        Console().print(table)
+
+
+def _refuse_flags_of_the_other_mode() -> None:
+    if _TRAIN_STEP.value:
+        others, reason = _FOR_BACKENDS, "is about backends on their own, not --train_step"
+    else:
+        others = flags.FLAGS.flags_by_module_dict()[processes.__name__]
+        reason = "needs --train_step; backends on their own run on one device"
+    for flag in others:
+        if flags.FLAGS[flag.name].present:
+            raise ValueError(f"--{flag.name} {reason}")
+
+
+def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
+    """Times all candidates at all shapes; returns a row for each."""
+    shapes = [parse_shape(text) for text in _SHAPES.value]
+    chunk_sizes = [config.backend.chunk_size]
+    if _CHUNK_SIZES.value is not None:
+        chunk_sizes = [parse_chunk_size(text) for text in _CHUNK_SIZES.value]
+    candidates = []
+    names = [config.backend.name] if _BACKENDS.value is None else _BACKENDS.value
+    for name in names:
+        choice = dataclasses.replace(config.backend, name=name)
+        candidates += backend_candidates(choice, chunk_sizes)
+    if _EXTERNAL.value:
+        sys.path.append(resolve_path(""))
+    for name in _EXTERNAL.value:
+        candidates += external_candidates(name, chunk_sizes)
+
+    fitting = {shape: [x for x in candidates if x.fits(shape)] for shape in shapes}
+    for shape, found in fitting.items():
+        if not found:
+            raise ValueError(
+                f"there is nothing to time for --shapes={shape}: no --backends, no --external, or"
+                f" no --chunk_sizes up to T={shape.time} (0 is one chunk)"
+            )
+    rows = []
+    steps = len(PASSES) * (_REPEATS.value + 1)
+    with _progress_bar() as progress:
+        tasks = {
+            shape: progress.add_task(str(shape), total=steps * len(found))
+            for shape, found in fitting.items()
+        }
+        for shape, found in fitting.items():
+            dtype = jnp.dtype(_DTYPE.value)
+            advance = _advancer(progress, tasks[shape])
+            rows += time_candidates(shape, found, dtype, _REPEATS.value, advance)
+    return rows
+
+
+def _time_train_step(config: RunConfig) -> list[dict[str, Any]]:
+    """Times the training step; returns its row."""
+    with _progress_bar() as progress:
+        task = progress.add_task("training step", total=_REPEATS.value + 1)
+        figures = time_train_step(config, _REPEATS.value, _advancer(progress, task))
+    return [{"config": config_name()} | figures]
+
+
+def _progress_bar() -> Progress:
+    # A thread that refreshes it would take time from what is timed.
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False)
+
+
+def _advancer(progress: Progress, task: Any) -> Callable[[], None]:
+    progress.refresh()
+    return lambda: progress.update(task, advance=1, refresh=True)
+
+
+def _backend_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """A table for each shape: for every candidate a line for each pass."""
+    tables = {}
+    for row in rows:
+        if row["shape"] not in tables:
+            tables[row["shape"]] = _backend_table(row)
+        chunk_size = {None: "", 0: "one"}.get(row["chunk_size"], row["chunk_size"])
+        for index, name in enumerate(PASSES):
+            tables[row["shape"]].add_row(
+                *(("", "") if index else (row["backend"], str(chunk_size))),
+                "+ backward" if index else name,
+                f"{row[f'{name}_median_ms']:.2f}",
+                f"{row[f'{name}_min_ms']:.2f}",
+                f"{row[f'{name}_compile_s']:.2f}",
+                f"{row[f'{name}_temporary_memory_mib']:,.1f}",
+                f"{row[f'{name}_matmul_fraction']:.1%}",
+                f"{row[f'{name}_ratio_to_first']:.2f}",
+            )
+    return list(tables.values())
+
+
+def _backend_table(row: dict[str, Any]) -> Table:
+    """An empty table, with a title for the row's shape."""
+    title = (
+        f"\nBxNHxTxDHQKxDHV {row['shape']}, {row['dtype']}, {row['device']};"
+        f" dense matmul: {row['matmul_rate_gflop_per_s']:,.0f} GFLOP/s"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("backend", overflow="fold")
+    table.add_column("chunk", justify="right")
+    table.add_column("pass", no_wrap=True)
+    columns = ("median\nms", "min\nms", "compile\ns", "memory\nMiB", "of\nmatmul", "ratio\nto 1st")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _train_step_table(row: dict[str, Any]) -> Table:
+    """The figures of a training step."""
+    table = Table(title=f"training step of {row['config']} on {row['device']}")
     for column, justify in (("figure", "left"), ("value", "right")):
         table.add_column(column, justify=justify)
-    for name, value, unit in (
-        ("parameters", f"{figures['num_params']:,}", ""),
-        ("compile time", f"{figures['compile_time']:.1f}", "s"),
-        ("step, median", f"{figures['step_time_median'] * 1e3:.1f}", "ms"),
-        ("step, fastest", f"{figures['step_time_min'] * 1e3:.1f}", "ms"),
-        ("speed", f"{figures['tokens_per_second']:,.0f}", "tokens/s"),
-        ("dense matmul", f"{figures['matmul_rate'] / 1e9:,.0f}", "GFLOP/s"),
-        ("fraction of the dense matmul", f"{figures['matmul_fraction']:.1%}", ""),
-        ("temporary memory of the step", f"{figures['temporary_memory'] / 2**20:,.0f}", "MiB"),
-        ("peak resident memory", f"{figures['resident_memory'] / 2**20:,.0f}", "MiB"),
+    for name, value in (
+        ("parameters", f"{row['parameters']:,}"),
+        ("compile time", f"{row['compile_s']:.1f} s"),
+        ("step, median", f"{row['step_median_ms']:.1f} ms"),
+        ("step, fastest", f"{row['step_min_ms']:.1f} ms"),
+        ("speed", f"{row['tokens_per_s']:,.0f} tokens/s"),
+        ("dense matmul", f"{row['matmul_rate_gflop_per_s']:,.0f} GFLOP/s"),
+        ("fraction of the dense matmul", f"{row['matmul_fraction']:.1%}"),
+        ("temporary memory of the step", f"{row['temporary_memory_mib']:,.0f} MiB"),
+        ("peak resident memory", f"{row['peak_resident_memory_mib']:,.0f} MiB"),
     ):
-        table.add_row(name, f"{value} {unit}".strip())
-    Console().print(table)
+        table.add_row(name, value)
+    return table
 
 
 if __name__ == "__main__":

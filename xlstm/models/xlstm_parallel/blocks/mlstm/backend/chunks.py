@@ -152,40 +152,33 @@ def chunk_states(
     """
     local_m = jnp.max(gates.write, axis=-1)
     weighted_k = k * jnp.exp(gates.write - local_m[..., None])[..., None]
-    local = MLSTMState(
-        C=product("...lk,...lv->...kv", weighted_k.astype(v.dtype), v),
-        n=jnp.sum(weighted_k, axis=-2),
-        m=local_m,
-    )
+    local_n = jnp.sum(weighted_k, axis=-2)
     floor = None if gates.floor is None else gates.floor[..., -1]
+    xs = (weighted_k.astype(v.dtype), v, local_n, local_m, gates.carry[..., -1], floor)
 
-    def body(state, xs):
-        local, carry, floor = xs
+    def after(state, xs):
+        k, v, local_n, local_m, carry, floor = xs
         log_carry = carry + state.m
-        m = jnp.maximum(log_carry, local.m)
+        m = jnp.maximum(log_carry, local_m)
         m = m if floor is None else jnp.maximum(m, floor)
-        keep, add = jnp.exp(log_carry - m), jnp.exp(local.m - m)
-        C = keep[..., None, None] * state.C + add[..., None, None] * local.C
-        n = keep[..., None] * state.n + add[..., None] * local.n
-        return MLSTMState(C, n, m), state
+        keep, add = jnp.exp(log_carry - m), jnp.exp(local_m - m)
+        local_C = product("nlk,nlv->nkv", k, v)
+        C = keep[:, None, None] * state.C + add[:, None, None] * local_C
+        n = keep[:, None] * state.n + add[:, None] * local_n
+        return MLSTMState(C, n, m)
 
-    xs = _swap_chunks_and_sequences((local, gates.carry[..., -1], floor))
-    last, before = lax.scan(body, state, xs)
-    return _swap_chunks_and_sequences(before), last
-
-
-def _swap_chunks_and_sequences(tree):
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+    return _hand_on(after, state, xs)
 
 
 def chunk_state_gradients(
-    local: tuple[jax.Array, jax.Array], keep: jax.Array, last: tuple[jax.Array, jax.Array]
+    q: jax.Array, d_numerator: jax.Array, local_n: jax.Array, keep: jax.Array, last: tuple
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Hands the state's gradient from chunk to chunk, backward.
 
     Args:
-        local: Gradient of `C (N, NC, DHQK, DHV)` and `n (N, NC, DHQK)` before every chunk
-            through that chunk's own outputs.
+        q: Queries with the weight of the state before the chunk, `(N, NC, L, DHQK)`.
+        d_numerator: Gradient of the outputs' numerator `(N, NC, L, DHV)`.
+        local_n: Gradient of `n` before the chunk through its own outputs, `(N, NC, DHQK)`.
         keep: Share of the state that a chunk hands on, `(N, NC)`.
         last: Gradient of `C` and `n` of the last state.
 
@@ -193,14 +186,46 @@ def chunk_state_gradients(
         The gradients of `C` and `n` after every chunk, and of the initial ones.
     """
 
-    def body(after, xs):
-        (C, n), keep = xs
-        before = keep[..., None, None] * after[0] + C, keep[..., None] * after[1] + n
-        return before, after
+    def before(d_state, xs):
+        q, d_numerator, local_n, keep = xs
+        d_C, d_n = d_state
+        local_C = product("nlk,nlv->nkv", q, d_numerator)
+        return keep[:, None, None] * d_C + local_C, keep[:, None] * d_n + local_n
 
-    xs = _swap_chunks_and_sequences((local, keep))
-    initial, after = lax.scan(body, last, xs, reverse=True)
-    return _swap_chunks_and_sequences(after), initial
+    return _hand_on(before, last, (q, d_numerator, local_n, keep), reverse=True)
+
+
+def _hand_on(step, state, xs, reverse=False):
+    """A scan over axis 1 of `xs` that collects, in axis 1, the states that its steps begin with.
+
+    `lax.scan` has axis 0 for both, which would cost a transposed copy of all the states.
+
+    Args:
+        step: `step(state, xs of a chunk) -> state`.
+        state: What the first step begins with, leading axis `N`.
+        xs: Arrays with the leading axes `(N, NC)`.
+        reverse: Whether to begin with the last chunk.
+
+    Returns:
+        The collected states, with leading axes `(N, NC)`, and the one after the last step.
+    """
+    num_chunks = jax.tree.leaves(xs)[0].shape[1]
+
+    def body(carry, chunk):
+        state, states = carry
+        states = jax.tree.map(
+            lambda all_states, x: lax.dynamic_update_index_in_dim(all_states, x, chunk, axis=1),
+            states,
+            state,
+        )
+        of_chunk = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, chunk, 1, False), xs)
+        return (step(state, of_chunk), states), None
+
+    states = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], num_chunks, *x.shape[1:])), state
+    )
+    (state, states), _ = lax.scan(body, (state, states), jnp.arange(num_chunks), reverse=reverse)
+    return states, state
 
 
 def product(spec: str, *operands: jax.Array) -> jax.Array:

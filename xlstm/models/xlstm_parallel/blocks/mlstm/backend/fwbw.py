@@ -38,6 +38,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
+    gradient_of_last_m,
     rev_cumsum,
     rev_cumsum_off,
     sum_of_spanning_pairs,
@@ -149,10 +150,10 @@ def fwbw_forward(
     pairs = pair_weights(gates)
     m = log_scales(pairs, gates, before.m)
 
-    scores = product("...tk,...sk->...ts", q, k) * jnp.exp(pairs - m[..., None])
+    scores = product("nctk,ncsk->ncts", q, k) * jnp.exp(pairs - m[..., None])
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
-    numerator = product("...ts,...sv->...tv", scores.astype(v.dtype), v)
-    numerator += product("...tk,...kv->...tv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
+    numerator = product("ncts,ncsv->nctv", scores.astype(v.dtype), v)
+    numerator += product("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
     qn = jnp.sum(scores, axis=-1) + jnp.sum(carried_q * before.n[..., None, :], axis=-1)
     h = divide_by_normalizer(numerator, qn, m, config.stabilize_correctly)
 
@@ -248,7 +249,7 @@ def _recompute(
         m = log_scales(pairs, gates, before.m)
     weights = jnp.exp(pairs - m[..., None])
     if scores is None:
-        scores = product("...tk,...sk->...ts", q, k) * weights
+        scores = product("nctk,ncsk->ncts", q, k) * weights
     return _Recomputed(q, k, v, gates, before, m, weights, scores)
 
 
@@ -280,29 +281,29 @@ def _gradient_of_inputs(
 
     # Through the states.
     carried_q = q * carry
-    local = (
-        product("...tk,...tv->...kv", carried_q.astype(dtype), d_numerator.astype(dtype)),
+    (d_C, d_n), d_initial = chunk_state_gradients(
+        carried_q.astype(dtype),
+        d_numerator.astype(dtype),
         jnp.sum(carried_q * d_qn[..., None], axis=-2),
+        keep,
+        fold_state(d_last)[:2],
     )
-    (d_C, d_n), d_initial = chunk_state_gradients(local, keep, fold_state(d_last)[:2])
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
-        product("...tv,...kv->...tk", d_numerator.astype(dtype), before.C.astype(dtype))
+        product("nctv,nckv->nctk", d_numerator.astype(dtype), before.C.astype(dtype))
         + d_qn[..., None] * before.n[..., None, :]
     )
-    dk_write = write * (
-        product("...sv,...kv->...sk", v, d_C.astype(dtype)) + d_n[..., None, :]
-    )
-    dv = write * product("...sk,...kv->...sv", k, d_C.astype(dtype))
+    dk_write = write * (product("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
+    dv = write * product("ncsk,nckv->ncsv", k, d_C.astype(dtype))
 
     # Through the pairs inside of the chunk.
     d_numerator = d_numerator.astype(dtype)
-    d_scores = product("...tv,...sv->...ts", d_numerator, v) + d_qn[..., None]
+    d_scores = product("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
     d_pairs = d_scores * scores
     d_products = (d_scores * weights).astype(dtype)
-    dq = product("...ts,...sk->...tk", d_products, k) + dq_carry
-    dk = product("...ts,...tk->...sk", d_products, q) + dk_write
-    dv += product("...ts,...tv->...sv", scores.astype(dtype), d_numerator)
+    dq = product("ncts,ncsk->nctk", d_products, k) + dq_carry
+    dk = product("ncts,nctk->ncsk", d_products, q) + dk_write
+    dv += product("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
 
     # The gates. Sums of what spans a forget gate, never differences of sums: with gates nearly shut
     # they are tiny beside what does not span it, and in float32 a difference would be noise.
@@ -319,41 +320,16 @@ def _gradient_of_inputs(
         d_m = _dot(inputs.state, *d_initial[:2])
         if has_d_last:
             left = d_last.m - _dot(ctx.last_state, *d_last[:2])
-            more_i, more_f, more_m = _gradient_of_last_m(inputs, ctx.reset, left)
+            more_i, more_f, more_m = gradient_of_last_m(
+                inputs.i, inputs.log_f, inputs.state.m, ctx.reset, left
+            )
             d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
         d_initial = d_initial._replace(m=d_m)
-    dq, dk, dv = (join(dx, leading, time).astype(dtype) for dx in (dq, dk, dv))
-    return MLSTMInputs(dq, dk, dv, d_i, d_log_f, d_initial)
-
-
-def _gradient_of_last_m(inputs: MLSTMInputs, reset: jax.Array | None, d_m: jax.Array):
-    """Follows the maxima of `m` from the last state back to the gates.
-
-    Args:
-        inputs: The sequence.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
-        d_m: Gradient of the last `m`, all other ways for it accounted for, `(...)`.
-
-    Returns:
-        Gradients of `i (..., T)`, of `log_f (..., T)` and of the initial `m (...)`.
-    """
-    time = inputs.i.shape[-1]
-    to_end = rev_cumsum_off(inputs.log_f)  # Log forget gates after the token.
-    start = jnp.zeros(d_m.shape, int)
-    is_carried = jnp.ones(d_m.shape, bool)
-    if reset is not None:
-        start = jnp.max(jnp.where(reset, jnp.arange(time), 0), axis=-1)
-        is_carried = ~jnp.any(reset, axis=-1)
-    in_document = jnp.arange(time) >= start[..., None]
-    token = jnp.where(in_document, inputs.i + to_end, -jnp.inf)
-    first = jnp.take_along_axis(to_end + inputs.log_f, start[..., None], axis=-1)[..., 0]
-    carry = first + jnp.where(is_carried, inputs.state.m, 0)
-    from_token = jnp.max(token, axis=-1) >= carry
-    source = jnp.where(from_token, jnp.argmax(token, axis=-1), start - 1)
-    d_i = jnp.where(from_token[..., None] & (jnp.arange(time) == source[..., None]), 1, 0)
-    d_log_f = jnp.where(jnp.arange(time) > source[..., None], 1, 0)
-    d_m0 = jnp.where(~from_token & is_carried, d_m, 0)
-    return d_i * d_m[..., None], d_log_f * d_m[..., None], d_m0
+    d_tokens = (
+        join(dx, leading, time).astype(x.dtype)
+        for dx, x in zip((dq, dk, dv), inputs[:3], strict=True)
+    )
+    return MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,7 +1,7 @@
 """Sums of log forget gates, and their gradients, without cancellation.
 
-With a forget gate nearly shut its log is large, and a difference of two cumulative sums that span it
-has lost the digits of the others. Nothing here takes such a difference.
+The log of a forget gate that is nearly shut is large, and a difference of two cumulative sums that
+span it has lost the digits of the others. Nothing here takes such a difference.
 """
 
 import jax
@@ -21,7 +21,7 @@ def rev_cumsum_off(x: jax.Array) -> jax.Array:
 
 
 def _split_for_exact_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits `x (..., S)` into multiples of a power of two, whose sums are exact, and a small rest."""
+    """Splits `x (..., S)` into multiples of a power of two, with exact sums, and a small rest."""
     total = jnp.sum(jnp.abs(x), axis=-1, keepdims=True)
     _, exponent = jnp.frexp(total)
     info = jnp.finfo(x.dtype)
@@ -65,3 +65,37 @@ causal_forget_matrix.defvjp(
     lambda forget_gates: (causal_forget_matrix(forget_gates), None),
     lambda _, pairs: (sum_of_spanning_pairs(pairs),),
 )
+
+
+def gradient_of_last_m(
+    i: jax.Array, log_f: jax.Array, initial_m: jax.Array, reset: jax.Array | None, d_m: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Follows the maxima of `m` from the last state back to the gates.
+
+    Args:
+        i: Input gate pre-activations `(..., T)`.
+        log_f: Log forget gates `(..., T)`.
+        initial_m: The initial `m (...)`.
+        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
+        d_m: Gradient of the last `m`, all other ways for it accounted for, `(...)`.
+
+    Returns:
+        Gradients of `i (..., T)`, of `log_f (..., T)` and of the initial `m (...)`.
+    """
+    time = i.shape[-1]
+    to_end = rev_cumsum_off(log_f)  # Log forget gates after the token.
+    start = jnp.zeros(d_m.shape, int)
+    is_carried = jnp.ones(d_m.shape, bool)
+    if reset is not None:
+        start = jnp.max(jnp.where(reset, jnp.arange(time), 0), axis=-1)
+        is_carried = ~jnp.any(reset, axis=-1)
+    in_document = jnp.arange(time) >= start[..., None]
+    token = jnp.where(in_document, i + to_end, -jnp.inf)
+    first = jnp.take_along_axis(to_end + log_f, start[..., None], axis=-1)[..., 0]
+    carry = first + jnp.where(is_carried, initial_m, 0)
+    from_token = jnp.max(token, axis=-1) >= carry
+    source = jnp.where(from_token, jnp.argmax(token, axis=-1), start - 1)
+    d_i = jnp.where(from_token[..., None] & (jnp.arange(time) == source[..., None]), 1, 0)
+    d_log_f = jnp.where(jnp.arange(time) > source[..., None], 1, 0)
+    d_m0 = jnp.where(~from_token & is_carried, d_m, 0)
+    return d_i * d_m[..., None], d_log_f * d_m[..., None], d_m0

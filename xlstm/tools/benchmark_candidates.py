@@ -1,0 +1,162 @@
+"""What the benchmark compares: backends, external functions, and the work that each does."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
+    BackendConfig,
+    backend_config,
+    create_backend,
+)
+
+
+class Shape(NamedTuple):
+    """Sizes of an mLSTM's inputs: `B`, `NH`, `T`, `DHQK`, `DHV`."""
+
+    batch: int
+    num_heads: int
+    time: int
+    qk_dim: int
+    v_dim: int
+
+    def __str__(self) -> str:
+        """As the flag has it."""
+        return "x".join(map(str, self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An mLSTM that can be timed."""
+
+    name: str  # Of the backend, or module:function.
+    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, None where there are no chunks.
+    options: dict[str, Any]  # What else the backend was told.
+    function: Callable[..., jax.Array]  # From q, k, v, i, f to h.
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether the sequence is at least as long as a chunk."""
+        return (self.chunk_size or 0) <= shape.time
+
+    def forward_operations(self, shape: Shape) -> int:
+        """Counts the useful floating-point operations of the forward pass.
+
+        Chunkwise, with chunks of L tokens, a token and head needs half of its L pairs, each
+        2 (DHQK + DHV), and 4 DHQK DHV to read the state and to add to it. In parallel there are
+        only the pairs, and L is T. Step by step the state is read (2 DHQK DHV), and decays and
+        gains an outer product (3 DHQK DHV). An external function is counted as chunkwise.
+
+        Args:
+            shape: The inputs' sizes.
+
+        Returns:
+            The operations for the whole input; forward and backward need three times as many.
+        """
+        pairs = (self.chunk_size or shape.time) * (shape.qk_dim + shape.v_dim)
+        state = shape.qk_dim * shape.v_dim
+        per_token = {"parallel_stabilized": pairs, "recurrent": 5 * state}
+        tokens = shape.batch * shape.num_heads * shape.time
+        return tokens * per_token.get(self.name, pairs + 4 * state)
+
+
+def parse_shape(text: str) -> Shape:
+    """Reads sizes such as `1x4x1024x64x128`, or raises ValueError."""
+    sizes = text.split("x")
+    if len(sizes) != len(Shape._fields) or not all(_is_count(size) and int(size) for size in sizes):
+        raise ValueError(
+            f"--shapes={text}: expected five sizes BxNHxTxDHQKxDHV, such as 1x4x1024x64x128"
+        )
+    return Shape(*map(int, sizes))
+
+
+def parse_chunk_size(text: str) -> int:
+    """Reads a number of tokens, 0 for one chunk, or raises ValueError."""
+    if not _is_count(text):
+        raise ValueError(f"--chunk_sizes={text}: expected a whole number, 0 for one chunk")
+    return int(text)
+
+
+def backend_candidates(choice: BackendConfig, chunk_sizes: Sequence[int]) -> list[Candidate]:
+    """Makes the candidates of one backend.
+
+    Args:
+        choice: The backend and its options.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them.
+
+    Returns:
+        A candidate for each chunk size, or the only one.
+    """
+    if not hasattr(backend_config(choice), "chunk_size"):
+        return [_backend_candidate(choice, None)]
+    return [
+        _backend_candidate(dataclasses.replace(choice, chunk_size=size), size)
+        for size in chunk_sizes
+    ]
+
+
+def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate]:
+    """Makes the candidates of a function that is not ours.
+
+    Args:
+        name: `module:function`; it is called as `function(q, k, v, i, f, chunk_size=...)` with
+            `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the gates' pre-activations
+            `i, f (B, NH, T)`, chunk size None for one chunk, under `jit` and `grad`, and returns
+            `h (B, NH, T, DHV)`.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk.
+
+    Returns:
+        A candidate for each chunk size.
+
+    Raises:
+        ValueError: If there is no such module or function; a candidate raises it if the function
+            fails or returns something else.
+    """
+    external = _load_function(name)
+
+    def candidate(chunk_size: int) -> Candidate:
+        def function(q, k, v, i, f):
+            try:
+                h = external(q, k, v, i, f, chunk_size=chunk_size or None)
+            except Exception as error:  # Whatever a user's function may raise.
+                raise ValueError(
+                    f"--external={name} failed for q {q.shape}, v {v.shape} and"
+                    f" chunk_size={chunk_size or None}: {type(error).__name__}: {error}"
+                ) from error
+            if getattr(h, "shape", None) != v.shape:
+                given = getattr(h, "shape", type(h).__name__)
+                raise ValueError(f"--external={name} returned {given}, expected h {v.shape}")
+            return h
+
+        return Candidate(name, chunk_size, {}, function)
+
+    return [candidate(size) for size in chunk_sizes]
+
+
+def _backend_candidate(choice: BackendConfig, chunk_size: int | None) -> Candidate:
+    taken = {field.name for field in dataclasses.fields(backend_config(choice))}
+    told = dataclasses.asdict(choice)
+    options = {name: told[name] for name in told if name in taken - {"chunk_size"}}
+    return Candidate(choice.name, chunk_size, options, create_backend(choice))
+
+
+def _load_function(name: str) -> Callable:
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"--external={name}: expected module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # Whatever a user's module may raise.
+        raise ValueError(
+            f"--external={name}: the module cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--external={name}: {module_name} has no function {function_name}")
+    return function
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit()
