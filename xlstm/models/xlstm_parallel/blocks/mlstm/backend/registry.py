@@ -21,17 +21,19 @@ BACKENDS: dict[str, type[mLSTMBackend]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BackendConfig:
-    """Choice of a backend, with the options of all of them; each takes those that it knows."""
+    """Choice of a backend, with the options of all of them; each takes those that it knows.
+
+    What is kept lives during the backward pass of one block, unless `model.remat` is none; so all
+    of it is, other than by `mLSTMBackendFwbwConfig`'s own defaults.
+    """
 
     name: str = "fwbw"  # fwbw (chunkwise), parallel_stabilized (quadratic) or recurrent.
     chunk_size: int = 64  # Tokens in a chunk of fwbw; 0 takes the whole sequence as one chunk.
     stabilize_correctly: bool = True  # Bound the normalizer by exp(-m), the paper's way, not 1.
-    # What fwbw keeps for the backward pass, and does not compute again: for one block at a time,
-    # unless model.remat is none.
-    keep_G: bool = True  # The gated scores of all pairs of tokens in a chunk.
-    keep_gates: bool = True  # The sums of the gates within the chunks.
-    keep_M: bool = True  # The log scales of the tokens.
-    keep_c: bool = True  # The states between chunks.
+    keep_G: bool = True  # fwbw keeps the gated scores of the pairs in a chunk; else recomputes.
+    keep_gates: bool = True  # fwbw keeps the sums of the gates within the chunks.
+    keep_M: bool = True  # fwbw keeps the log scales of the tokens.
+    keep_c: bool = True  # fwbw keeps the states between chunks.
 
     def __post_init__(self):
         if self.name not in BACKENDS:

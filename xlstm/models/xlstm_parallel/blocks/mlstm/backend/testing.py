@@ -1,5 +1,6 @@
 """The mLSTM written down once more, from its equations and in float64, to test the backends by."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,6 @@ def random_arguments(
     igate_bias: float = 0.0,
     fgate_bias: float = 3.0,
     with_state: bool = True,
-    one_sign: bool = False,
 ) -> Arguments:
     """Draws normal arguments, in float32.
 
@@ -44,8 +44,6 @@ def random_arguments(
         igate_bias: Mean of the input gate pre-activations.
         fgate_bias: Mean of the forget gate pre-activations.
         with_state: Whether the state is random instead of zero.
-        one_sign: Whether `q`, `k` and `n` are made positive. Where the bound of the normalizer is
-            tiny, as with wide open input gates, this keeps the division well-conditioned.
 
     Returns:
         `q, k (..., T, DHQK)`, `v (..., T, DHV)`, `i, f (..., T)` and the state before them.
@@ -55,16 +53,15 @@ def random_arguments(
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
-    sign = np.abs if one_sign else lambda x: x
     state_scale = np.float32(with_state)
     return Arguments(
-        q=sign(normal(*leading, time, qk_dim)),
-        k=sign(normal(*leading, time, qk_dim)),
+        q=normal(*leading, time, qk_dim),
+        k=normal(*leading, time, qk_dim),
         v=normal(*leading, time, v_dim),
         i=normal(*leading, time) + np.float32(igate_bias),
         f=normal(*leading, time) + np.float32(fgate_bias),
         C=normal(*leading, qk_dim, v_dim) * state_scale,
-        n=sign(normal(*leading, qk_dim)) * state_scale,
+        n=normal(*leading, qk_dim) * state_scale,
         m=normal(*leading) * state_scale,
     )
 
@@ -94,7 +91,9 @@ def _step(xp, constant: Callable, stabilize_correctly: bool, state, token, reset
     bound = xp.exp(-m_new) if stabilize_correctly else 1.0
     denominator = constant(xp.maximum(xp.abs((n * q).sum(-1)), bound))
     h = (C * q[..., :, None]).sum(-2) / denominator[..., None]
-    return (C, n, m_new), h
+    # Where n and q are nearly orthogonal, the function is ill-conditioned.
+    norms = xp.sqrt((n * n).sum(-1) * (q * q).sum(-1))
+    return (C, n, m_new), (h, xp.abs((n * q).sum(-1)) >= 0.05 * norms)
 
 
 def _time_first(arguments: Arguments, reset):
@@ -111,16 +110,20 @@ def oracle(arguments: Arguments, reset: np.ndarray, *, stabilize_correctly: bool
         stabilize_correctly: Whether the normalizer's bound is `exp(-m)` and not 1.
 
     Returns:
-        `h (..., T, DHV)` and the last state `(C, n, m)`.
+        `h (..., T, DHV)`; the last state `(C, n, m)`; and where the function is well-conditioned,
+        bool `(..., T)`: the normalizer is not about to pass through zero.
     """
     arguments = jax.tree.map(lambda x: np.asarray(x, np.float64), arguments)
     tokens, resets = _time_first(arguments, reset)
-    state, hs = tuple(arguments[5:]), []
+    state, outputs = tuple(arguments[5:]), []
     for t in range(reset.shape[-1]):
         token = [x[t] for x in tokens]
-        state, h = _step(np, lambda x: x, stabilize_correctly, state, token, resets[t])
-        hs.append(h)
-    return np.stack(hs, axis=reset.ndim - 1), state
+        state, output = _step(np, lambda x: x, stabilize_correctly, state, token, resets[t])
+        outputs.append(output)
+    h, is_well_conditioned = (
+        np.stack(x, axis=reset.ndim - 1) for x in zip(*outputs, strict=True)
+    )
+    return h, state, is_well_conditioned
 
 
 def oracle_gradients(
@@ -133,7 +136,7 @@ def oracle_gradients(
     Args:
         arguments: Arguments over `T` tokens.
         reset: Where the state is dropped before the token, bool `(..., T)`.
-        cotangents: Cotangents of what `oracle` returns.
+        cotangents: Cotangents of `h` and of the last state.
         stabilize_correctly: Whether the normalizer's bound is `exp(-m)` and not 1.
 
     Returns:
@@ -155,7 +158,7 @@ def _gradients(arguments, reset, cotangents, stabilize_correctly):
         *tokens, C, n, m = arguments
         if not stabilize_correctly:
             m = lax.stop_gradient(m)
-        last, h = lax.scan(
+        last, (h, _) = lax.scan(
             lambda state, xs: _step(jnp, lax.stop_gradient, stabilize_correctly, state, *xs),
             (C, n, m),
             (jax.tree.map(first, tokens), first(reset)),
@@ -206,9 +209,107 @@ def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangent
     return jax.jit(run, compiler_options=QUICK_COMPILATION)(arguments, reset, cotangents)
 
 
-def relative_error(actual, expected) -> float:
-    """The norm of the error over the norm of the expected array."""
+def relative_error(actual, expected, floor: float = 0.0) -> float:
+    """The norm of the error over that of the expected array and `floor`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {actual.shape}, expected {expected.shape}")
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(actual - expected) / (np.linalg.norm(expected) + floor))
+
+
+class _Case(NamedTuple):
+    """Gates of a sequence; a forget gate's centre is drawn from `forget_centres`."""
+
+    forget_centres: tuple[float, ...] = (3.0,)
+    forget_scale: float = 1.0
+    input_bias: float = 0.0
+    input_range: float = 0.0  # If not 0, input gates are uniform up to it.
+    with_state: bool = True  # Else it is zero, and only `h` has a cotangent.
+
+
+CASES = {
+    "ordinary": _Case(),
+    "ordinary, no state": _Case(with_state=False),
+    "input bias -10": _Case(input_bias=-10.0),
+    "input bias -10, no state": _Case(input_bias=-10.0, with_state=False),
+    "input bias +10": _Case(input_bias=10.0),
+    "forget +40": _Case((40.0,), 0.0),
+    "forget +40 and noise": _Case((40.0,)),
+    "forget -40": _Case((-40.0,), 0.0),
+    "forget -40 and noise": _Case((-40.0,)),
+    "forget +-40": _Case((-40.0, 40.0), 0.0),
+    "forget +-40 and noise": _Case((-40.0, 40.0)),
+    "input up to 80": _Case(input_range=80.0),
+    "input up to 80, forget +-40": _Case((-40.0, 40.0), input_range=80.0),
+}
+
+
+class Problem(NamedTuple):
+    """Sequences of all `CASES` in one batch, and what a backend must make of them.
+
+    Attributes:
+        arguments: With leading axes `(len(CASES), 2)`.
+        reset: Where the state is dropped before the token, bool `(..., T)`.
+        cotangents: Of `(h, (C, n, m))`.
+        outputs: True `(h, (C, n, m))`, in float64.
+        gradients: True gradients of the arguments, in float64.
+        is_well_conditioned: Tokens whose output is compared, and has a cotangent, `(..., T)`.
+    """
+
+    arguments: Arguments
+    reset: np.ndarray
+    cotangents: Any
+    outputs: Any
+    gradients: Arguments
+    is_well_conditioned: np.ndarray
+
+
+@functools.cache
+def problem(time: int, *, with_reset: bool, stabilize_correctly: bool = True) -> Problem:
+    """Makes the problem over `time` tokens, with random resets or without any."""
+    sequences = []
+    for seed, case in enumerate(CASES.values()):
+        rng = np.random.default_rng(seed)
+        arguments = random_arguments(seed, (2,), time, qk_dim=8, with_state=case.with_state)
+        forget = rng.choice(case.forget_centres, (2, time))
+        forget += case.forget_scale * rng.standard_normal((2, time))
+        inputs = arguments.i + case.input_bias
+        if case.input_range:
+            inputs = rng.uniform(-case.input_range, case.input_range, (2, time))
+        arguments = arguments._replace(i=np.float32(inputs), f=np.float32(forget))
+        reset = rng.random((2, time)) < 0.15
+        reset[:, time // 2] = True
+        dh, d_state = random_cotangents(seed + 100, arguments)
+        d_state = jax.tree.map(lambda x, scale=case.with_state: x * np.float32(scale), d_state)
+        sequences.append((arguments, reset & with_reset, dh, d_state))
+    arguments, reset, dh, d_state = jax.tree.map(lambda *xs: np.stack(xs), *sequences)
+    options = {"stabilize_correctly": stabilize_correctly}
+    h, state, is_well_conditioned = oracle(arguments, reset, **options)
+    cotangents = dh * is_well_conditioned[..., None], d_state
+    gradients = oracle_gradients(arguments, reset, cotangents, **options)
+    return Problem(arguments, reset, cotangents, (h, state), gradients, is_well_conditioned)
+
+
+def assert_solves(problem: Problem, outputs, gradients: Arguments) -> None:
+    """Asserts that outputs and gradients are the true ones, case by case.
+
+    Args:
+        problem: What they are the outputs and gradients of.
+        outputs: `(h, (C, n, m))`.
+        gradients: Gradients of the arguments.
+    """
+    wrong = []
+    for at, name in enumerate(CASES):
+        mask = problem.is_well_conditioned[at]
+        h, *state = (np.asarray(x[at]) for x in jax.tree.leaves(outputs))
+        true_h, *true_state = (x[at] for x in jax.tree.leaves(problem.outputs))
+        for key, x, y in zip("hCnm", (h[mask], *state), (true_h[mask], *true_state), strict=True):
+            if not (error := relative_error(x, y)) < 3e-5:
+                wrong.append(f"{name}: {key} is off by {error:.1e}")
+        # Some gradients are zero, or nearly so: their errors are measured by the others too.
+        largest = max(np.linalg.norm(y[at]) for y in problem.gradients)
+        for key, x, y in zip(Arguments._fields, gradients, problem.gradients, strict=True):
+            error = relative_error(x[at], y[at], 1e-2 * largest)
+            if not error < 3e-4:
+                wrong.append(f"{name}: the gradient of {key} is off by {error:.1e}")
+    assert not wrong, "\n".join(wrong)
