@@ -11,6 +11,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import LARGEST_GATE
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
     rev_cumsum_off,
+    sum_since,
 )
 
 # Input gate of padding: below every other, and finite so that no difference of two is a NaN.
@@ -98,14 +99,13 @@ def chunk_gates(
     reset = cut(reset, leading, chunk_size, padding=False)
     document = jnp.cumsum(reset, axis=-1)
     start = lax.cummax(jnp.where(reset, jnp.arange(reset.shape[-1]), 0), axis=2)
-    floor = carry - jnp.take_along_axis(carry - log_f, start, axis=-1)
     carry = jnp.where(document == 0, carry, -jnp.inf)
-    floor = jnp.where(document == 0, -jnp.inf, floor)
+    floor = jnp.where(document == 0, -jnp.inf, sum_since(log_f, start))
     write = jnp.where(document == document[..., -1:], write, -jnp.inf)
     return ChunkGates(i, log_f, carry, write, floor, document)
 
 
-def pair_weights(gates: ChunkGates) -> jax.Array:
+def pair_log_weights(gates: ChunkGates) -> jax.Array:
     """Log weight with which token `s` of a chunk reaches its token `t`.
 
     Args:
@@ -121,18 +121,18 @@ def pair_weights(gates: ChunkGates) -> jax.Array:
     return jnp.where(same, pairs, -jnp.inf)
 
 
-def log_scales(pairs: jax.Array, gates: ChunkGates, before_m: jax.Array) -> jax.Array:
+def log_scales(log_weights: jax.Array, gates: ChunkGates, before_m: jax.Array) -> jax.Array:
     """The log scale `m` of every token.
 
     Args:
-        pairs: `pair_weights(gates)`, `(N, NC, L, L)`.
+        log_weights: `pair_log_weights(gates)`, `(N, NC, L, L)`.
         gates: The gates.
         before_m: Log scale before each chunk `(N, NC)`.
 
     Returns:
         `(N, NC, L)`.
     """
-    m = jnp.maximum(jnp.max(pairs, axis=-1), gates.carry + before_m[..., None])
+    m = jnp.maximum(jnp.max(log_weights, axis=-1), gates.carry + before_m[..., None])
     return m if gates.floor is None else jnp.maximum(m, gates.floor)
 
 

@@ -237,15 +237,15 @@ def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
         state = zero_state(leading, qk_dim, v_dim, dtype)
     q, k, v = (x.astype(dtype if x.dtype == jnp.float16 else x.dtype) for x in (q, k, v))
     log_f = jax.nn.log_sigmoid(gates[1])
-    state = _vary_with(state, [q, k, v, *gates])
-    return MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state)
+    return _vary_alike(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))
 
 
-def _vary_with(state: MLSTMState, inputs: list[jax.Array]) -> MLSTMState:
-    """Makes the state vary over the mesh axes of a `shard_map` that any of the inputs varies over.
+def _vary_alike(inputs: MLSTMInputs) -> MLSTMInputs:
+    """Makes all inputs vary over the mesh axes of a `shard_map` that any of them varies over.
 
-    A scan's carry must do so from the beginning. It is a selection between a value and itself,
-    which the compiler drops: JAX has no function for it that all its versions share.
+    The carry of a scan must do so from the beginning, and gradients must vary as their arguments.
+    It is a selection between a value and itself, which the compiler drops: JAX has no function for
+    it that all its versions share.
     """
-    marker = functools.reduce(jnp.logical_or, [jnp.any(x > 0) for x in inputs])
-    return jax.tree.map(lambda x: jnp.where(marker, x, x), state)
+    marker = functools.reduce(jnp.logical_or, [jnp.any(x > 0) for x in jax.tree.leaves(inputs)])
+    return jax.tree.map(lambda x: jnp.where(marker, x, x), inputs)

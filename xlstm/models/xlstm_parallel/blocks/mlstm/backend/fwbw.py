@@ -23,7 +23,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     fold_state,
     join,
     log_scales,
-    pair_weights,
+    pair_log_weights,
     product,
     unfold_state,
 )
@@ -72,7 +72,7 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
     chunk_size: int | None = 512  # Tokens in a chunk, L; None for one chunk.
     return_state: bool = False  # Whether the function returns the last state too.
     use_initial_state: bool = False  # Whether a state is expected; one that is given is used.
-    keep_G: bool = False  # Keep the gated scores of all pairs in a chunk: T * L numbers a head.
+    keep_G: bool = False  # Keep weights and scores of all pairs in a chunk: 2 * T * L a head.
     keep_gates: bool = True  # Keep the sums of the gates within the chunks: about 4 * T a head.
     keep_M: bool = False  # Keep the log scales m of the tokens: T a head.
     keep_c: bool = False  # Keep the states between chunks: T / L * DHQK * DHV numbers a head.
@@ -94,7 +94,7 @@ class FwbwContext(NamedTuple):
         last_state: The state after the last token.
         gates: With `keep_gates`, else None.
         m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
-        scores: Gated scores `(N, NC, L, L)` with `keep_G`, else None.
+        pairs: Weights and gated scores, each `(N, NC, L, L)`, with `keep_G`, else None.
         before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
     """
 
@@ -105,7 +105,7 @@ class FwbwContext(NamedTuple):
     last_state: MLSTMState
     gates: ChunkGates | None
     m: jax.Array | None
-    scores: jax.Array | None
+    pairs: tuple[jax.Array, jax.Array] | None
     before: MLSTMState | None
 
 
@@ -147,10 +147,11 @@ def fwbw_forward(
     q, k, v = _cut_tokens(inputs, config.chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
     before, last = chunk_states(k, v, gates, fold_state(inputs.state))
-    pairs = pair_weights(gates)
-    m = log_scales(pairs, gates, before.m)
+    log_weights = pair_log_weights(gates)
+    m = log_scales(log_weights, gates, before.m)
 
-    scores = product("nctk,ncsk->ncts", q, k) * jnp.exp(pairs - m[..., None])
+    weights = jnp.exp(log_weights - m[..., None])
+    scores = product("nctk,ncsk->ncts", q, k) * weights
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
     numerator = product("ncts,ncsv->nctv", scores.astype(v.dtype), v)
     numerator += product("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
@@ -166,7 +167,7 @@ def fwbw_forward(
         last_state=unfold_state(last, leading),
         gates=gates if config.keep_gates else None,
         m=m if config.keep_M else None,
-        scores=scores if config.keep_G else None,
+        pairs=(weights, scores) if config.keep_G else None,
         before=before if config.keep_c else None,
     )
     return join(h, leading, time).astype(arguments.v.dtype), context
@@ -205,6 +206,9 @@ def fwbw_backward(
         )
     )
     has_d_last = any(dx is not None for dx in (dc_last, dn_last, dm_last))
+    # Without the barrier the compiler would find that it has computed before what is computed again
+    # here, and keep it; or do so long before the gradient is there.
+    ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
     d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config)
     (d_arguments,) = pull_back(d_inputs)
     if ctx.arguments.initial_C is None:
@@ -227,30 +231,27 @@ class _Recomputed(NamedTuple):
     before: MLSTMState
     m: jax.Array
     weights: jax.Array  # exp(D_ts - m_t), (N, NC, L, L).
-    scores: jax.Array
+    scores: jax.Array  # q_t . k_s times that.
 
 
 def _recompute(
     ctx: FwbwContext, inputs: MLSTMInputs, config: mLSTMBackendFwbwConfig
 ) -> _Recomputed:
     """Takes from the context what it has, and computes the rest again."""
-    # Without the barrier the compiler would find that it has computed this before, and keep it.
-    inputs, kept, reset = lax.optimization_barrier(
-        (inputs, (ctx.gates, ctx.m, ctx.scores, ctx.before), ctx.reset)
-    )
-    gates, m, scores, before = kept
+    gates, m, pairs, before = ctx.gates, ctx.m, ctx.pairs, ctx.before
     q, k, v = _cut_tokens(inputs, config.chunk_size)
     if gates is None:
-        gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
+        gates = chunk_gates(inputs.i, inputs.log_f, ctx.reset, config.chunk_size)
     if before is None:
         before, _ = chunk_states(k, v, gates, fold_state(inputs.state))
-    pairs = pair_weights(gates)
+    if m is None or pairs is None:
+        log_weights = pair_log_weights(gates)
     if m is None:
-        m = log_scales(pairs, gates, before.m)
-    weights = jnp.exp(pairs - m[..., None])
-    if scores is None:
-        scores = product("nctk,ncsk->ncts", q, k) * weights
-    return _Recomputed(q, k, v, gates, before, m, weights, scores)
+        m = log_scales(log_weights, gates, before.m)
+    if pairs is None:
+        weights = jnp.exp(log_weights - m[..., None])
+        pairs = weights, product("nctk,ncsk->ncts", q, k) * weights
+    return _Recomputed(q, k, v, gates, before, m, *pairs)
 
 
 def _dot(a: MLSTMState, d_C: jax.Array, d_n: jax.Array) -> jax.Array:

@@ -30,6 +30,23 @@ def _split_for_exact_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return coarse, x - coarse
 
 
+def sum_since(x: jax.Array, start: jax.Array) -> jax.Array:
+    """Sums over the last axis from a given place on.
+
+    Args:
+        x: `(..., S)`.
+        start: Indices `(..., S)`, none beyond its own place.
+
+    Returns:
+        `(..., S)`; entry `t` is the sum over `[start_t, t]`.
+    """
+    total = jnp.zeros_like(x)
+    for part in _split_for_exact_sums(x):
+        sums = jnp.cumsum(part, axis=-1)
+        total += sums - jnp.take_along_axis(sums - part, start, axis=-1)
+    return total
+
+
 @jax.custom_vjp
 def causal_forget_matrix(forget_gates: jax.Array) -> jax.Array:
     """Log weight with which every token reaches every later one.

@@ -14,7 +14,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     mLSTMBackendConfig,
     prepare_inputs,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import causal_forget_matrix
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
+    causal_forget_matrix,
+    sum_since,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
 
@@ -49,8 +52,7 @@ def mlstm_parallel_stabilized(
     if not stabilize_correctly:
         state = state._replace(m=lax.stop_gradient(state.m))
     time = i.shape[-1]
-    forget = causal_forget_matrix(log_f)
-    log_weight = forget + i[..., None, :]
+    log_weight = causal_forget_matrix(log_f) + i[..., None, :]
     # The log weight of the state that stands before the token's document: the initial state, or,
     # after a reset, the zero state, whose m = 0 still bounds the log scale from below.
     log_carry = jnp.cumsum(log_f, axis=-1) + state.m[..., None]
@@ -62,9 +64,7 @@ def mlstm_parallel_stabilized(
         )
         carries = document == 0
         start = lax.cummax(jnp.where(reset, jnp.arange(time), 0), axis=i.ndim - 1)
-        since_start = jnp.take_along_axis(forget, start[..., None], axis=-1)[..., 0]
-        floor = since_start + jnp.take_along_axis(log_f, start, axis=-1)
-        log_carry = jnp.where(carries, log_carry, floor)
+        log_carry = jnp.where(carries, log_carry, sum_since(log_f, start))
     m = jnp.maximum(jnp.max(log_weight, axis=-1), log_carry)
     scale = lax.stop_gradient(m)  # `h` does not depend on it.
     weight = jnp.exp(log_weight - scale[..., None])

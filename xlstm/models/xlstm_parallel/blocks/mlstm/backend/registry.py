@@ -30,7 +30,7 @@ class BackendConfig:
     name: str = "fwbw"  # fwbw (chunkwise), parallel_stabilized (quadratic) or recurrent.
     chunk_size: int = 64  # Tokens in a chunk of fwbw; 0 takes the whole sequence as one chunk.
     stabilize_correctly: bool = True  # Bound the normalizer by exp(-m), the paper's way, not 1.
-    keep_G: bool = True  # fwbw keeps the gated scores of the pairs in a chunk; else recomputes.
+    keep_G: bool = True  # fwbw keeps weights and scores of the pairs in a chunk; else recomputes.
     keep_gates: bool = True  # fwbw keeps the sums of the gates within the chunks.
     keep_M: bool = True  # fwbw keeps the log scales of the tokens.
     keep_c: bool = True  # fwbw keeps the states between chunks.

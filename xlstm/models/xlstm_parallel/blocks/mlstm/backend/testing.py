@@ -120,9 +120,7 @@ def oracle(arguments: Arguments, reset: np.ndarray, *, stabilize_correctly: bool
         token = [x[t] for x in tokens]
         state, output = _step(np, lambda x: x, stabilize_correctly, state, token, resets[t])
         outputs.append(output)
-    h, is_well_conditioned = (
-        np.stack(x, axis=reset.ndim - 1) for x in zip(*outputs, strict=True)
-    )
+    h, is_well_conditioned = (np.stack(x, axis=reset.ndim - 1) for x in zip(*outputs, strict=True))
     return h, state, is_well_conditioned
 
 
