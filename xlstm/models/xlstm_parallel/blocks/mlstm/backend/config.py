@@ -1,11 +1,11 @@
 """What all mLSTM backends share: their interface, their shapes, the gates and the zero state."""
 
-import functools
 from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 # Gates are kept within it: their sums over a sequence stay finite, and nothing can tell the
 # difference, since exp() of a difference of gates is 0, 1 or inf long before.
@@ -240,12 +240,21 @@ def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
     return _vary_alike(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))
 
 
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes of a `shard_map` that an array varies over."""
+    type_of_x = jax.typeof(x)
+    return type_of_x.vma if hasattr(type_of_x, "vma") else type_of_x.manual_axis_type.varying
+
+
 def _vary_alike(inputs: MLSTMInputs) -> MLSTMInputs:
-    """Makes all inputs vary over the mesh axes of a `shard_map` that any of them varies over.
+    """Marks all inputs as varying over the mesh axes of a `shard_map` that any of them varies over.
 
     The carry of a scan must do so from the beginning, and gradients must vary as their arguments.
-    It is a selection between a value and itself, which the compiler drops: JAX has no function for
-    it that all its versions share.
     """
-    marker = functools.reduce(jnp.logical_or, [jnp.any(x > 0) for x in jax.tree.leaves(inputs)])
-    return jax.tree.map(lambda x: jnp.where(marker, x, x), inputs)
+    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(inputs)))
+
+    def mark(x):
+        missing = tuple(sorted(axes - _varying_axes(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, inputs)
