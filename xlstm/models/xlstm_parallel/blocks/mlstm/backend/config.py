@@ -156,7 +156,8 @@ def zero_state(leading: tuple[int, ...], qk_dim: int, v_dim: int, dtype=jnp.floa
     )
 
 
-def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
+def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
+    """Raises a `ValueError` that names the array if its shape is not the expected one."""
     if x.shape != expected:
         raise ValueError(f"{name} has the shape {x.shape}, expected {expected}")
 
@@ -216,20 +217,20 @@ def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
         raise ValueError(f"q has the shape {q.shape}, expected (..., T, DHQK) with T >= 1")
     *leading, time, qk_dim = q.shape
     leading = tuple(leading)
-    _check_shape("k", k, q.shape)
-    _check_shape("v", v, (*leading, time, v.shape[-1] if v.ndim else 0))
+    check_shape("k", k, q.shape)
+    check_shape("v", v, (*leading, time, v.shape[-1] if v.ndim else 0))
     v_dim = v.shape[-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     gates = []
     for name, gate in (("i", i), ("f", f)):
         gate = gate[..., 0] if gate.shape == (*leading, time, 1) else gate
-        _check_shape(name, gate, (*leading, time))
+        check_shape(name, gate, (*leading, time))
         gates.append(jnp.clip(gate.astype(dtype), -LARGEST_GATE, LARGEST_GATE))
     given = [x is not None for x in initial]
     if all(given):
         shapes = ((*leading, qk_dim, v_dim), (*leading, qk_dim), leading)
         for name, x, shape in zip(MLSTMArguments._fields[5:], initial, shapes, strict=True):
-            _check_shape(name, x, shape)
+            check_shape(name, x, shape)
         state = MLSTMState(*(x.astype(dtype) for x in initial))
     elif any(given):
         raise ValueError("an initial state needs all of C, n and m; only a part of them was given")

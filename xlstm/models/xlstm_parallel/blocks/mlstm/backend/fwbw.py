@@ -32,6 +32,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
     check_reset,
+    check_shape,
     mLSTMBackend,
     mLSTMBackendConfig,
     prepare_inputs,
@@ -197,8 +198,15 @@ def fwbw_backward(
     Returns:
         The gradients of `q, k, v, i, f` and of the initial `C, n, m`, in the shapes and types of
         the arguments; of a state that was not given, in that of its zeros.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
     inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
+    check_shape("dh", dh, ctx.arguments.v.shape)
+    for name, dx, x in zip("cnm", (dc_last, dn_last, dm_last), ctx.last_state, strict=True):
+        if dx is not None:
+            check_shape(f"d{name}_last", dx, x.shape)
     d_last = MLSTMState(
         *(
             jnp.zeros_like(x) if dx is None else dx.astype(x.dtype)

@@ -270,3 +270,13 @@ def test_the_graph_does_not_grow_with_time():
         largest.append(max(v.aval.size for x in equations for v in x.outvars))
     assert numbers[0] == numbers[1] > 50
     assert largest[1] == 16 * largest[0]
+
+
+def test_cotangents_of_wrong_shapes():
+    arguments = testing.random_arguments(0, (2,), 9)
+    q, k, v, i, f, *initial = arguments
+    _, ctx = fwbw_forward(q, k, v, i, f, CONFIG, *initial)
+    with pytest.raises(ValueError, match=r"dh has the shape \(2, 8, 6\), expected \(2, 9, 6\)"):
+        fwbw_backward(ctx, v[:, :8], CONFIG)
+    with pytest.raises(ValueError, match=r"dn_last has the shape \(2, 4, 6\), expected \(2, 4\)"):
+        fwbw_backward(ctx, v, CONFIG, dn_last=arguments.C)
