@@ -8,11 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import LARGEST_GATE, MLSTMState
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
-    causal_forget_matrix,
-    rev_cumsum_off,
-    sum_since,
-)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import documents, rev_cumsum_off
 
 # Input gate of padding: below every other, and finite so that no difference of two is a NaN.
 _PADDING_GATE = -10 * LARGEST_GATE
@@ -97,35 +93,18 @@ def chunk_gates(
     if reset is None:
         return ChunkGates(i, log_f, carry, write, None, None)
     reset = cut(reset, leading, chunk_size, padding=False)
-    document = jnp.cumsum(reset, axis=-1)
-    start = lax.cummax(jnp.where(reset, jnp.arange(reset.shape[-1]), 0), axis=2)
+    document, floor = documents(log_f, reset)
     carry = jnp.where(document == 0, carry, -jnp.inf)
-    floor = jnp.where(document == 0, -jnp.inf, sum_since(log_f, start))
+    floor = jnp.where(document == 0, -jnp.inf, floor)
     write = jnp.where(document == document[..., -1:], write, -jnp.inf)
     return ChunkGates(i, log_f, carry, write, floor, document)
-
-
-def pair_log_weights(gates: ChunkGates) -> jax.Array:
-    """Log weight with which token `s` of a chunk reaches its token `t`.
-
-    Args:
-        gates: The gates.
-
-    Returns:
-        `(N, NC, L, L)`, entry `[t, s]`; -inf where it does not.
-    """
-    pairs = causal_forget_matrix(gates.log_f) + gates.i[..., None, :]
-    if gates.document is None:
-        return pairs
-    same = gates.document[..., :, None] == gates.document[..., None, :]
-    return jnp.where(same, pairs, -jnp.inf)
 
 
 def log_scales(log_weights: jax.Array, gates: ChunkGates, before_m: jax.Array) -> jax.Array:
     """The log scale `m` of every token.
 
     Args:
-        log_weights: `pair_log_weights(gates)`, `(N, NC, L, L)`.
+        log_weights: Log weights of the pairs, see `gates.pair_log_weights`, `(N, NC, L, L)`.
         gates: The gates.
         before_m: Log scale before each chunk `(N, NC)`.
 

@@ -1,5 +1,6 @@
 """What all mLSTM backends share: their interface, their shapes, the gates and the zero state."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
@@ -135,6 +136,29 @@ class mLSTMBackend(nn.Module):
     ) -> jax.Array | tuple[jax.Array, MLSTMState]:
         """Does what `__call__` says; a backend defines this."""
         raise NotImplementedError
+
+
+def run_prepared(
+    cell: Callable[[MLSTMInputs, jax.Array | None], tuple[jax.Array, MLSTMState]],
+    arguments: MLSTMArguments,
+    reset: jax.Array | None,
+    return_last_states: bool,
+) -> jax.Array | tuple[jax.Array, MLSTMState]:
+    """Runs a cell that takes prepared inputs; what `mLSTMBackend.run` does is built on it.
+
+    Args:
+        cell: From inputs and `reset (..., T)`, or None, to `h (..., T, DHV)` and the last state.
+        arguments: The arguments.
+        reset: See `mLSTMBackend.__call__`.
+        return_last_states: See `mLSTMBackend.__call__`.
+
+    Returns:
+        What `mLSTMBackend.__call__` returns.
+    """
+    inputs = prepare_inputs(arguments)
+    h, state = cell(inputs, check_reset(reset, inputs.i.shape))
+    h = h.astype(arguments.v.dtype)
+    return (h, state) if return_last_states else h
 
 
 def zero_state(leading: tuple[int, ...], qk_dim: int, v_dim: int, dtype=jnp.float32) -> MLSTMState:

@@ -23,7 +23,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     fold_state,
     join,
     log_scales,
-    pair_log_weights,
     product,
     unfold_state,
 )
@@ -40,6 +39,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
     gradient_of_last_m,
+    pair_log_weights,
     rev_cumsum,
     rev_cumsum_off,
     sum_of_spanning_pairs,
@@ -148,11 +148,10 @@ def fwbw_forward(
     q, k, v = _cut_tokens(inputs, config.chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
     before, last = chunk_states(k, v, gates, fold_state(inputs.state))
-    log_weights = pair_log_weights(gates)
+    log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
-    weights = jnp.exp(log_weights - m[..., None])
-    scores = product("nctk,ncsk->ncts", q, k) * weights
+    pairs = _, scores = _weigh_pairs(q, k, log_weights, m)
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
     numerator = product("ncts,ncsv->nctv", scores.astype(v.dtype), v)
     numerator += product("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
@@ -168,7 +167,7 @@ def fwbw_forward(
         last_state=unfold_state(last, leading),
         gates=gates if config.keep_gates else None,
         m=m if config.keep_M else None,
-        pairs=(weights, scores) if config.keep_G else None,
+        pairs=pairs if config.keep_G else None,
         before=before if config.keep_c else None,
     )
     return join(h, leading, time).astype(arguments.v.dtype), context
@@ -229,6 +228,14 @@ def _cut_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
     return [cut(x, inputs.i.ndim - 1, chunk_size) for x in (inputs.q, inputs.k, inputs.v)]
 
 
+def _weigh_pairs(
+    q: jax.Array, k: jax.Array, log_weights: jax.Array, m: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Weights and gated scores of the pairs of tokens in each chunk, `(N, NC, L, L)`."""
+    weights = jnp.exp(log_weights - m[..., None])
+    return weights, product("nctk,ncsk->ncts", q, k) * weights
+
+
 class _Recomputed(NamedTuple):
     """What the backward pass needs of the forward pass; see `FwbwContext`."""
 
@@ -253,12 +260,11 @@ def _recompute(
     if before is None:
         before, _ = chunk_states(k, v, gates, fold_state(inputs.state))
     if m is None or pairs is None:
-        log_weights = pair_log_weights(gates)
+        log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     if m is None:
         m = log_scales(log_weights, gates, before.m)
     if pairs is None:
-        weights = jnp.exp(log_weights - m[..., None])
-        pairs = weights, product("nctk,ncsk->ncts", q, k) * weights
+        pairs = _weigh_pairs(q, k, log_weights, m)
     return _Recomputed(q, k, v, gates, before, m, *pairs)
 
 
@@ -280,6 +286,7 @@ def _gradient_of_inputs(
     dtype, (*leading, time) = v.dtype, inputs.i.shape
     dh = cut(dh, len(leading), config.chunk_size).astype(ctx.h.dtype)
     d_numerator, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
+    d_numerator = d_numerator.astype(dtype)
 
     # Weights of the state before the chunk, of the tokens in the state after it, and what it keeps.
     after_m = jnp.concatenate([before.m[:, 1:], ctx.last_state.m.reshape(-1, 1)], axis=1)
@@ -292,21 +299,20 @@ def _gradient_of_inputs(
     carried_q = q * carry
     (d_C, d_n), d_initial = chunk_state_gradients(
         carried_q.astype(dtype),
-        d_numerator.astype(dtype),
+        d_numerator,
         jnp.sum(carried_q * d_qn[..., None], axis=-2),
         keep,
         fold_state(d_last)[:2],
     )
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
-        product("nctv,nckv->nctk", d_numerator.astype(dtype), before.C.astype(dtype))
+        product("nctv,nckv->nctk", d_numerator, before.C.astype(dtype))
         + d_qn[..., None] * before.n[..., None, :]
     )
     dk_write = write * (product("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
     dv = write * product("ncsk,nckv->ncsv", k, d_C.astype(dtype))
 
     # Through the pairs inside of the chunk.
-    d_numerator = d_numerator.astype(dtype)
     d_scores = product("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
     d_pairs = d_scores * scores
     d_products = (d_scores * weights).astype(dtype)

@@ -28,16 +28,9 @@ def jit(function):
 def with_gradients(config, arguments, cotangents):
     """The output and the last state, and the gradients of the arguments that are given."""
     function = mlstm_fwbw_custom_grad(dataclasses.replace(config, return_state=True))
-
-    def run(arguments):
-        h, state = function(*arguments)
-        return h, tuple(state)
-
-    def run_with_gradients(arguments, cotangents):
-        outputs, vjp = jax.vjp(run, arguments)
-        return outputs, vjp(cotangents)[0]
-
-    return jit(run_with_gradients)(arguments, cotangents)
+    return testing.outputs_and_gradients(
+        lambda arguments, _: function(*arguments), arguments, None, cotangents
+    )
 
 
 def directly(config, arguments, cotangents):

@@ -64,6 +64,40 @@ def causal_forget_matrix(forget_gates: jax.Array) -> jax.Array:
     return jnp.where(jnp.tril(jnp.ones((size, size), bool)), sums, -jnp.inf)
 
 
+def documents(log_f: jax.Array, reset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What resets mean for the tokens.
+
+    Args:
+        log_f: Log forget gates `(..., S)`.
+        reset: Where the state is dropped before the token, bool `(..., S)`.
+
+    Returns:
+        The number of resets up to the token, and, where that is not 0, the log weight with which
+        the zero state after the last of them, whose `m = 0` bounds the log scale, reaches it. Both
+        `(..., S)`.
+    """
+    places = jnp.where(reset, jnp.arange(reset.shape[-1]), 0)
+    start = lax.cummax(places, axis=reset.ndim - 1)
+    return jnp.cumsum(reset, axis=-1), sum_since(log_f, start)
+
+
+def pair_log_weights(i: jax.Array, log_f: jax.Array, document: jax.Array | None) -> jax.Array:
+    """Log weight with which token `s` reaches token `t`.
+
+    Args:
+        i: Input gate pre-activations `(..., S)`.
+        log_f: Log forget gates `(..., S)`.
+        document: Number of resets up to the token `(..., S)`; None without resets.
+
+    Returns:
+        `(..., S, S)`, entry `[t, s]`; -inf where it does not.
+    """
+    pairs = causal_forget_matrix(log_f) + i[..., None, :]
+    if document is None:
+        return pairs
+    return jnp.where(document[..., :, None] == document[..., None, :], pairs, -jnp.inf)
+
+
 def sum_of_spanning_pairs(pairs: jax.Array) -> jax.Array:
     """For every token `r` the sum over the pairs `t >= r > s`: transposes `causal_forget_matrix`.
 

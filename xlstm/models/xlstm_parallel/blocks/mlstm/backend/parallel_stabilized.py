@@ -1,6 +1,7 @@
 """The mLSTM in its parallel form: all pairs of tokens at once, quadratic in `T`, easy to read."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,13 @@ from jax import lax
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
-    check_reset,
     mLSTMBackend,
     mLSTMBackendConfig,
-    prepare_inputs,
+    run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
-    causal_forget_matrix,
-    sum_since,
+    documents,
+    pair_log_weights,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
@@ -51,20 +51,15 @@ def mlstm_parallel_stabilized(
     q, k, v, i, log_f, state = inputs
     if not stabilize_correctly:
         state = state._replace(m=lax.stop_gradient(state.m))
-    time = i.shape[-1]
-    log_weight = causal_forget_matrix(log_f) + i[..., None, :]
     # The log weight of the state that stands before the token's document: the initial state, or,
     # after a reset, the zero state, whose m = 0 still bounds the log scale from below.
     log_carry = jnp.cumsum(log_f, axis=-1) + state.m[..., None]
-    carries = jnp.ones(i.shape, bool)
+    document, carries = None, jnp.ones(i.shape, bool)
     if reset is not None:
-        document = jnp.cumsum(reset, axis=-1)
-        log_weight = jnp.where(
-            document[..., :, None] == document[..., None, :], log_weight, -jnp.inf
-        )
+        document, floor = documents(log_f, reset)
         carries = document == 0
-        start = lax.cummax(jnp.where(reset, jnp.arange(time), 0), axis=i.ndim - 1)
-        log_carry = jnp.where(carries, log_carry, sum_since(log_f, start))
+        log_carry = jnp.where(carries, log_carry, floor)
+    log_weight = pair_log_weights(i, log_f, document)
     m = jnp.maximum(jnp.max(log_weight, axis=-1), log_carry)
     scale = lax.stop_gradient(m)  # `h` does not depend on it.
     weight = jnp.exp(log_weight - scale[..., None])
@@ -97,10 +92,7 @@ class mLSTMBackendParallelStabilized(mLSTMBackend):
 
     def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
-        inputs = prepare_inputs(arguments)
-        reset = check_reset(reset, inputs.i.shape)
-        h, state = mlstm_parallel_stabilized(
-            inputs, reset, stabilize_correctly=self.config.stabilize_correctly
+        cell = functools.partial(
+            mlstm_parallel_stabilized, stabilize_correctly=self.config.stabilize_correctly
         )
-        h = h.astype(arguments.v.dtype)
-        return (h, state) if return_last_states else h
+        return run_prepared(cell, arguments, reset, return_last_states)

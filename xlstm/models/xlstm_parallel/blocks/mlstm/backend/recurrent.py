@@ -1,6 +1,7 @@
 """The mLSTM step by step: the definition, and the form that decoding uses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,9 @@ from jax import lax
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
-    check_reset,
     mLSTMBackend,
     mLSTMBackendConfig,
-    prepare_inputs,
+    run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
@@ -117,10 +117,7 @@ class mLSTMBackendRecurrent(mLSTMBackend):
 
     def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
-        inputs = prepare_inputs(arguments)
-        reset = check_reset(reset, inputs.i.shape)
-        h, state = mlstm_recurrent(
-            inputs, reset, stabilize_correctly=self.config.stabilize_correctly
+        cell = functools.partial(
+            mlstm_recurrent, stabilize_correctly=self.config.stabilize_correctly
         )
-        h = h.astype(arguments.v.dtype)
-        return (h, state) if return_last_states else h
+        return run_prepared(cell, arguments, reset, return_last_states)

@@ -310,4 +310,5 @@ def assert_solves(problem: Problem, outputs, gradients: Arguments) -> None:
             error = relative_error(x[at], y[at], 1e-2 * largest)
             if not error < 3e-4:
                 wrong.append(f"{name}: the gradient of {key} is off by {error:.1e}")
-    assert not wrong, "\n".join(wrong)
+    if wrong:
+        raise AssertionError("\n".join(wrong))
