@@ -7,30 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree, TrainState
+from xlstm.distributed.batches import split_batch
+from xlstm.distributed.mesh import vary_alike, varying_axes
 
 # loss_fn(params, apply_fn, batch, rng) -> (loss, (metrics, mutable_variables))
 LossFn = Callable[
     [PyTree, Callable, PyTree, PRNGKeyArray], tuple[jax.Array, tuple[Metrics, PyTree]]
 ]
-
-
-def _split_minibatches(batch: PyTree, num_minibatches: int) -> PyTree:
-    """Cuts the leading axis of every leaf, `(B, ...)`, into `(num_minibatches, B / n, ...)`."""
-    if num_minibatches < 1:
-        raise ValueError(f"num_minibatches={num_minibatches}: it must be at least 1")
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(
-            f"the leaves of a batch must agree on their leading axis, the examples; found {sizes}"
-        )
-    (batch_size,) = sizes
-    if batch_size % num_minibatches:
-        raise ValueError(
-            f"a batch of {batch_size} examples does not divide into {num_minibatches} minibatches"
-        )
-    return jax.tree.map(
-        lambda x: x.reshape(num_minibatches, batch_size // num_minibatches, *x.shape[1:]), batch
-    )
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -60,7 +43,7 @@ def accumulate_gradients_loop(
     Raises:
         ValueError: If the batch does not divide into `num_minibatches`.
     """
-    minibatches = _split_minibatches(batch, num_minibatches)
+    minibatches = split_batch(batch, num_minibatches, "minibatches")
     rngs = jax.random.split(rng, num_minibatches)
     grad_fn = jax.grad(loss_fn, has_aux=True)
     grads, metrics, mutables = None, None, []
@@ -87,7 +70,7 @@ def accumulate_gradients_scan(
 
     Args and returned values are those of `accumulate_gradients_loop`.
     """
-    minibatches = _split_minibatches(batch, num_minibatches)
+    minibatches = split_batch(batch, num_minibatches, "minibatches")
     rngs = jax.random.split(rng, num_minibatches)
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -101,7 +84,10 @@ def accumulate_gradients_scan(
 
     first = jax.tree.map(lambda x: x[0], (minibatches, rngs))
     grads_shape, (metrics_shape, _) = jax.eval_shape(minibatch_grads, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads_shape, metrics_shape))
+    zeros = jax.tree.map(
+        lambda s: vary_alike(jnp.zeros(s.shape, s.dtype), varying_axes(s)),
+        (grads_shape, metrics_shape),
+    )
     (grads, metrics), mutables = lax.scan(body, zeros, (minibatches, rngs))
     return jax.tree.map(lambda g: g / num_minibatches, grads), metrics, mutables
 

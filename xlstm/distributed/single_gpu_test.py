@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import TrainState
 from xlstm.distributed.single_gpu import (
@@ -150,3 +151,25 @@ def test_number_of_minibatches(accumulate, num_minibatches, state, batch):
 def test_leaves_that_disagree_on_the_examples(accumulate, leaf, state, batch):
     with pytest.raises(ValueError, match="must agree on their leading axis"):
         accumulate(state, {**batch, "more": leaf}, state.rng, 2, loss_fn)
+
+
+@each_accumulator
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_works_under_shard_map(accumulate, check_vma, state, batch):
+    mesh = jax.make_mesh((2,), ("dp",), (jax.sharding.AxisType.Auto,))
+
+    def step(params, batch):
+        # Parameters that are marked as varying: gradients are summed once, at the end.
+        params = jax.lax.pcast(params, "dp", to="varying") if check_vma else params
+        grads, metrics, _ = accumulate(state.replace(params=params), batch, state.rng, 3, loss_fn)
+        return jax.lax.pmean(grads, "dp"), jax.lax.psum(metrics, "dp")
+
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P("dp")), out_specs=P(), check_vma=check_vma
+    )
+    grads, metrics = jax.jit(sharded)(state.params, batch)
+    expected, (expected_metrics, _) = jax.grad(loss_fn, has_aux=True)(
+        state.params, state.apply_fn, batch, state.rng
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), grads, expected)
+    np.testing.assert_allclose(metrics["error"], expected_metrics["error"], rtol=1e-5)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from xlstm.distributed.mesh import vary_alike
 
 # Gates are kept within it: their sums over a sequence stay finite, and nothing can tell the
 # difference, since exp() of a difference of gates is 0, 1 or inf long before.
@@ -262,24 +263,4 @@ def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
         state = zero_state(leading, qk_dim, v_dim, dtype)
     q, k, v = (x.astype(dtype if x.dtype == jnp.float16 else x.dtype) for x in (q, k, v))
     log_f = jax.nn.log_sigmoid(gates[1])
-    return _vary_alike(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    """The mesh axes of a `shard_map` that an array varies over."""
-    type_of_x = jax.typeof(x)
-    return type_of_x.vma if hasattr(type_of_x, "vma") else type_of_x.manual_axis_type.varying
-
-
-def _vary_alike(inputs: MLSTMInputs) -> MLSTMInputs:
-    """Marks all inputs as varying over the mesh axes of a `shard_map` that any of them varies over.
-
-    The carry of a scan must do so from the beginning, and gradients must vary as their arguments.
-    """
-    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(inputs)))
-
-    def mark(x):
-        missing = tuple(sorted(axes - _varying_axes(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, inputs)
+    return vary_alike(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))

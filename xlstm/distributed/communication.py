@@ -1,0 +1,176 @@
+"""What a compiled program sends over which mesh axes, read from its own text.
+
+XLA writes a program as computations of instructions. A `while` names its body and, for a scan, how
+often it runs; so every collective's number of executions is known.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from jax.sharding import Mesh
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:to_apply|body|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{((?:'\w+',?)+)\}")
+_BITS = {"pred": 8, "bf16": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of a compiled program.
+
+    Attributes:
+        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `collective-permute` or `all-to-all`.
+        axes: The mesh axes along which devices exchange something.
+        loops: How often each loop around it runs, the outermost first.
+        num_bytes: Size of the whole arrays that one execution brings together, sums or hands on,
+            for one group of devices: of what comes out, or, when it is scattered, of what goes in.
+        source: Where in the traced program it comes from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    loops: tuple[int, ...]
+    num_bytes: int
+    source: str
+
+    @property
+    def count(self) -> int:
+        """How often it is executed."""
+        return math.prod(self.loops)
+
+
+def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
+    """Finds the collectives of a compiled program.
+
+    Args:
+        program: Text of an optimised XLA module, `compiled.as_text()`.
+        mesh: The mesh that it was compiled for.
+
+    Returns:
+        The collectives that send something, in the order of the text.
+
+    Raises:
+        ValueError: If a loop with a collective does not say how often it runs.
+    """
+    computations = _computations(program)
+    loops = _loops_around(computations)
+    found = []
+    for name, lines in computations.items():
+        for line in lines:
+            instruction = _INSTRUCTION.search(line)
+            if not instruction or name not in loops:
+                continue
+            shape, kind, is_start = instruction.groups()
+            groups = _groups(line)
+            axes = _axes(groups, mesh)
+            if not axes:
+                continue
+            if 0 in loops[name]:
+                raise ValueError(f"a {kind} is in a loop whose number of runs is not known: {line}")
+            sizes = _sizes(shape)
+            if is_start and kind in ("all-gather", "collective-permute"):
+                # The start of an asynchronous one names operands, results, and perhaps counters.
+                sizes = [size for size in sizes if size > 0]
+                sizes = sizes[len(sizes) // 2 :]
+            num_bytes = sum(sizes)
+            if kind == "reduce-scatter":
+                num_bytes *= len(groups[0])
+            source = re.search(r'op_name="([^"]*)"', line)
+            found.append(
+                Collective(kind, axes, loops[name], num_bytes, source.group(1) if source else "")
+            )
+    return found
+
+
+def _computations(program: str) -> dict[str, list[str]]:
+    """The lines of every computation; the entry's under the name `ENTRY`."""
+    computations, lines = {}, []
+    for line in program.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            lines = computations.setdefault(
+                "ENTRY" if line.startswith("ENTRY") else head.group(1), []
+            )
+        elif line.startswith(" "):
+            lines.append(line)
+    return computations
+
+
+def _loops_around(computations: dict[str, list[str]]) -> dict[str, tuple[int, ...]]:
+    """How often the loops around each computation run; 0 where that is not known."""
+
+    def calls(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for line in computations[name]:
+            loop = ()
+            if " while(" in line:
+                trip_count = _TRIP_COUNT.search(line)
+                loop = (int(trip_count.group(1)) if trip_count else 0,)
+            for called in _CALLED.findall(line):
+                yield called, loop
+            for branches in _BRANCHES.findall(line):
+                yield from ((branch.strip(" %"), loop) for branch in branches.split(","))
+
+    loops, open_ = {}, [("ENTRY", ())]
+    while open_:
+        name, around = open_.pop()
+        if name in computations:
+            loops[name] = around
+            open_ += [(called, around + loop) for called, loop in calls(name)]
+    return loops
+
+
+def _sizes(shape: str) -> list[int]:
+    """The sizes in bytes of the arrays in a shape; 0 for the scalar counters of a permutation."""
+    sizes = []
+    for dtype, lengths in _ARRAY.findall(shape):
+        bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype).group())
+        elements = math.prod(int(length) for length in lengths.split(",") if length)
+        sizes.append(0 if dtype == "u32" and not lengths else elements * bits // 8)
+    return sizes
+
+
+def _groups(line: str) -> list[list[int]]:
+    """The groups of devices that exchange something; of a permutation, senders and receivers."""
+    listed = _LISTED_GROUPS.search(line)
+    if listed:
+        groups = re.findall(r"\{([\d,]+)\}", listed.group(1))
+        return [[int(device) for device in group.split(",")] for group in groups]
+    named = _NAMED_GROUPS.search(line)  # From jax 0.12 on.
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        axes = [list(sizes).index(name) for name in re.findall(r"\w+", named.group(2))]
+        devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        size = math.prod(devices.shape[axis] for axis in axes)
+        return np.moveaxis(devices, axes, range(-len(axes), 0)).reshape(-1, size).tolist()
+    iota = _IOTA_GROUPS.search(line)
+    if iota is None:
+        raise ValueError(f"a collective does not say between which devices it is: {line}")
+    num_groups, size, shape, order = iota.groups()
+    shape = [int(length) for length in shape.split(",")]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    if order:
+        devices = devices.transpose([int(axis) for axis in order.split(",")])
+    return devices.reshape(int(num_groups), int(size)).tolist()
+
+
+def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ.
+
+    Devices are numbered by their place in the mesh.
+    """
+    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=-1)
+    differs = np.zeros(len(mesh.axis_names), bool)
+    for group in groups:
+        differs |= (places[group] != places[group[0]]).any(axis=0)
+    return tuple(name for name, differ in zip(mesh.axis_names, differs, strict=True) if differ)
