@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlstm.models.shared.parameters import boxed_parameter
+from xlstm.distributed.mesh import axis_size
+from xlstm.models.shared.parameters import Axes, boxed_parameter
 
 
 class Dense(nn.Module):
@@ -16,28 +17,29 @@ class Dense(nn.Module):
     of a fused copy for the weight gradient, which costs more than the product itself.
 
     Attributes:
-        features: Size of the last axis of the output.
+        features: Size of the last axis of the output; of all devices that it is cut over together.
         kernel_init: Initializer of the `kernel`, shape `(in_features, features)`.
-        kernel_axes: Mesh axes that the kernel's two dimensions are cut over.
+        kernel_axes: Mesh axes that the kernel's two dimensions are cut over. The product is this
+            device's alone: `xlstm.distributed.tensor_parallel` says what goes around it.
         bias_init: Initializer of the `bias`, shape `(features,)`; None for no bias.
         dtype: Type of the computation and of the output.
     """
 
     features: int
     kernel_init: Callable
-    kernel_axes: tuple[str | None, str | None]
+    kernel_axes: tuple[Axes, Axes]
     bias_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(..., in_features)` to `(..., features)`."""
-        shape = (x.shape[-1], self.features)
+        """Maps `(..., in_features)` to this device's `(..., features)`."""
+        out_axes = self.kernel_axes[1]
+        features = self.features // (axis_size(out_axes) if out_axes else 1)
+        shape = (x.shape[-1], features)
         kernel = boxed_parameter(self, "kernel", self.kernel_init, shape, self.kernel_axes)
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
         if self.bias_init is not None:
-            bias = boxed_parameter(
-                self, "bias", self.bias_init, (self.features,), self.kernel_axes[1:]
-            )
+            bias = boxed_parameter(self, "bias", self.bias_init, (features,), (out_axes,))
             y = y + bias.astype(self.dtype)
-        return y.reshape(*x.shape[:-1], self.features)
+        return y.reshape(*x.shape[:-1], features)

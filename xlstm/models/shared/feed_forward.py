@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlstm.distributed.tensor_parallel import column_parallel, row_parallel
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.init import small_init, wang_init
 
@@ -20,6 +21,7 @@ class GatedFeedForward(nn.Module):
         hidden_dim: Size between the projections.
         num_blocks: Number of residual blocks of the model, for the initial scale.
         dtype: Type of the computation.
+        overlap: Whether `tp` sends and multiplies at once.
 
     References:
         Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6.
@@ -28,18 +30,21 @@ class GatedFeedForward(nn.Module):
     hidden_dim: int
     num_blocks: int
     dtype: jnp.dtype = jnp.float32
+    overlap: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(..., D)` to `(..., D)`."""
+        """Maps this device's tokens, `(B, T / tp, D)`, to their outputs of the same shape."""
         embedding_dim = x.shape[-1]
 
         def up(name: str) -> Dense:
             init_fn = small_init(embedding_dim)
             return Dense(self.hidden_dim, init_fn, (None, "tp"), dtype=self.dtype, name=name)
 
-        hidden = nn.silu(up("proj_up_gate")(x)) * up("proj_up")(x)
+        gate, value = up("proj_up_gate"), up("proj_up")
         down_init = wang_init(embedding_dim, self.num_blocks)
-        return Dense(embedding_dim, down_init, ("tp", None), dtype=self.dtype, name="proj_down")(
-            hidden
+        down = Dense(embedding_dim, down_init, ("tp", None), dtype=self.dtype, name="proj_down")
+        hidden = column_parallel(
+            lambda x: nn.silu(gate(x)) * value(x), x, "tp", overlap=self.overlap
         )
+        return row_parallel(down, hidden, "tp", overlap=self.overlap)

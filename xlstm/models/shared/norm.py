@@ -43,7 +43,7 @@ class MultiHeadLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(B, NH, T, DHV)` to `(B, T, NH * DHV)`: normalises, and joins the heads."""
+        """Maps this device's heads, `(B, NH, T, DHV)`, to `(B, T, NH * DHV)`."""
         batch, num_heads, time, head_dim = x.shape
         scale = boxed_parameter(
             self, "scale", nn.initializers.ones, (num_heads * head_dim,), ("tp",)

@@ -5,10 +5,11 @@ import typing
 
 import jax.numpy as jnp
 
+from xlstm.common_types import DTYPES
+from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.shared.feed_forward import feed_forward_dim
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _REMAT = ("none", "dots", "block")
 
 
@@ -28,6 +29,7 @@ class ModelConfig:
     output_logit_soft_cap: float = 30.0  # Bound of the logits.
     norm_eps: float = 1e-6  # Added to the variances in the norms.
     igate_bias_init: float = -10.0  # Initial bias of the input gates.
+    dropout: float = 0.0  # Share of the embedding's and of each layer's outputs that is dropped.
     dtype: str = "float32"  # Type of the computation, float32 or bfloat16; parameters are float32.
     remat: str = "dots"  # What the backward pass computes again: none; dots, all but the matmuls of
     # the dense layers; block, everything.
@@ -38,8 +40,10 @@ class ModelConfig:
             value = getattr(self, name)
             if kind is int and value < 1:
                 raise ValueError(f"model.{name}={value}: it must be at least 1")
-            if kind is float and name != "igate_bias_init" and not value > 0:
+            if kind is float and name not in ("igate_bias_init", "dropout") and not value > 0:
                 raise ValueError(f"model.{name}={value}: it must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
         for name in ("qk_dim", "v_dim"):
             size = getattr(self, name)
             if size % self.num_heads or size < self.num_heads:
@@ -47,9 +51,9 @@ class ModelConfig:
                     f"model.num_heads={self.num_heads} does not divide {name} = {size}"
                     f" (model.{name}_factor * model.embedding_dim)"
                 )
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise ValueError(
-                f"model.dtype={self.dtype!r} is unknown; there are {', '.join(_DTYPES)}"
+                f"model.dtype={self.dtype!r} is unknown; there are {', '.join(DTYPES)}"
             )
         if self.remat not in _REMAT:
             raise ValueError(
@@ -76,12 +80,13 @@ class ModelConfig:
     @property
     def compute_dtype(self) -> jnp.dtype:
         """Type of the computation."""
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """The model and the backend that computes its mLSTM layers."""
+    """The model, the backend that computes its mLSTM layers, and how it uses a mesh."""
 
     model: ModelConfig = ModelConfig()
     backend: BackendConfig = BackendConfig()
+    mesh: MeshConfig = MeshConfig()

@@ -3,21 +3,29 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from xlstm.common_types import PRNGKeyArray
+from xlstm.distributed.data_parallel import Target, gather_on_use
+from xlstm.distributed.mesh import VOCAB_AXES, axis_index, axis_size
+from xlstm.distributed.pipeline_parallel import execute_pipeline
+from xlstm.distributed.tensor_parallel import SCATTERED, cross_entropy, gather_tokens, own_tokens
 from xlstm.models.shared.dense import Dense
+from xlstm.models.shared.dropout import dropout, token_keys
 from xlstm.models.shared.embedding import Embedding
 from xlstm.models.shared.init import small_init
 from xlstm.models.shared.norm import RMSNorm
 from xlstm.models.shared.soft_cap import soft_cap
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState, zero_state
-from xlstm.models.xlstm_parallel.blocks.mlstm.block import mLSTMBlock
+from xlstm.models.xlstm_parallel.blocks.mlstm.block import Stream, mLSTMBlock
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
 class xLSTMLMModel(nn.Module):
     """Embedding, a scan over residual blocks, a norm and an untied head.
 
-    The blocks' parameters have a leading axis of the blocks, which is cut over `pp`.
+    The blocks' parameters have a leading axis of the blocks, which is cut over `pp`: inside of
+    `shard_map` each device runs its own blocks.
 
     Attributes:
         config: Configuration of the model.
@@ -25,7 +33,30 @@ class xLSTMLMModel(nn.Module):
 
     config: LanguageModelConfig
 
-    @nn.compact
+    def setup(self):
+        """Makes the layers; a parameter is read by one of them alone."""
+        config, num_stages = self.config.model, axis_size("pp")
+        num_blocks = config.num_blocks // num_stages
+        dtype, gathered = config.compute_dtype, self._gathering_parameters
+        in_init = small_init(config.embedding_dim)
+        # A pipeline runs its blocks many times, and gathers them once before, see `_run_stages`.
+        block = mLSTMBlock if num_stages > 1 else gathered(mLSTMBlock)
+        blocks = nn.scan(
+            _rematerialized(block, config.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=num_blocks,
+            unroll=min(config.scan_unroll, num_blocks),
+            metadata_params={nn.PARTITION_NAME: "pp"},
+        )
+        self.embeddings = gathered(Embedding)(
+            config.vocab_size, config.embedding_dim, in_init, dtype
+        )
+        self.blocks = blocks(self.config)
+        self.stage = _Stage(self.blocks)
+        self.out_norm = gathered(RMSNorm)(config.norm_eps, dtype)
+        self.lm_head = gathered(Dense)(config.vocab_size, in_init, (None, VOCAB_AXES), dtype=dtype)
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -42,28 +73,98 @@ class xLSTMLMModel(nn.Module):
                 axes `(num_blocks, B, NH)`; None for the zero state.
 
         Returns:
-            Logits, float32 `(B, T, V)`; if `state` was given, the pair of them and the last state.
+            Logits, float32 `(B, T, V)`, of this device's part of the vocabulary; if `state` was
+            given, the pair of them and the last state.
+
+        Raises:
+            ValueError: If a state is given inside of a `shard_map` with pipeline stages.
         """
-        config = self.config.model
-        dtype = config.compute_dtype
-        in_init = small_init(config.embedding_dim)
-        x = Embedding(config.vocab_size, config.embedding_dim, in_init, dtype, name="embeddings")(
-            tokens
+        x = self.embeddings(tokens)
+        if state is None:
+            return self._logits(self._run_stages(Stream(x, reset)))
+        if axis_size("pp") > 1:
+            raise ValueError("a state does not go through pipeline stages; pass state=None")
+        stream, state = self.blocks(Stream(x, reset), self._block_numbers(), state)
+        return self._logits(stream.x), state
+
+    def next_token_nll(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        targets_mask: jax.Array,
+        reset: jax.Array | None = None,
+        dropout_keys: PRNGKeyArray | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes the negative log-likelihood of targets.
+
+        Every token counts on one device: the sums over the mesh are those of the whole batch.
+
+        Args:
+            tokens: Ids `(B, T)`.
+            targets: Ids `(B, T)`.
+            targets_mask: Which targets count, bool `(B, T)`.
+            reset: See `__call__`.
+            dropout_keys: A random key for each example, `(B, ...)`; None for no dropout.
+
+        Returns:
+            The sum over this device's targets that count, in nats, and their number; float32
+            scalars.
+        """
+        x, config = self.embeddings(tokens), self.config.model
+        keys = None
+        if config.dropout and dropout_keys is not None:
+            keys = token_keys(dropout_keys, x.shape[1], axis_index("tp") * x.shape[1])
+            x = dropout(x, config.dropout, keys, 0)
+        logits = self._logits(self._run_stages(Stream(x, reset, keys)))
+        nll = cross_entropy(logits, targets, VOCAB_AXES)
+        mask = own_tokens(targets_mask, VOCAB_AXES)
+        return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
+
+    def _gathering_parameters(self, target: Target) -> Target:
+        """The module class or function of a module, gathering over `fsdp` what it uses."""
+        mesh = self.config.mesh
+        return gather_on_use(
+            target, gather_dtype=mesh.gather_dtype, scatter_dtype=mesh.scatter_dtype
         )
-        blocks = nn.scan(
-            _rematerialized(mLSTMBlock, config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=config.num_blocks,
-            unroll=min(config.scan_unroll, config.num_blocks),
-            metadata_params={nn.PARTITION_NAME: "pp"},
+
+    def _block_numbers(self) -> jax.Array:
+        num_blocks = self.config.model.num_blocks // axis_size("pp")
+        return axis_index("pp") * num_blocks + jnp.arange(num_blocks)
+
+    def _run_stages(self, stream: Stream) -> jax.Array:
+        """Runs all blocks; the output `(B, T / tp, D)` is the same on all stages."""
+        num_stages = axis_size("pp")
+        if num_stages == 1:
+            return self.blocks(stream, self._block_numbers(), None)[0].x
+
+        def run(model: xLSTMLMModel, stream: Stream) -> Stream:
+            return execute_pipeline(
+                model.stage,
+                stream,
+                model._block_numbers(),
+                num_microbatches=model.config.mesh.count_microbatches(num_stages),
+                model_axis_name="pp",
+            )
+
+        stream = self._gathering_parameters(run)(self, stream)
+        # All stages share the head's work: each has its part of the vocabulary.
+        return lax.psum(stream.x, "pp")
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """Maps `(B, T / tp, D)` to logits `(B, T, V)` of this device's part of the vocabulary."""
+        x = gather_tokens(self.out_norm(x), "tp")
+        return soft_cap(
+            self.lm_head(x).astype(jnp.float32), self.config.model.output_logit_soft_cap
         )
-        x, last_state = blocks(self.config, name="blocks")(x, reset, state)
-        x = RMSNorm(config.norm_eps, dtype, name="out_norm")(x)
-        head = Dense(config.vocab_size, in_init, (None, "tp"), dtype=dtype, name="lm_head")
-        logits = soft_cap(head(x).astype(jnp.float32), config.output_logit_soft_cap)
-        return logits if state is None else (logits, last_state)
+
+
+class _Stage(nn.Module):
+    """Blocks as a stage of the pipeline."""
+
+    blocks: nn.Module
+
+    def __call__(self, stream: Stream, numbers: jax.Array) -> Stream:
+        return self.blocks(stream, numbers, None)[0]
 
 
 def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
@@ -71,7 +172,10 @@ def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
     if remat == "none":
         return block
     policies = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(SCATTERED),
+        ),
         "block": jax.checkpoint_policies.nothing_saveable,
     }
     # The scan around it already keeps XLA from merging the two computations.

@@ -116,9 +116,9 @@ BLOCK = {
     "ffn.proj_down.kernel": ((48, 16), ("tp", None)),
 }
 TREE = {
-    "embeddings.embedding": ((11, 16), ("tp", None)),
+    "embeddings.embedding": ((11, 16), (("pp", "tp"), None)),
     "out_norm.scale": ((16,), (None,)),
-    "lm_head.kernel": ((16, 11), (None, "tp")),
+    "lm_head.kernel": ((16, 11), (None, ("pp", "tp"))),
 } | {f"blocks.{name}": ((3, *shape), ("pp", *axes)) for name, (shape, axes) in BLOCK.items()}
 
 

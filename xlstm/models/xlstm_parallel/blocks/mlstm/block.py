@@ -1,13 +1,31 @@
 """The residual block of xLSTM-7B: an mLSTM layer, then a gated feed-forward layer."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 
+from xlstm.common_types import PRNGKeyArray
+from xlstm.models.shared.dropout import dropout
 from xlstm.models.shared.feed_forward import GatedFeedForward
 from xlstm.models.shared.norm import RMSNorm
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState
 from xlstm.models.xlstm_parallel.blocks.mlstm.layer import mLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+
+
+class Stream(NamedTuple):
+    """What goes from block to block, with the examples on the leading axis.
+
+    Attributes:
+        x: This device's tokens, `(B, T / tp, D)`.
+        reset: Where the state is dropped before the token, bool `(B, T)`, or None.
+        dropout_keys: A random key for each of this device's tokens, `(B, T / tp, ...)`, or None.
+    """
+
+    x: jax.Array
+    reset: jax.Array | None = None
+    dropout_keys: PRNGKeyArray | None = None
 
 
 class mLSTMBlock(nn.Module):
@@ -21,14 +39,26 @@ class mLSTMBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, reset: jax.Array | None, state: MLSTMState | None
-    ) -> tuple[jax.Array, MLSTMState | None]:
-        """Runs the block; arguments and returned values are those of `mLSTMLayer`."""
+        self, stream: Stream, number: jax.Array, state: MLSTMState | None
+    ) -> tuple[Stream, MLSTMState | None]:
+        """Runs the block.
+
+        Args:
+            stream: What came from the block before.
+            number: Which block this is, counted from 0; an int32 scalar.
+            state: See `mLSTMLayer`.
+
+        Returns:
+            What goes to the next block, and the last state if `state` was given, else None.
+        """
         config = self.config.model
-        dtype = config.compute_dtype
+        dtype, x = config.compute_dtype, stream.x
+        # Site 0 is the embedding.
         normed = RMSNorm(config.norm_eps, dtype, name="norm_mlstm")(x)
-        y, state = mLSTMLayer(self.config, name="mlstm_layer")(normed, reset, state)
-        x = x + y
+        y, state = mLSTMLayer(self.config, name="mlstm_layer")(normed, stream.reset, state)
+        x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * number + 1)
         normed = RMSNorm(config.norm_eps, dtype, name="norm_ffn")(x)
-        ffn = GatedFeedForward(config.ffn_dim, config.num_blocks, dtype, name="ffn")
-        return x + ffn(normed), state
+        overlap = self.config.mesh.tp_overlap
+        ffn = GatedFeedForward(config.ffn_dim, config.num_blocks, dtype, overlap, name="ffn")
+        x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * number + 2)
+        return stream._replace(x=x), state

@@ -1,9 +1,12 @@
-"""The mLSTM layer: projections and gates around the cell."""
+"""The mLSTM layer: projections and gates around the cell, heads divided over `tp`."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlstm.distributed.tensor_parallel import column_parallel, row_parallel
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.init import small_init, wang_init
 from xlstm.models.shared.norm import MultiHeadLayerNorm
@@ -38,44 +41,48 @@ class mLSTMLayer(nn.Module):
         """Runs the layer.
 
         Args:
-            x: `(B, T, D)`.
+            x: This device's tokens, `(B, T / tp, D)`.
             reset: Where the state is dropped before the token, bool `(B, T)`, or None.
-            state: State before the first token, leading axes `(B, NH)`, or None for zero.
+            state: State of this device's heads before the first token, leading axes `(B, NH)`, or
+                None for zero.
 
         Returns:
-            The output `(B, T, D)`, and the last state if `state` was given, else None.
+            The output `(B, T / tp, D)`, and the last state if `state` was given, else None.
         """
-        config = self.config.model
-        dtype = config.compute_dtype
-        batch, time, embedding_dim = x.shape
+        config, overlap = self.config.model, self.config.mesh.tp_overlap
+        dtype, embedding_dim = config.compute_dtype, x.shape[-1]
 
-        def project(name: str, features: int) -> jax.Array:
+        def dense(name: str, features: int) -> Dense:
             init_fn = small_init(embedding_dim)
-            return Dense(features, init_fn, (None, "tp"), dtype=dtype, name=name)(x)
+            return Dense(features, init_fn, (None, "tp"), dtype=dtype, name=name)
 
-        def gate(name: str, bias_init) -> jax.Array:
+        def gate(name: str, bias_init: Callable) -> Dense:
             # Initially the gates do not depend on the input.
-            preact = Dense(
-                config.num_heads, nn.initializers.zeros, (None, "tp"), bias_init, dtype, name=name
-            )(x)
-            return soft_cap(preact.astype(jnp.float32), config.gate_soft_cap).swapaxes(1, 2)
+            init_fn = nn.initializers.zeros
+            return Dense(config.num_heads, init_fn, (None, "tp"), bias_init, dtype, name=name)
+
+        layers = {
+            "q": dense("q", config.qk_dim),
+            "k": dense("k", config.qk_dim),
+            "v": dense("v", config.v_dim),
+            "o": dense("ogate_preact", config.v_dim),
+            "i": gate("igate_preact", nn.initializers.constant(config.igate_bias_init)),
+            "f": gate("fgate_preact", _forget_bias_init),
+        }
+        y = column_parallel(
+            lambda x: {name: layer(x) for name, layer in layers.items()}, x, "tp", overlap=overlap
+        )
+        num_heads = y["i"].shape[-1]
 
         def split_heads(y: jax.Array) -> jax.Array:
-            return y.reshape(batch, time, config.num_heads, -1).swapaxes(1, 2)
+            return y.reshape(*y.shape[:2], num_heads, -1).swapaxes(1, 2)
 
-        q = split_heads(project("q", config.qk_dim))
-        k = split_heads(project("k", config.qk_dim))
-        v = split_heads(project("v", config.v_dim))
-        output_gate = nn.sigmoid(project("ogate_preact", config.v_dim))
-        i = gate("igate_preact", nn.initializers.constant(config.igate_bias_init))
-        f = gate("fgate_preact", _forget_bias_init)
+        def cap(y: jax.Array) -> jax.Array:
+            return soft_cap(y.astype(jnp.float32), config.gate_soft_cap).swapaxes(1, 2)
 
         h = create_backend(self.config.backend, config)(
-            q,
-            k,
-            v,
-            i,
-            f,
+            *(split_heads(y[name]) for name in "qkv"),
+            *(cap(y[name]) for name in "if"),
             *(state or ()),
             return_last_states=state is not None,
             reset=None if reset is None else reset[:, None, :],
@@ -84,4 +91,4 @@ class mLSTMLayer(nn.Module):
         h = MultiHeadLayerNorm(config.norm_eps, dtype, name="multihead_norm")(h)
         out_init = wang_init(embedding_dim, config.num_blocks)
         out_proj = Dense(embedding_dim, out_init, ("tp", None), dtype=dtype, name="out_proj")
-        return out_proj(output_gate * h), state
+        return row_parallel(out_proj, nn.sigmoid(y["o"]) * h, "tp", overlap=overlap), state
