@@ -55,8 +55,8 @@ def train_batches(
     stores: Sequence[TokenStore],
     *,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields training batches for ever; every epoch of a store is shuffled anew.
 
@@ -67,27 +67,27 @@ def train_batches(
         config: What to read.
         stores: What `open_stores` returned.
         start_step: The global batch to begin with; costs nothing.
-        process_index: Which process this is.
-        process_count: How many share a global batch of `B` rows.
+        shard_index: Which share of every global batch to read.
+        shard_count: Number of shares that a global batch of `B` rows is cut into.
 
     Returns:
-        An iterator over NumPy batches with the `B / process_count` rows of this process.
+        An iterator over NumPy batches with the `B / shard_count` rows of that share.
 
     Raises:
         ValueError: The batch cannot be divided, or a store has too little text.
     """
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, but is {start_step}")
-    rows = _rows_per_process(config, process_index, process_count)
+    rows = _rows_per_shard(config, shard_index, shard_count)
     sources = _training_windows(config, stores)
     windows, eod_id = JoinedWindows(sources), stores[0].meta.eod_id
 
     def read(numbers: list[int]) -> Batch:
         return _full_batch(np.stack([windows[number] for number in numbers]), eod_id)
 
-    # The order in pieces of `rows` rows; of every `process_count` pieces, one is for this process.
+    # The order in pieces of `rows` rows; of every `shard_count` pieces, one is wanted.
     pieces = _training_order(config, sources).batch(rows, batch_fn=list)
-    pieces = pieces[start_step * process_count + process_index :: process_count]
+    pieces = pieces[start_step * shard_count + shard_index :: shard_count]
     return iter(pieces.map(read).to_iter_dataset(_PREFETCH))
 
 
@@ -96,8 +96,8 @@ def validation_batches(
     stores: Sequence[TokenStore],
     *,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields the validation documents of all stores once, in a fixed order.
 
@@ -108,16 +108,16 @@ def validation_batches(
         config: What to read; its weights and seed play no part.
         stores: What `open_stores` returned.
         max_batches: Stop after so many global batches.
-        process_index: Which process this is.
-        process_count: How many share a global batch of `B` rows.
+        shard_index: Which share of every global batch to read.
+        shard_count: Number of shares that a global batch of `B` rows is cut into.
 
     Returns:
-        An iterator over NumPy batches with the `B / process_count` rows of this process.
+        An iterator over NumPy batches with the `B / shard_count` rows of that share.
 
     Raises:
         ValueError: The batch cannot be divided, or no document is set apart for validation.
     """
-    rows = _rows_per_process(config, process_index, process_count)
+    rows = _rows_per_shard(config, shard_index, shard_count)
     if config.validation_fraction == 0:
         raise ValueError("there is nothing to validate on: data.validation_fraction is 0")
     sources = [
@@ -133,24 +133,22 @@ def validation_batches(
 
     def generate() -> Iterator[Batch]:
         for step in range(num_batches):
-            first = step * config.batch_size + process_index * rows
+            first = step * config.batch_size + shard_index * rows
             chosen = [windows[number] for number in order[first : first + rows]]
             yield _padded_batch(chosen, shape, eod_id)
 
     return generate()
 
 
-def _rows_per_process(config: DataConfig, process_index: int, process_count: int) -> int:
-    """Returns `B / process_count`."""
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index={process_index} is not one of the {process_count} processes"
-        )
-    rows, rest = divmod(config.batch_size, process_count)
+def _rows_per_shard(config: DataConfig, shard_index: int, shard_count: int) -> int:
+    """Returns `B / shard_count`."""
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index={shard_index} is not one of the {shard_count} shares")
+    rows, rest = divmod(config.batch_size, shard_count)
     if rest:
         raise ValueError(
-            f"data.batch_size={config.batch_size} does not divide among {process_count} processes: "
-            f"choose a multiple of {process_count}"
+            f"data.batch_size={config.batch_size} does not divide into {shard_count} shares: "
+            f"choose a multiple of {shard_count}"
         )
     return rows
 

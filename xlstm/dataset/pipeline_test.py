@@ -95,7 +95,7 @@ def test_processes_share_each_batch(store, count):
     ):
         whole = take(4, make(config, [store], **options))
         parts = [
-            take(4, make(config, [store], process_index=i, process_count=count, **options))
+            take(4, make(config, [store], shard_index=i, shard_count=count, **options))
             for i in range(count)
         ]
         for step, batch in enumerate(whole):
@@ -184,10 +184,10 @@ def test_open_stores(store, tmp_path):
 @pytest.mark.parametrize("make", [train_batches, validation_batches])
 def test_bad_input(store, tmp_path, make):
     config = config_for(store)
-    with pytest.raises(ValueError, match="batch_size=8 does not divide among 3 processes"):
-        make(config, [store], process_count=3)
-    with pytest.raises(ValueError, match="process_index=2 is not one of the 2"):
-        make(config, [store], process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="batch_size=8 does not divide into 3 shares"):
+        make(config, [store], shard_count=3)
+    with pytest.raises(ValueError, match="shard_index=2 is not one of the 2 shares"):
+        make(config, [store], shard_index=2, shard_count=2)
     single = write_store(tmp_path / "single", ["a" * 100])
     with pytest.raises(ValueError, match="token store .*single: .*0.2 of 1 documents"):
         make(config_for(single), [single])

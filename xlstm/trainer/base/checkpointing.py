@@ -141,7 +141,14 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error_type: type | None, error: object, traceback: object) -> None:
+    def __exit__(
+        self, error_type: type | None, error: BaseException | None, traceback: object
+    ) -> None:
         """Closes; after an error in the block, that one is told and not another from here."""
+        reasons = (error, getattr(error, "__cause__", None))
+        if jax.process_count() > 1 and any(
+            isinstance(reason, jax.errors.JaxRuntimeError) for reason in reasons
+        ):
+            return  # Another process may have ended: what is being written will never be whole.
         with contextlib.suppress(OSError) if error_type else contextlib.nullcontext():
             self.close()

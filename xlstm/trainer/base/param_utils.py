@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,11 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm.common_types import Parameter, PyTree, TrainState
-
-
-def is_partitioned(x: object) -> bool:
-    """Whether `x` is a boxed parameter."""
-    return isinstance(x, nn.Partitioned)
+from xlstm.distributed.data_parallel import axes_of, is_partitioned
+from xlstm.distributed.mesh import bound_axes
 
 
 def unboxed(tree: PyTree) -> PyTree:
@@ -83,7 +79,10 @@ def tabulate_params(
     for name, leaf in _named_leaves(params):
         names = leaf.names if is_partitioned(leaf) else ()
         array = leaf.value if is_partitioned(leaf) else leaf
-        axes = ",".join("-" if axis is None else str(axis) for axis in names)
+        axes = ",".join(
+            "-" if axis is None else axis if isinstance(axis, str) else "*".join(axis)
+            for axis in names
+        )
         shape = "x".join(map(str, array.shape)) or "scalar"
         row = [name, shape, f"{math.prod(array.shape):,}", str(array.dtype), axes or "replicated"]
         table.add_row(*row, *(["yes" if is_decayed(name) else "no"] if show_weight_decay else []))
@@ -91,21 +90,6 @@ def tabulate_params(
     text = io.StringIO()
     Console(file=text, width=10_000, color_system=None).print(table)  # No name is cut.
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
-
-
-def _bound_axes(names: tuple) -> tuple[str, ...]:
-    """Those of a leaf's mesh axes that are manual here, which is to say inside `shard_map`."""
-    flat = [axis for name in names for axis in (name if isinstance(name, tuple) else (name,))]
-    bound = []
-    for axis in flat:
-        if axis is None:
-            continue
-        try:
-            lax.axis_size(axis)
-        except NameError:  # Not inside of a shard_map over this axis.
-            continue
-        bound.append(axis)
-    return tuple(bound)
 
 
 def get_sharded_norm_logits(x: Parameter) -> jax.Array:
@@ -119,7 +103,7 @@ def get_sharded_norm_logits(x: Parameter) -> jax.Array:
     """
     value = x.value if is_partitioned(x) else x
     squared = jnp.sum(jnp.square(jnp.abs(value.astype(jnp.float32))))
-    axes = _bound_axes(x.names) if is_partitioned(x) else ()
+    axes = bound_axes(axes_of(x.names)) if is_partitioned(x) else ()
     return lax.psum(squared, axes) if axes else squared
 
 

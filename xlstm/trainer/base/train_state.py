@@ -17,6 +17,7 @@ def create_train_state(
     optimizer: optax.GradientTransformation,
     rng: PRNGKeyArray,
     mesh: Mesh,
+    abstract: bool = False,
 ) -> tuple[TrainState, PyTree]:
     """Initialises a train state under `jit`, each leaf in its place on the mesh from the start.
 
@@ -26,6 +27,7 @@ def create_train_state(
         optimizer: The optimizer.
         rng: Random key; half of it makes the parameters, half of it becomes the state's.
         mesh: The mesh.
+        abstract: Whether shapes and places are enough: nothing is computed, nothing needs memory.
 
     Returns:
         The state, whose values do not depend on the mesh, and the tree of its partition specs.
@@ -38,6 +40,14 @@ def create_train_state(
         )
         return state.replace(step=jnp.zeros((), jnp.int32))
 
-    specs = nn.get_partition_spec(jax.eval_shape(init, rng))
+    shapes = jax.eval_shape(init, rng)
+    specs = nn.get_partition_spec(shapes)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    if abstract:
+        leaves, structure = jax.tree.flatten(shapes)
+        placed = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+        ]
+        return jax.tree.unflatten(structure, placed), specs
     return jax.jit(init, out_shardings=shardings)(rng), specs

@@ -36,10 +36,15 @@ def _squares(params, batch):
 
 def _create_loss_fn(num_minibatches, num_targets):
     def loss_fn(params, apply_fn, batch, rng):
+        batch, keys = batch
         total, count = _squares(params, batch)
-        noise = jax.random.uniform(rng)
+        noise = jax.vmap(jax.random.uniform)(keys)
         return total * num_minibatches / num_targets, (
-            {"loss": (total, count), "noise": noise, "squared_noise": noise**2},
+            {
+                "loss": (total, count),
+                "noise": jnp.sum(noise * batch["weight"]),
+                "squared_noise": jnp.sum(noise**2),
+            },
             None,
         )
 
@@ -52,7 +57,8 @@ def _batch():
     x = rng.normal(size=(_BATCH_SIZE, _TIME, _SIZE)).astype(np.float32)
     y = x @ np.arange(1.0, _SIZE + 1, dtype=np.float32) + 0.5
     mask = rng.random((_BATCH_SIZE, _TIME)) < np.linspace(0, 1, _BATCH_SIZE)[:, None]
-    return {"x": x, "y": y, "mask": mask.astype(np.float32)}
+    weight = np.arange(1.0, _BATCH_SIZE + 1, dtype=np.float32)
+    return {"x": x, "y": y, "mask": mask.astype(np.float32), "weight": weight}
 
 
 def _setup(num_minibatches=1, optimizer=None, num_devices=8, **sizes):
@@ -174,16 +180,29 @@ def test_the_state_is_consumed():
     assert state.params["kernel"].value.is_deleted()
 
 
-def test_every_device_minibatch_and_step_draws_its_own_random_numbers():
-    _, state, _, train_step = _setup(num_minibatches=2, num_devices=4)
-    sums = []
-    for _ in range(2):
+def _noise(num_steps, **kwargs):
+    _, state, _, train_step = _setup(**kwargs)
+    rows = []
+    for _ in range(num_steps):
         state, metrics = train_step(state, _batch())
-        sums.append(float(metrics["noise"]))
-        # Eight equal numbers would have no variance; eight of [0, 1) have one of about 1 / 12.
-        variance = float(metrics["squared_noise"]) / 8 - (sums[-1] / 8) ** 2
-        assert variance > 0.01
-    assert sums[0] != sums[1]
+        rows.append([float(metrics["noise"]), float(metrics["squared_noise"])])
+    return np.array(rows)
+
+
+def test_every_example_and_step_has_random_numbers_of_its_own():
+    (sum_, squares), (next_sum, _) = _noise(2, num_devices=1)
+    # Equal numbers would have a weighted mean whose square is the mean of the squares; those of
+    # [0, 1) have a variance of about 1 / 12.
+    weights = sum(range(1, _BATCH_SIZE + 1))
+    assert squares / _BATCH_SIZE - (sum_ / weights) ** 2 > 0.02
+    assert sum_ != next_sum
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"dp": 8}, {"dp": 2, "fsdp": 2, "num_devices": 4}, {"num_minibatches": 2}], ids=str
+)
+def test_random_numbers_do_not_depend_on_the_mesh(sizes):
+    np.testing.assert_allclose(_noise(2, **sizes), _noise(2, num_devices=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -47,6 +47,7 @@ class MetricsCallback(Callback):
         tokens_per_step: int,
         flops_per_token: int,
         matmul_rate: float,
+        constants: dict[str, float],
     ):
         """Makes the callback.
 
@@ -57,10 +58,12 @@ class MetricsCallback(Callback):
             tokens_per_step: Tokens in a global batch.
             flops_per_token: Useful floating-point operations a token.
             matmul_rate: What a dense matmul reaches, in operations a second.
+            constants: What else belongs into every row.
         """
         self._loggers, self._throughput = loggers, throughput
         self._interval, self._tokens_per_step = interval, tokens_per_step
         self._matmul_fraction = flops_per_token / matmul_rate
+        self._constants = constants
 
     def on_start(self, step: int, state: TrainState) -> None:
         """Starts the clock."""
@@ -78,5 +81,6 @@ class MetricsCallback(Callback):
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": speed,
             "matmul_fraction": speed * self._matmul_fraction,
+            **self._constants,
         }
         self._loggers.log(step, row)

@@ -28,4 +28,4 @@ class RunConfig:
     @property
     def language_model(self) -> LanguageModelConfig:
         """The part that the model is made from."""
-        return LanguageModelConfig(self.model, self.backend)
+        return LanguageModelConfig(self.model, self.backend, self.mesh)

@@ -1,8 +1,10 @@
 """Brings batches from the token stores to the mesh."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from xlstm.dataset.batch import Batch
@@ -12,36 +14,76 @@ from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
 
 
-def check_batch_size(config: RunConfig, mesh: Mesh) -> None:
-    """Raises ValueError if the batch does not divide over the mesh and the minibatches."""
-    shards = 1
-    for axis in BATCH_AXES:
-        shards *= mesh.shape[axis]
+def _check_batch_size(config: RunConfig, mesh: Mesh) -> None:
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     minibatches = config.trainer.num_minibatches
-    if config.data.batch_size % (shards * minibatches):
+    microbatches = config.mesh.count_microbatches(mesh.shape["pp"])
+    of_microbatches = f" of {microbatches} micro-batches (mesh.num_microbatches)"
+    parts = shards * minibatches * microbatches
+    if config.data.batch_size % parts:
         raise ValueError(
             f"data.batch_size={config.data.batch_size} does not divide into {shards} shares"
             f" ({' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}) of {minibatches} minibatches"
-            f" (trainer.num_minibatches): a multiple of {shards * minibatches} would"
+            f" (trainer.num_minibatches){of_microbatches if microbatches > 1 else ''}: a multiple"
+            f" of {parts} would"
         )
 
 
-def check_mesh(config: RunConfig) -> None:
-    """Raises ValueError if the mesh uses more than the training step supports: data parallelism."""
-    for axis in ("fsdp", "pp", "tp"):
-        size = getattr(config.mesh, axis)
-        if size != 1 and jax.device_count() % size == 0:
+def _check_model(config: RunConfig, mesh: Mesh) -> None:
+    model = config.model
+    divided = [
+        ("pp", "model.num_blocks", model.num_blocks),
+        ("tp", "model.num_heads", model.num_heads),
+        ("tp", "the hidden size of the feed-forward layer, model.ffn_dim", model.ffn_dim),
+        ("pp tp", "model.vocab_size", model.vocab_size),
+        ("pp tp", "data.context_length", config.data.context_length),
+    ]
+    for axes, name, size in divided:
+        sizes = {f"mesh.{axis}": mesh.shape[axis] for axis in axes.split()}
+        if size % math.prod(sizes.values()):
             raise ValueError(
-                f"mesh.{axis}={size}: training does not support this axis yet; use mesh.dp"
+                f"{name}={size} does not divide over"
+                f" {' x '.join(f'{axis}={value}' for axis, value in sizes.items())}: a multiple of"
+                f" {math.prod(sizes.values())} would"
             )
 
 
 def create_run_mesh(config: RunConfig) -> Mesh:
-    """Creates the mesh of a run; raises ValueError if training or the batch does not fit on it."""
-    check_mesh(config)
+    """Creates the mesh of a run; raises ValueError if the model or the batch does not fit on it."""
     mesh = create_mesh(config.mesh)
-    check_batch_size(config, mesh)
+    _check_model(config, mesh)
+    _check_batch_size(config, mesh)
     return mesh
+
+
+def batch_share(mesh: Mesh) -> dict[str, int]:
+    """The share of every global batch that this process reads: the rows of its own devices.
+
+    Processes whose devices lie at the same places along the axes of the batch, since `tp` or `pp`
+    goes on from one to the other, read the same rows.
+
+    Args:
+        mesh: The mesh.
+
+    Returns:
+        `shard_index` and `shard_count`, for `xlstm.dataset.pipeline`.
+
+    Raises:
+        ValueError: If the rows of a process are not one of several equal pieces of the batch.
+    """
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(num_shards, -1)
+    (places,) = np.nonzero((owners == jax.process_index()).any(axis=1))
+    first, size = int(places[0]), len(places)
+    if places[-1] - first + 1 != size or first % size or num_shards % size:
+        raise ValueError(
+            f"the devices of process {jax.process_index()} lie at the places {places.tolist()} of"
+            f" {num_shards} along {' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}, not at one"
+            " of several equal pieces; choose sizes that divide the devices of a process, or are"
+            " multiples of them"
+        )
+    return {"shard_index": first // size, "shard_count": num_shards // size}
 
 
 def check_vocabulary(config: RunConfig, stores: Iterable[TokenStore]) -> None:
@@ -61,8 +103,11 @@ def corpus_checksums(stores: Iterable[TokenStore]) -> list[str]:
 
 def global_batches(local_batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch]:
     """Places each process's rows on its devices, as its part of a global batch."""
-    sharding = NamedSharding(mesh, BATCH_SPEC)
+    sharding, num_shares = NamedSharding(mesh, BATCH_SPEC), batch_share(mesh)["shard_count"]
+
+    def place(rows: np.ndarray) -> jax.Array:
+        shape = (num_shares * rows.shape[0], *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
     for batch in local_batches:
-        yield jax.tree.map(
-            lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
-        )
+        yield jax.tree.map(place, batch)

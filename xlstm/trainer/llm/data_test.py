@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -8,12 +9,12 @@ from xlstm.dataset.batch import Batch
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
-from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.distributed.mesh import MESH_AXES, MeshConfig, create_mesh
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
-    check_batch_size,
+    batch_share,
     check_vocabulary,
     corpus_checksums,
     create_run_mesh,
@@ -22,31 +23,112 @@ from xlstm.trainer.llm.data import (
 
 
 @pytest.mark.parametrize(
-    "batch_size, num_minibatches, sizes, shares",
+    "batch_size, num_minibatches, sizes",
     [
-        (16, 2, {"dp": 8}, None),
-        (8, 1, {"dp": 2, "fsdp": 4}, None),
-        (3, 1, {"tp": 8}, None),
-        (12, 1, {"dp": 8}, 8),
-        (12, 1, {"dp": 4, "fsdp": 2}, 8),
-        (8, 2, {"dp": 8}, 8),
-        (6, 4, {"dp": 2, "tp": 4}, 2),
+        (16, 2, {"dp": 8}),
+        (8, 1, {"dp": 2, "fsdp": 4}),
+        (3, 1, {"dp": 1, "tp": 4, "pp": 2, "num_microbatches": 3}),
+        (16, 2, {"dp": 2, "pp": 4}),
     ],
     ids=str,
 )
-def test_the_batch_must_divide(batch_size, num_minibatches, sizes, shares):
+def test_the_batch_divides(batch_size, num_minibatches, sizes):
     config = RunConfig(
+        mesh=MeshConfig(**sizes),
         data=DataConfig(batch_size=batch_size),
         trainer=TrainerConfig(num_minibatches=num_minibatches),
     )
-    mesh = create_mesh(MeshConfig(**sizes))
-    if shares is None:
-        check_batch_size(config, mesh)
-        return
+    mesh = create_run_mesh(config)
+    assert {axis: mesh.shape[axis] for axis in sizes if axis in mesh.shape} == {
+        axis: size for axis, size in sizes.items() if axis in mesh.shape
+    }
+
+
+@pytest.mark.parametrize(
+    "batch_size, num_minibatches, sizes, shares, multiple",
+    [
+        (12, 1, {"dp": 8}, 8, 8),
+        (12, 1, {"dp": 4, "fsdp": 2}, 8, 8),
+        (8, 2, {"dp": 8}, 8, 16),
+        (6, 4, {"dp": 2, "tp": 4}, 2, 8),
+        (8, 2, {"dp": 2, "pp": 4}, 2, 16),
+        (8, 1, {"dp": 4, "pp": 2, "num_microbatches": 3}, 4, 12),
+    ],
+    ids=str,
+)
+def test_a_batch_that_does_not_divide(batch_size, num_minibatches, sizes, shares, multiple):
+    config = RunConfig(
+        mesh=MeshConfig(**sizes),
+        data=DataConfig(batch_size=batch_size),
+        trainer=TrainerConfig(num_minibatches=num_minibatches),
+    )
     with pytest.raises(ValueError) as caught:
-        check_batch_size(config, mesh)
-    assert f"data.batch_size={batch_size} does not divide into {shares} shares" in str(caught.value)
-    assert f"a multiple of {shares * num_minibatches} would" in str(caught.value)
+        create_run_mesh(config)
+    message = str(caught.value)
+    assert f"data.batch_size={batch_size} does not divide into {shares} shares" in message
+    assert message.endswith(f"a multiple of {multiple} would")
+    assert ("micro-batches" in message) == ("pp" in sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes, model, message",
+    [
+        ({"pp": 8}, {}, "model.num_blocks=4 does not divide over mesh.pp=8: a multiple of 8 would"),
+        ({"tp": 8}, {}, "model.num_heads=4 does not divide over mesh.tp=8"),
+        ({"tp": 4}, {"ffn_round_up_to_multiple_of": 1}, "model.ffn_dim=341 does not divide"),
+        (
+            {"pp": 2, "tp": 4},
+            {"vocab_size": 260},
+            "model.vocab_size=260 does not divide over mesh.pp=2 x mesh.tp=4: a multiple of 8",
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_that_does_not_fit_the_mesh(sizes, model, message):
+    config = RunConfig(mesh=MeshConfig(**sizes), model=ModelConfig(**model))
+    with pytest.raises(ValueError, match=message):
+        create_run_mesh(config)
+
+
+def test_a_context_that_does_not_fit_the_mesh():
+    config = RunConfig(mesh=MeshConfig(tp=4), data=DataConfig(context_length=250))
+    with pytest.raises(ValueError, match="data.context_length=250 does not divide over mesh.pp=1"):
+        create_run_mesh(config)
+
+
+class _Device:
+    """What a mesh needs to know about a device of another process."""
+
+    def __init__(self, number, devices_per_process):
+        self.id, self.process_index = number, number // devices_per_process
+
+
+@pytest.mark.parametrize(
+    "shape, devices_per_process, process, share",
+    [
+        ((4, 2, 1, 1), 2, 1, (1, 4)),  # A process has two rows of its own.
+        ((2, 1, 1, 4), 2, 1, (0, 2)),  # Two processes share a `tp` group, and so the rows.
+        ((2, 1, 1, 4), 2, 2, (1, 2)),
+        ((1, 1, 2, 4), 2, 3, (0, 1)),
+        ((8, 1, 1, 1), 8, 0, (0, 1)),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(
+    monkeypatch, shape, devices_per_process, process, share
+):
+    devices = np.array([_Device(i, devices_per_process) for i in range(8)]).reshape(shape)
+    mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, shape, strict=True)))
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    assert tuple(batch_share(mesh).values()) == share
+
+
+def test_rows_that_are_no_equal_piece_of_the_batch():
+    devices = np.array([_Device(i, 3) for i in range(6)]).reshape(3, 1, 1, 2)
+    mesh = types.SimpleNamespace(
+        devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True))
+    )
+    with pytest.raises(ValueError, match=r"process 0 lie at the places \[0, 1\] of 3 along"):
+        batch_share(mesh)
 
 
 def test_the_vocabulary_must_hold_the_store_s(tmp_path):
@@ -95,10 +177,3 @@ def test_batches_are_taken_one_by_one():
     batches = global_batches(endless(), create_mesh(MeshConfig()))
     assert next(batches).shape == (8, 2)
     assert next(batches).shape == (8, 2)
-
-
-@pytest.mark.parametrize("axis", ["fsdp", "pp", "tp"])
-def test_an_axis_that_training_does_not_support_is_refused(axis):
-    config = dataclasses.replace(RunConfig(), mesh=MeshConfig(**{axis: 2}))
-    with pytest.raises(ValueError, match=f"mesh.{axis}=2: training does not support this axis"):
-        create_run_mesh(config)

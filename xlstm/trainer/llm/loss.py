@@ -3,29 +3,35 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree
 from xlstm.dataset.batch import Batch
 from xlstm.distributed.single_gpu import LossFn
 
 
-def next_token_nll(params: PyTree, apply_fn: Callable, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def next_token_nll(
+    params: PyTree, apply_fn: Callable, batch: Batch, dropout_keys: PRNGKeyArray | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of a batch's targets.
 
     Args:
         params: Parameters of the model.
         apply_fn: The model's `apply`.
         batch: Tokens, `(B, T)`.
+        dropout_keys: A random key for each example, `(B, ...)`; None for no dropout.
 
     Returns:
-        The sum over the targets that count, in nats, and their number; float32 scalars.
+        The sum over this device's targets that count, in nats, and their number; float32 scalars.
     """
-    logits = apply_fn({"params": params}, batch.inputs, batch.reset)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    mask = batch.targets_mask
-    return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
+    return apply_fn(
+        {"params": params},
+        batch.inputs,
+        batch.targets,
+        batch.targets_mask,
+        batch.reset,
+        dropout_keys,
+        method="next_token_nll",
+    )
 
 
 def create_loss_fn(num_minibatches: int, num_targets: jax.Array) -> LossFn:
@@ -43,10 +49,13 @@ def create_loss_fn(num_minibatches: int, num_targets: jax.Array) -> LossFn:
     """
 
     def loss_fn(
-        params: PyTree, apply_fn: Callable, batch: Batch, rng: PRNGKeyArray
+        params: PyTree,
+        apply_fn: Callable,
+        batch: tuple[Batch, PRNGKeyArray],
+        rng: PRNGKeyArray,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        del rng  # No layer draws random numbers.
-        nll, count = next_token_nll(params, apply_fn, batch)
+        del rng  # Every example has a key of its own, which the mesh has no part in.
+        nll, count = next_token_nll(params, apply_fn, *batch)
         return nll * num_minibatches / num_targets, ({"loss": (nll, count)}, None)
 
     return loss_fn

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xlstm.common_types import Metrics, PyTree, TrainState
+from xlstm.common_types import Metrics, PRNGKeyArray, PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.pipeline import open_stores, train_batches, validation_batches
 from xlstm.dataset.token_store import TokenStore
+from xlstm.distributed.data_parallel import shard_parameters
+from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.checkpointing import Checkpointer
@@ -25,13 +27,14 @@ from xlstm.trainer.callbacks.evaluate import EvaluateCallback
 from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
+    batch_share,
     check_vocabulary,
     corpus_checksums,
     create_run_mesh,
     global_batches,
 )
 from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
-from xlstm.trainer.llm.sample import sample_text
+from xlstm.trainer.llm.sample import sample_text, without_stages
 from xlstm.trainer.llm.workdir import Workdir, check_workdir, own_workdir, write_config
 from xlstm.trainer.logger.base_logger import Loggers
 from xlstm.trainer.logger.jsonl import JsonLinesLogger
@@ -43,25 +46,35 @@ from xlstm.trainer.optimizer.schedule import create_schedule
 
 
 def create_language_model_run(
-    config: RunConfig, mesh: Mesh
+    config: RunConfig, mesh: Mesh, abstract: bool = False
 ) -> tuple[TrainState, PyTree, Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]:
     """Creates what a run computes with.
 
     Args:
         config: The run's configuration.
         mesh: The mesh.
+        abstract: Whether shapes and places of the state are enough, see `create_train_state`.
 
     Returns:
         The initial train state, its partition specs and the training step.
     """
     model = xLSTMLMModel(config.language_model)
     schedule = create_schedule(config.schedule)
+
+    def init_params(rng: PRNGKeyArray) -> PyTree:
+        return shard_parameters(
+            model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"],
+            mesh.shape["fsdp"],
+            min_weight_size=config.mesh.fsdp_min_weight_size,
+        )
+
     state, specs = create_train_state(
-        init_params=lambda rng: model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"],
+        init_params=init_params,
         apply_fn=model.apply,
         optimizer=create_optimizer(config.optimizer, schedule),
         rng=jax.random.PRNGKey(config.trainer.seed),
         mesh=mesh,
+        abstract=abstract,
     )
     train_step = create_train_step(
         mesh,
@@ -89,6 +102,7 @@ def train_language_model(
         OSError: If something cannot be read or written.
     """
     mesh = create_run_mesh(config)
+    share = batch_share(mesh)
     workdir = Workdir(workdir_path)
     check_workdir(workdir, config, allow_config_change=allow_config_change)
     stores = open_stores(config.data, workdir.stdlib_store)
@@ -103,6 +117,9 @@ def train_language_model(
     excluded = config.optimizer.weight_decay_exclude
     table = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
     console.print(table, soft_wrap=True)
+    bubble = _bubble_fraction(config, mesh)
+    if bubble:
+        console.print(f"pipeline stages are idle for {bubble:.0%} of the time of the blocks")
     with contextlib.ExitStack() as stack:
         if is_first_process:
             stack.enter_context(own_workdir(workdir))
@@ -118,22 +135,22 @@ def train_language_model(
             )
         if is_first_process:
             write_config(workdir, config, corpora)
-        batches = train_batches(config.data, stores, start_step=start_step, **_processes())
+        batches = train_batches(config.data, stores, start_step=start_step, **share)
         loggers = _create_loggers(config, workdir, console, start_step)
         stack.callback(loggers.close)
-        evaluate = _create_evaluation(config, mesh, specs, stores, state.apply_fn)
+        evaluate = _create_evaluation(config, mesh, specs, stores, share, state.apply_fn)
         state = fit(
             state,
             global_batches(batches, mesh),
             train_step,
             start_step=start_step,
             num_steps=max(config.trainer.num_steps, start_step),
-            callbacks=_create_callbacks(config, state, loggers, evaluate, checkpointer),
+            callbacks=_create_callbacks(config, mesh, state, loggers, evaluate, checkpointer),
         )
     if config.logger.sample_tokens:
         console.rule("a sample")
         console.print(
-            sample_text(config, state.params, tokenizer),
+            sample_text(config, without_stages(state.params, mesh), tokenizer),
             markup=False,
             soft_wrap=True,
         )
@@ -143,18 +160,20 @@ def train_language_model(
     )
 
 
-def _processes() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _bubble_fraction(config: RunConfig, mesh: Mesh) -> float:
+    stages = mesh.shape["pp"]
+    return bubble_fraction(stages, config.mesh.count_microbatches(stages))
 
 
 def _create_callbacks(
     config: RunConfig,
+    mesh: Mesh,
     state: TrainState,
     loggers: Loggers,
     evaluate: Callable[[TrainState], float],
     checkpointer: Checkpointer,
 ) -> list[Callback]:
-    throughput = Throughput()
+    throughput, bubble = Throughput(), _bubble_fraction(config, mesh)
     metrics = MetricsCallback(
         loggers,
         throughput,
@@ -162,6 +181,7 @@ def _create_callbacks(
         tokens_per_step=config.data.batch_size * config.data.context_length,
         flops_per_token=6 * get_num_params(state.params),
         matmul_rate=measure_matmul_rate(config.model.compute_dtype),
+        constants={"bubble_fraction": bubble} if bubble else {},
     )
     evaluation = EvaluateCallback(evaluate, loggers, throughput, config.trainer.eval_interval)
     # A checkpoint comes last: what a step has to say is written before the step counts as done.
@@ -191,6 +211,7 @@ def _create_evaluation(
     mesh: Mesh,
     specs: PyTree,
     stores: Sequence[TokenStore],
+    share: dict[str, int],
     apply_fn: Callable,
 ) -> Callable[[TrainState], float]:
     eval_step = create_eval_step(
@@ -200,7 +221,7 @@ def _create_evaluation(
     def evaluate(state: TrainState) -> float:
         """The validation loss in nats a token."""
         batches = validation_batches(
-            config.data, stores, max_batches=config.trainer.eval_batches, **_processes()
+            config.data, stores, max_batches=config.trainer.eval_batches, **share
         )
         sums = [eval_step(state.params, batch) for batch in global_batches(batches, mesh)]
         nll, count = (float(sum(values)) for values in zip(*jax.device_get(sums), strict=True))

@@ -1,0 +1,306 @@
+"""Parameters, loss, gradients and loss curve are those of one device, whatever the mesh.
+
+And what a step sends is what theory says. `parallelism_full_test` tries more meshes, each with and
+without accumulation.
+"""
+
+import dataclasses
+import functools
+import os
+
+# Compile quickly: there are many programs here, and each runs for a moment.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from xlstm.common_types import PyTree, TrainState
+from xlstm.dataset.batch import Batch
+from xlstm.dataset.config import DataConfig
+from xlstm.distributed.communication import find_collectives
+from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.checkpointing import Checkpointer
+from xlstm.trainer.base.param_utils import unboxed
+from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.llm import train
+from xlstm.trainer.llm.communication import expected_traffic
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.data import create_run_mesh, global_batches
+from xlstm.trainer.optimizer.schedule import ScheduleConfig
+
+_B, _T, _V = 32, 16, 96  # No other size is 96.
+_STEPS = 20
+_MESHES = [
+    {"dp": 8},
+    {"fsdp": 8},
+    {"pp": 8},
+    {"tp": 8},
+    {"fsdp": 2, "pp": 2, "tp": 2},
+    {"dp": 2, "fsdp": 2, "pp": 2},
+    {"dp": 2, "pp": 2, "tp": 2, "num_microbatches": 4},
+    {"fsdp": 2, "tp": 4},
+    {"dp": 2, "fsdp": 2, "tp": 2},
+    {"fsdp": 4, "pp": 2},
+    {"pp": 2, "tp": 4},
+    {"dp": 4, "fsdp": 2},
+    {"fsdp": 2, "pp": 2, "tp": 2, "tp_overlap": True, "num_microbatches": 1},
+]
+
+
+def _config(num_minibatches=1, dropout=0.0, remat="dots", dtype="float32", **mesh):
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=_V,
+            embedding_dim=32,
+            num_blocks=8,
+            num_heads=8,
+            ffn_round_up_to_multiple_of=8,
+            dropout=dropout,
+            remat=remat,
+            dtype=dtype,
+        ),
+        backend=BackendConfig(chunk_size=8),
+        mesh=MeshConfig(**{"dp": 1, "fsdp_min_weight_size": 64} | mesh),
+        data=DataConfig(context_length=_T, batch_size=_B),
+        schedule=ScheduleConfig(warmup_steps=5, decay_steps=100),
+        trainer=TrainerConfig(num_minibatches=num_minibatches),
+    )
+
+
+@functools.lru_cache
+def _batches():
+    """Batches with padding, of some rows all, and with documents of all lengths."""
+    batches = []
+    for seed in range(_STEPS):
+        rng = np.random.default_rng(seed)
+        tokens = rng.zipf(1.5, (_B, _T + 1)).astype(np.int32) % _V
+        lengths = np.minimum(rng.integers(0, 2 * _T, (_B, 1)), _T)
+        mask = np.arange(_T) < lengths
+        reset = rng.random((_B, _T)) < 0.2
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask, reset))
+    return batches
+
+
+def _recording_gradients(optimizer):
+    """The optimizer, with the last gradients in its state."""
+
+    def update(grads, state, params):
+        updates, inner = optimizer.update(grads, state[1], params)
+        return updates, (grads, inner)
+
+    return optax.GradientTransformation(
+        lambda params: (optax.tree.zeros_like(params), optimizer.init(params)), update
+    )
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that is ready to start, and to start again."""
+
+    mesh: jax.sharding.Mesh
+    initial: TrainState  # On the host.
+    shardings: PyTree
+    train_step: jax.stages.Compiled
+
+    def fresh_state(self):
+        return jax.device_put(self.initial, self.shardings)
+
+
+@functools.lru_cache
+def _prepare(config, num_devices=8):
+    if num_devices == 1:
+        mesh = create_mesh(config.mesh, jax.devices()[:1])
+    else:
+        mesh = create_run_mesh(config)
+    create_optimizer = train.create_optimizer
+    train.create_optimizer = lambda *args: _recording_gradients(create_optimizer(*args))
+    try:
+        state, _, train_step = train.create_language_model_run(config, mesh)
+    finally:
+        train.create_optimizer = create_optimizer
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    (batch,) = global_batches(_batches()[:1], mesh)
+    compiled = train_step.lower(state, batch).compile()
+    return _Run(mesh, jax.device_get(state), shardings, compiled)
+
+
+@dataclasses.dataclass
+class _Result:
+    params: dict
+    grads: dict
+    losses: np.ndarray
+
+
+def _steps(run, state, batches):
+    """Yields the state, which the next step consumes, and the loss after each step."""
+    for batch in global_batches(batches, run.mesh):
+        state, metrics = run.train_step(state, batch)
+        nll, count = jax.device_get(metrics["loss"])
+        yield state, nll / count
+
+
+def _train(run, num_steps=_STEPS):
+    grads, losses = None, []
+    for state, loss in _steps(run, run.fresh_state(), _batches()[:num_steps]):
+        grads = grads or jax.device_get(unboxed(state.opt_state[0]))
+        losses.append(loss)
+    return _Result(unboxed(run.initial.params), grads, np.array(losses))
+
+
+@functools.lru_cache
+def _on_one_device(num_steps=_STEPS, **options):
+    return _train(_prepare(_config(**options), num_devices=1), num_steps)
+
+
+def _assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    np.testing.assert_allclose(found.losses[0], expected.losses[0], rtol=1e-5)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-3)
+    global_norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected.grads)))
+    assert global_norm > 0.1
+
+    def check(path, found, expected):
+        scale = np.linalg.norm(expected) + 1e-3 * global_norm
+        assert np.linalg.norm(found - expected) < 1e-5 * scale, jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(check, found.grads, expected.grads)
+
+
+def _summed(rows):
+    totals = {}
+    for kind, axes, count, num_bytes in rows:
+        before = totals.get((kind, axes), (0, 0))
+        totals[kind, axes] = before[0] + count, before[1] + num_bytes
+    return totals
+
+
+def _assert_sends_what_it_should(config, run):
+    found = find_collectives(run.train_step.as_text(), run.mesh)
+    # At the end of a step: XLA joins the sums of gradients with those for metrics and norms.
+    sums = [c for c in found if c.kind == "all-reduce" and not c.loops]
+    traffic = expected_traffic(config, run.mesh, run.initial.params)
+    in_loop = config.trainer.num_minibatches > 1
+    at_end = [
+        t for t in traffic if t.purpose == "gradients" or (t.kind == "all-reduce" and not in_loop)
+    ]
+    assert _summed(
+        (c.kind, c.axes, c.count, c.count * c.num_bytes) for c in found if c not in sums
+    ) == _summed((t.kind, t.axes, t.count, t.num_bytes) for t in traffic if t not in at_end)
+    found_sums = _summed((c.kind, c.axes, c.count, c.num_bytes) for c in sums)
+    expected_sums = _summed((t.kind, t.axes, t.count, t.num_bytes) for t in at_end)
+    assert found_sums.keys() >= expected_sums.keys()
+    numbers = 8 * len(jax.tree.leaves(unboxed(run.initial.params))) + 64
+    for key, (_, num_bytes) in found_sums.items():
+        expected = expected_sums.get(key, (0, 0))[1]
+        assert expected <= num_bytes <= expected + numbers, key
+
+    # Nothing is in a loop that could be outside.
+    for collective in found:
+        if "dp" in collective.axes:
+            assert collective.loops == (), collective  # Once a step.
+        if "fsdp" in collective.axes and run.mesh.shape["pp"] > 1:
+            # Once a minibatch, and not for each micro-batch.
+            assert len(collective.loops) <= in_loop, collective
+
+
+_QUICK = [
+    (1, {"dp": 8}),
+    (4, {"fsdp": 8}),
+    (1, {"pp": 8}),
+    (4, {"tp": 8}),
+    (1, {"fsdp": 2, "pp": 2, "tp": 2}),
+    (4, {"dp": 2, "pp": 2, "tp": 2, "num_microbatches": 4}),
+    (1, {"fsdp": 2, "pp": 2, "tp": 2, "tp_overlap": True, "num_microbatches": 1}),
+]
+
+
+def _cases():
+    for sizes in _MESHES:
+        for num_minibatches in (1, 4):
+            full = "" if (num_minibatches, sizes) in _QUICK else " full"
+            name = f"{sizes} accumulate {num_minibatches}{full}"
+            yield pytest.param(num_minibatches, sizes, id=name)
+
+
+@pytest.mark.parametrize("num_minibatches, sizes", list(_cases()))
+def test_every_mesh_trains_as_one_device_does(num_minibatches, sizes):
+    config = _config(num_minibatches, **sizes)
+    run, expected = _prepare(config), _on_one_device()
+    _assert_same(_train(run), expected)
+    assert expected.losses[-1] < 0.97 * expected.losses[0]
+    _assert_sends_what_it_should(config, run)
+
+
+@pytest.mark.parametrize(
+    "num_minibatches, remat, sizes",
+    [
+        (1, "none", {"fsdp": 2, "pp": 2, "tp": 2}),
+        (2, "block", {"dp": 2, "fsdp": 2, "tp": 2}),
+    ],
+    ids=str,
+)
+def test_dropout_and_rematerialisation_do_not_depend_on_the_mesh(num_minibatches, remat, sizes):
+    config = _config(num_minibatches, dropout=0.3, remat=remat, **sizes)
+    run, expected = _prepare(config), _on_one_device(num_steps=2, dropout=0.3)
+    _assert_same(_train(run, 2), expected)
+    assert abs(expected.losses[0] - _on_one_device().losses[0]) > 1e-3
+    _assert_sends_what_it_should(config, run)
+
+
+@pytest.mark.parametrize(
+    "dtype, sizes", [("float32", {"fsdp": 8}), ("bfloat16", {"fsdp": 2, "pp": 2, "tp": 2})], ids=str
+)
+def test_bfloat16_rounds_a_little(dtype, sizes):
+    options = {"fsdp_gather_dtype": "bfloat16", "fsdp_scatter_dtype": "bfloat16", "dtype": dtype}
+    found, expected = _train(_prepare(_config(**options, **sizes)), 1), _on_one_device()
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    np.testing.assert_allclose(found.losses[0], expected.losses[0], rtol=1e-3)
+
+    def check(path, found, expected):
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert error < (2e-2 if dtype == "float32" else 5e-2), jax.tree_util.keystr(path)
+        return error
+
+    errors = jax.tree_util.tree_map_with_path(check, found.grads, expected.grads)
+    assert all(error > 1e-4 for error in jax.tree.leaves(errors["blocks"]["ffn"]))
+
+
+@pytest.mark.parametrize("written_on", [{"fsdp": 2, "pp": 2, "tp": 2}, {"pp": 8}], ids=str)
+def test_a_checkpoint_of_any_mesh_goes_on_on_any_other(tmp_path, written_on):
+    run = _prepare(_config(**written_on))
+    *_, (state, _) = _steps(run, run.fresh_state(), _batches()[:3])
+    with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
+        checkpointer.save(3, state)
+    expected = _on_one_device().losses[3:6]
+    runs = [_prepare(_config(), num_devices=1)]
+    runs += [_prepare(_config(num_minibatches, **sizes)) for num_minibatches, sizes in _QUICK[:5]]
+    for run in runs:
+        with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
+            state = checkpointer.restore(run.fresh_state())
+        losses = [loss for _, loss in _steps(run, state, _batches()[3:6])]
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(run.mesh))
+
+
+def test_weights_are_gathered_for_a_block_at_a_time():
+    config = _config(4, fsdp=8)
+    run = _prepare(config)
+    found = find_collectives(run.train_step.as_text(), run.mesh)
+    of_blocks = [c for c in found if c.kind == "all-gather" and c.loops]
+    assert {c.loops for c in of_blocks} == {(4, config.model.num_blocks)}
+    largest = config.model.embedding_dim * config.model.ffn_dim * 4
+    assert max(c.num_bytes for c in of_blocks) == largest
+
+
+def test_no_device_has_the_logits_of_the_whole_vocabulary():
+    program = _prepare(_config(4, tp=8)).train_step.as_text()
+    rows = _B // 4
+    assert f"f32[{rows},{_T},{_V // 8}]" in program
+    for shape in (f"[{rows},{_T},{_V}]", f"[{rows * _T},{_V}]"):
+        assert shape not in program
+    # This would find them:
+    program = _prepare(_config(dp=8)).train_step.as_text()
+    assert f"f32[{_B // 8},{_T},{_V}]" in program
