@@ -1,4 +1,11 @@
-"""Flags that say which processes and devices take part in a run."""
+"""Flags that say which processes and devices take part in a run, and how processes end together."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
 
 import jax
 from absl import flags
@@ -53,3 +60,38 @@ def _connect(*settings: str | int) -> None:
     # CPU processes give up if one comes half a minute late to their first common computation; here
     # they all are at the same place.
     multihost_utils.sync_global_devices("start")
+
+
+# The first process leads the others: when it ends, theirs may be ended before they can say why.
+_SECONDS_TO_SPEAK = 3
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """In a run of several processes, ends a process that failed at once, and so all of them.
+
+    An orderly end would wait for the other processes, which wait for this one. When its connections
+    close, their communication fails, and they end as well.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        message, status = str(error), 2
+        if not isinstance(error, (ValueError, OSError, jax.errors.JaxRuntimeError)):
+            traceback.print_exc()
+            message, status = repr(error), 1
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            status = 1
+            message = (
+                f"the computation with the other processes failed ({error}); if one of them has"
+                " ended, its output says why; start all of them again, and the run goes on from"
+                " its last checkpoint"
+            )
+        place = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"error: {place}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if jax.process_index() == 0:
+            time.sleep(_SECONDS_TO_SPEAK)
+        os._exit(status)

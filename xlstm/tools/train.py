@@ -9,7 +9,7 @@ from xlstm.dataset.config import STDLIB
 from xlstm.tools.command_line import resolve_path, run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
-from xlstm.tools.processes import initialize_devices
+from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.train import train_language_model
 
@@ -34,9 +34,10 @@ def main(argv: list[str]) -> None:
     config = _with_absolute_stores(to_run_config(_CONFIG.value))
     workdir = _WORKDIR.value or os.path.join("runs", config_name())
     initialize_devices()
-    train_language_model(
-        config, resolve_path(workdir), allow_config_change=_ALLOW_CONFIG_CHANGE.value
-    )
+    with ending_together():
+        train_language_model(
+            config, resolve_path(workdir), allow_config_change=_ALLOW_CONFIG_CHANGE.value
+        )
 
 
 if __name__ == "__main__":

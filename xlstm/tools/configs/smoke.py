@@ -10,6 +10,7 @@ def get_config():
     config.model.num_blocks = 2  # The least that has something to scan over.
     config.model.ffn_round_up_to_multiple_of = 8  # Else rounding would double the layer.
     config.backend.chunk_size = 16  # Several chunks in a context.
+    config.mesh.fsdp_min_weight_size = 256  # So that fsdp has something to cut.
     config.data.context_length = 64  # Short.
     config.data.batch_size = 8  # Divides over eight devices.
     config.schedule.warmup_steps = 5  # A quarter of the run.

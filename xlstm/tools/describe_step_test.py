@@ -1,0 +1,84 @@
+"""What a step needs falls as it should, and the tool says so."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from xlstm.dataset.config import DataConfig
+from xlstm.distributed.mesh import MeshConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.tools import describe_step
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.data import create_run_mesh
+
+
+def _memory(**sizes):
+    config = RunConfig(
+        model=ModelConfig(vocab_size=2048, embedding_dim=512, num_blocks=8, num_heads=8),
+        backend=BackendConfig(chunk_size=16),
+        mesh=MeshConfig(**{"dp": -1} | sizes),
+        data=DataConfig(context_length=32, batch_size=32),
+    )
+    return describe_step.describe_step(config, create_run_mesh(config)).memory
+
+
+@pytest.fixture(scope="module")
+def replicated():
+    return _memory(dp=8)
+
+
+def test_replicas_hold_everything(replicated):
+    # Float32, and two moments of AdamW: three times the parameters.
+    assert replicated["parameters"] == 4 * 27_865_728
+    assert replicated["optimizer state"] == pytest.approx(2 * replicated["parameters"], rel=1e-3)
+    assert replicated["batch"] == 4 * 32 * (4 + 4 + 1 + 1)
+    assert replicated["temporary"] > replicated["parameters"]  # The gradient, at least.
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tp": 8}, {"pp": 8}])
+def test_parameters_and_optimizer_state_are_divided(replicated, sizes):
+    memory = _memory(**sizes)
+    for name in ("parameters", "optimizer state"):
+        # All but the scales of norms and, over `fsdp`, gates.
+        assert memory[name] / replicated[name] == pytest.approx(1 / 8, rel=0.02)
+    assert memory["temporary"] < replicated["temporary"]
+
+
+def test_the_tool_prints_tables():
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", describe_step.__name__, "--config=smoke"),
+            *("--simulate_devices=8", "--config.mesh.pp=2", "--config.mesh.tp=2"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "", "COLUMNS": "120"},
+        check=True,
+    )
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert ["mesh:", "dp=2,", "fsdp=1,", "pp=2,", "tp=2"] in lines
+    assert "pipeline bubble: 33%" in process.stdout
+    # 42,064 of 42,224 float32 parameters cut over four devices, 128 over two, 32 over none.
+    assert [line[1:] for line in lines if line[:1] == ["parameters"]] == [["41.5", "KiB"]]
+    # Two gathers and two scatters a block, their transposes, and what is computed again; in each of
+    # three ticks; and embedding, head.
+    assert [line[2:4] for line in lines if line[:2] == ["tp", "all-gather"]] == [["20", "20"]]
+    assert [line[2:4] for line in lines if line[:2] == ["tp", "reduce-scatter"]] == [["14", "14"]]
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", describe_step.__name__, "--config=smoke"),
+            *("--simulate_devices=8", "--config.mesh.tp=8"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "error: model.num_heads=4 does not divide over mesh.tp=8" in process.stderr
