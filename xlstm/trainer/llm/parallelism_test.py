@@ -251,27 +251,24 @@ def test_dropout_and_rematerialisation_do_not_depend_on_the_mesh(num_minibatches
     _assert_sends_what_it_should(config, run)
 
 
-@pytest.mark.parametrize(
-    "dtype, sizes", [("float32", {"fsdp": 8}), ("bfloat16", {"fsdp": 2, "pp": 2, "tp": 2})], ids=str
-)
-def test_bfloat16_rounds_a_little(dtype, sizes):
-    options = {"fsdp_gather_dtype": "bfloat16", "fsdp_scatter_dtype": "bfloat16", "dtype": dtype}
-    found, expected = _train(_prepare(_config(**options, **sizes)), 1), _on_one_device()
+def test_bfloat16_rounds_a_little():
+    options = {"fsdp_gather_dtype": "bfloat16", "fsdp_scatter_dtype": "bfloat16"}
+    config = _config(dtype="bfloat16", fsdp=2, pp=2, tp=2, **options)
+    found, expected = _train(_prepare(config), 1), _on_one_device()
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     np.testing.assert_allclose(found.losses[0], expected.losses[0], rtol=1e-3)
 
     def check(path, found, expected):
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-        assert error < (2e-2 if dtype == "float32" else 5e-2), jax.tree_util.keystr(path)
+        assert error < 5e-2, jax.tree_util.keystr(path)
         return error
 
     errors = jax.tree_util.tree_map_with_path(check, found.grads, expected.grads)
     assert all(error > 1e-4 for error in jax.tree.leaves(errors["blocks"]["ffn"]))
 
 
-@pytest.mark.parametrize("written_on", [{"fsdp": 2, "pp": 2, "tp": 2}, {"pp": 8}], ids=str)
-def test_a_checkpoint_of_any_mesh_goes_on_on_any_other(tmp_path, written_on):
-    run = _prepare(_config(**written_on))
+def test_a_checkpoint_of_a_mesh_goes_on_on_any_other(tmp_path):
+    run = _prepare(_config(fsdp=2, pp=2, tp=2))
     *_, (state, _) = _steps(run, run.fresh_state(), _batches()[:3])
     with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
         checkpointer.save(3, state)
