@@ -79,9 +79,8 @@ def execute_pipeline(
 
     Mutable variables pass from one micro-batch to the next, and what a stage does in the bubble
     leaves them as they are. Variables that a stage makes, such as `intermediates`, are stacked on a
-    new leading axis of micro-batches. Each tick has a random
-    key of its own; whoever wants other keys on other devices folds `lax.axis_index` into them, as
-    always in `shard_map`.
+    new leading axis of micro-batches. Each tick has a random key of its own; whoever wants other
+    keys on other devices folds `lax.axis_index` into them, as always in `shard_map`.
 
     Args:
         module: This device's stage, bound in a parent; `module(x, *args, **kwargs)` returns a tree
