@@ -78,11 +78,12 @@ def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
                 continue
             if 0 in loops[name]:
                 raise ValueError(f"a {kind} is in a loop whose number of runs is not known: {line}")
-            sizes = _sizes(shape)
             if is_start and kind in ("all-gather", "collective-permute"):
                 # The start of an asynchronous one names operands, results, and perhaps counters.
-                sizes = [size for size in sizes if size > 0]
+                sizes = _sizes(shape.replace("u32[]", ""))
                 sizes = sizes[len(sizes) // 2 :]
+            else:
+                sizes = _sizes(shape)
             num_bytes = sum(sizes)
             if kind == "reduce-scatter":
                 num_bytes *= len(groups[0])
@@ -131,12 +132,12 @@ def _loops_around(computations: dict[str, list[str]]) -> dict[str, tuple[int, ..
 
 
 def _sizes(shape: str) -> list[int]:
-    """The sizes in bytes of the arrays in a shape; 0 for the scalar counters of a permutation."""
+    """The sizes in bytes of the arrays in a shape."""
     sizes = []
     for dtype, lengths in _ARRAY.findall(shape):
         bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype).group())
         elements = math.prod(int(length) for length in lengths.split(",") if length)
-        sizes.append(0 if dtype == "u32" and not lengths else elements * bits // 8)
+        sizes.append(elements * bits // 8)
     return sizes
 
 

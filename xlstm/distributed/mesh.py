@@ -126,10 +126,8 @@ def axis_size(axis_names: str | Sequence[str]) -> int:
 
 def axis_index(axis_names: str | Sequence[str]) -> jax.Array | int:
     """This device's place along mesh axes, the first the slowest; 0 outside of a `shard_map`."""
-    index = 0
-    for name in bound_axes(axis_names):
-        index = index * lax.axis_size(name) + lax.axis_index(name)
-    return index
+    axes = bound_axes(axis_names)
+    return lax.axis_index(axes) if axes else 0
 
 
 def bound_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:

@@ -100,20 +100,12 @@ def execute_pipeline(
             something else than a tree like `x`.
     """
     num_stages, stage = lax.axis_size(model_axis_name), lax.axis_index(model_axis_name)
+    num_ticks = num_microbatches + num_stages - 1
     microbatches = split_batch(x, num_microbatches, "microbatches")
     first = jax.tree.map(lambda leaf: leaf[0], microbatches)
     if module.is_initializing():
-        # Only makes the variables, which are the stage's own even where all begin with zeros.
-        make = nn.map_variables(
-            lambda module: _run_stage(module, first, *args, **kwargs),
-            trans_out_fn=lambda variables: vary_alike(variables, [model_axis_name]),
-            mutable=True,
-        )
-        output = make(module)
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((num_microbatches * leaf.shape[0], *leaf.shape[1:]), leaf.dtype),
-            output,
-        )
+        _make_variables(module, first, *args, model_axis_name=model_axis_name, **kwargs)
+        return jax.tree.map(jnp.zeros_like, x)  # A stage returns a tree like its input.
 
     def tick(module: nn.Module, state: PyTree, number: jax.Array) -> tuple[PyTree, PyTree]:
         # The last micro-batch is repeated in the bubble rather than padded with zeros, from which a
@@ -133,14 +125,6 @@ def execute_pipeline(
     carried = tuple(name for name in there[1:] if module.is_mutable_collection(name))
     fixed = tuple(name for name in there if name not in carried)
     axes = varying_axes((x, variables, args, kwargs)).union([model_axis_name])
-    num_ticks = num_microbatches + num_stages - 1
-
-    def leave_out_bubble(variables: PyTree) -> PyTree:
-        made = {name: tree for name, tree in variables.items() if name not in there}
-        return variables | jax.tree.map(
-            lambda ticks: lax.dynamic_slice_in_dim(ticks, stage, num_microbatches), made
-        )
-
     run = nn.scan(
         tick,
         variable_broadcast=fixed,
@@ -153,11 +137,33 @@ def execute_pipeline(
         run,
         nn.DenyList(fixed),
         trans_in_fn=lambda variables: vary_alike(variables, axes),
-        trans_out_fn=leave_out_bubble,
+        trans_out_fn=lambda variables: {
+            name: tree if name in there else _without_bubble(tree, stage, num_microbatches)
+            for name, tree in variables.items()
+        },
         mutable=True,
     )
     _, outputs = run(module, vary_alike(first, axes), jnp.arange(num_ticks))
     return jax.tree.map(lambda leaf: leaf[num_stages - 1 :].reshape(-1, *leaf.shape[2:]), outputs)
+
+
+def _make_variables(
+    module: nn.Module, x: PyTree, *args: Any, model_axis_name: str, **kwargs: Any
+) -> None:
+    """Calls a stage to make its variables, which are its own even where all are zero."""
+    make = nn.map_variables(
+        lambda module: _run_stage(module, x, *args, **kwargs),
+        trans_out_fn=lambda variables: vary_alike(variables, [model_axis_name]),
+        mutable=True,
+    )
+    make(module)
+
+
+def _without_bubble(tree: PyTree, stage: jax.Array, num_microbatches: int) -> PyTree:
+    """Of what a stage made at every tick, that of the micro-batches."""
+    return jax.tree.map(
+        lambda ticks: lax.dynamic_slice_in_dim(ticks, stage, num_microbatches), tree
+    )
 
 
 def _run_stage(module: nn.Module, x: PyTree, *args: Any, **kwargs: Any) -> PyTree:

@@ -8,8 +8,9 @@ scatters the sum of the shares, so that each device has its tokens again:
     row_parallel(x)      a product whose summands are divided, then a reduce_scatter over T
 
 Each is the transpose of the other's communication, so that gradients need nothing of their own.
-What is sent is what an all-reduce of whole activations would send, but norms, residuals and what is
-kept for the backward pass are divided as well.
+What is sent is what an all-reduce of whole activations would send, and once more what a layer
+gathers that is computed again for the backward pass; but norms, residuals and what is kept are
+divided as well.
 
 All functions here run inside of `shard_map`; where the axis has size 1 or there is none, they do
 the same and send nothing.

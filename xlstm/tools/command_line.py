@@ -45,8 +45,13 @@ def run(
     app.run(guarded, flags_parser=parse)
 
 
+def print_error(message: str) -> None:
+    """Prints a message on one line of the standard error."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print_error(message)
     sys.exit(2)
 
 

@@ -11,6 +11,8 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
+from xlstm.tools.command_line import print_error
+
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for a run of several processes."
 )
@@ -90,7 +92,7 @@ def ending_together() -> Iterator[None]:
                 " its last checkpoint"
             )
         place = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"error: {place}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print_error(f"{place}: {message}")
         sys.stdout.flush()
         if jax.process_index() == 0:
             time.sleep(_SECONDS_TO_SPEAK)

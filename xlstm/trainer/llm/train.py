@@ -117,7 +117,8 @@ def train_language_model(
     excluded = config.optimizer.weight_decay_exclude
     table = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
     console.print(table, soft_wrap=True)
-    bubble = _bubble_fraction(config, mesh)
+    stages = mesh.shape["pp"]
+    bubble = bubble_fraction(stages, config.mesh.count_microbatches(stages))
     if bubble:
         console.print(f"pipeline stages are idle for {bubble:.0%} of the time of the blocks")
     with contextlib.ExitStack() as stack:
@@ -145,7 +146,7 @@ def train_language_model(
             train_step,
             start_step=start_step,
             num_steps=max(config.trainer.num_steps, start_step),
-            callbacks=_create_callbacks(config, mesh, state, loggers, evaluate, checkpointer),
+            callbacks=_create_callbacks(config, bubble, state, loggers, evaluate, checkpointer),
         )
     if config.logger.sample_tokens:
         console.rule("a sample")
@@ -160,20 +161,15 @@ def train_language_model(
     )
 
 
-def _bubble_fraction(config: RunConfig, mesh: Mesh) -> float:
-    stages = mesh.shape["pp"]
-    return bubble_fraction(stages, config.mesh.count_microbatches(stages))
-
-
 def _create_callbacks(
     config: RunConfig,
-    mesh: Mesh,
+    bubble: float,
     state: TrainState,
     loggers: Loggers,
     evaluate: Callable[[TrainState], float],
     checkpointer: Checkpointer,
 ) -> list[Callback]:
-    throughput, bubble = Throughput(), _bubble_fraction(config, mesh)
+    throughput = Throughput()
     metrics = MetricsCallback(
         loggers,
         throughput,
