@@ -1,5 +1,7 @@
 """What the input pipeline hands to a training or evaluation step."""
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import numpy as np
@@ -24,3 +26,41 @@ class Batch:
     targets: np.ndarray | jax.Array
     targets_mask: np.ndarray | jax.Array
     reset: np.ndarray | jax.Array
+
+
+def full_batch(windows: np.ndarray, eod_id: int) -> Batch:
+    """Turns full windows into a batch.
+
+    Args:
+        windows: `(B, T + 1)` int32.
+        eod_id: The marker that every document begins with.
+
+    Returns:
+        The batch of NumPy arrays `(B, T)`.
+    """
+    inputs = np.ascontiguousarray(windows[:, :-1])
+    return Batch(
+        inputs=inputs,
+        targets=np.ascontiguousarray(windows[:, 1:]),
+        targets_mask=np.ones(inputs.shape, bool),
+        reset=inputs == eod_id,
+    )
+
+
+def padded_batch(windows: Sequence[np.ndarray], shape: tuple[int, int], eod_id: int) -> Batch:
+    """Turns windows, some perhaps short or missing, into a batch.
+
+    Args:
+        windows: At most `B` of at most `T + 1` tokens.
+        shape: `(B, T + 1)`.
+        eod_id: The marker that every document begins with; it fills the places without a token.
+
+    Returns:
+        The batch of NumPy arrays `(B, T)`, its mask False where there is no token.
+    """
+    padded = np.full(shape, eod_id, np.int32)
+    present = np.zeros(shape, bool)
+    for row, window in enumerate(windows):
+        padded[row, : window.size] = window
+        present[row, : window.size] = True
+    return full_batch(padded, eod_id).replace(targets_mask=present[:, 1:])

@@ -1,6 +1,7 @@
 """The settings of the input pipeline."""
 
 import dataclasses
+import re
 
 STDLIB = "stdlib"
 
@@ -17,7 +18,10 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # Share of each store in training; empty: by its tokens.
     context_length: int = 256  # Tokens in a row of a batch.
     batch_size: int = 16  # Rows in a batch, over all processes.
+    ramp_batch_sizes: tuple[int, ...] = ()  # Batch sizes before that one, in turn.
+    ramp_steps: tuple[int, ...] = ()  # For how many steps each of them is used.
     validation_fraction: float = 0.02  # Share of the documents kept for validation; 0: none.
+    validation_stores: tuple[str, ...] = ()  # More to validate on: "name=path of a token store".
     seed: int = 0  # Order of the training rows; the validation split does not depend on it.
 
     def __post_init__(self):
@@ -36,6 +40,14 @@ class DataConfig:
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, but is {self.seed}")
         self._check_weights()
+        self._check_ramp()
+        self._check_validation_stores()
+
+    @property
+    def validation_paths(self) -> dict[str, str]:
+        """The path of each of `validation_stores`, by its name."""
+        entries = [entry.partition("=") for entry in self.validation_stores]
+        return {name: path for name, _, path in entries}
 
     def _check_weights(self):
         if not self.weights:
@@ -48,4 +60,32 @@ class DataConfig:
         if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
             raise ValueError(
                 f"data.weights must be finite, not negative, and not all 0, not {self.weights}"
+            )
+
+    def _check_ramp(self):
+        if len(self.ramp_batch_sizes) != len(self.ramp_steps):
+            raise ValueError(
+                f"data.ramp_batch_sizes has {len(self.ramp_batch_sizes)} numbers and"
+                f" data.ramp_steps {len(self.ramp_steps)}: give a number of steps for each batch"
+                " size"
+            )
+        if not all(1 <= size <= self.batch_size for size in self.ramp_batch_sizes):
+            raise ValueError(
+                f"data.ramp_batch_sizes must be from 1 to data.batch_size={self.batch_size}, not"
+                f" {self.ramp_batch_sizes}"
+            )
+        if not all(steps >= 1 for steps in self.ramp_steps):
+            raise ValueError(f"data.ramp_steps must be at least 1 each, not {self.ramp_steps}")
+
+    def _check_validation_stores(self):
+        for entry in self.validation_stores:
+            if not re.fullmatch(r"[A-Za-z0-9_]+=.+", entry, re.DOTALL):
+                raise ValueError(
+                    f"data.validation_stores has {entry!r}: write name=path, the name of letters,"
+                    " digits and _"
+                )
+        names = [entry.partition("=")[0] for entry in self.validation_stores]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"data.validation_stores has the names {', '.join(names)}: give each store its own"
             )

@@ -18,6 +18,15 @@ from xlstm.dataset.config import DataConfig
         ({"stores": ("a", "b"), "weights": (0.0, 0.0)}, r"not \(0.0, 0.0\)"),
         ({"stores": ("a", "b"), "weights": (1.0, float("inf"))}, "must be finite"),
         ({"stores": ("a", "b"), "weights": (1.0, float("nan"))}, "must be finite"),
+        ({"ramp_batch_sizes": (4,)}, "has 1 numbers and data.ramp_steps 0"),
+        ({"ramp_batch_sizes": (0,), "ramp_steps": (9,)}, r"=16, not \(0,\)"),
+        ({"ramp_batch_sizes": (8, 17), "ramp_steps": (9, 9)}, r"=16, not \(8, 17\)"),
+        ({"ramp_batch_sizes": (8, 12), "ramp_steps": (9, 0)}, r"1 each, not \(9, 0\)"),
+        ({"validation_stores": ("wiki",)}, "has 'wiki': write name=path"),
+        ({"validation_stores": ("=wiki",)}, "has '=wiki': write name=path"),
+        ({"validation_stores": ("wiki=",)}, "has 'wiki=': write name=path"),
+        ({"validation_stores": ("wi-ki=a",)}, "name of letters, digits and _"),
+        ({"validation_stores": ("a=b", "a=c")}, "names a, a: give each store its own"),
     ],
 )
 def test_bad_values(fields, message):
@@ -29,3 +38,7 @@ def test_good_values():
     assert DataConfig().stores == ("stdlib",)
     config = DataConfig(stores=("a", "b"), weights=(0.0, 3.0), validation_fraction=0.0)
     assert config.weights == (0.0, 3.0)
+    config = DataConfig(ramp_batch_sizes=(8, 16), ramp_steps=(1, 100))
+    assert config.ramp_steps == (1, 100)
+    config = DataConfig(validation_stores=("wiki_1=/data/wiki", "b=/data/a=b"))
+    assert config.validation_paths == {"wiki_1": "/data/wiki", "b": "/data/a=b"}

@@ -4,16 +4,19 @@ Global batch `g` of a run is a function of the stores, the configuration and `g`
 knows the step can go on from there, with any number of processes.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
-from xlstm.dataset.batch import Batch
+from xlstm.dataset.batch import Batch, full_batch
+from xlstm.dataset.batch_sizes import Phase, phases_from, rows_per_shard
 from xlstm.dataset.config import STDLIB, DataConfig
 from xlstm.dataset.stdlib_corpus import open_stdlib_store
-from xlstm.dataset.token_store import TokenStore
-from xlstm.dataset.windows import JoinedWindows, Windows, scatter, split_documents
+from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
+from xlstm.dataset.windows import JoinedWindows, Windows, validation_documents
 
 # Reading a batch takes far less than a step: this hides hiccups of the disk, no more.
 _PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -21,6 +24,22 @@ _PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 # Rows to repeat a store for. Grain has a `repeat` without end, but its length, the largest of
 # integers, overflows on being put into batches of one row.
 _ENDLESS = 2**52
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOrigin:
+    """Where a row of a training batch comes from.
+
+    Attributes:
+        store: The path of the token store.
+        first_document: The number, in the store, of the document that the row begins in.
+        last_document: The number of the document that it ends in. Documents between the two that
+            are kept for validation are not in the row.
+    """
+
+    store: str
+    first_document: int
+    last_document: int
 
 
 def open_stores(config: DataConfig, stdlib_dir: str) -> list[TokenStore]:
@@ -40,13 +59,7 @@ def open_stores(config: DataConfig, stdlib_dir: str) -> list[TokenStore]:
         open_stdlib_store(stdlib_dir) if name == STDLIB else TokenStore.open(name)
         for name in config.stores
     ]
-    for store in stores[1:]:
-        if store.meta.fingerprint != stores[0].meta.fingerprint:
-            raise ValueError(
-                f"the token stores {stores[0].path} and {store.path} cannot be mixed: they were "
-                f"written with different tokenizers ({stores[0].meta.fingerprint} and "
-                f"{store.meta.fingerprint})"
-            )
+    check_same_tokenizer(stores)
     return stores
 
 
@@ -61,7 +74,8 @@ def train_batches(
     """Yields training batches for ever; every epoch of a store is shuffled anew.
 
     Rows are windows of `T + 1` tokens of one store, without padding. Of each store and epoch, fewer
-    than `T` tokens behind the last whole window are not seen.
+    than `T` tokens behind the last whole window are not seen. Where the batches grow, see
+    `batch_sizes`, each begins with the row behind the last of the one before all the same.
 
     Args:
         config: What to read.
@@ -74,101 +88,57 @@ def train_batches(
         An iterator over NumPy batches with the `B / shard_count` rows of that share.
 
     Raises:
-        ValueError: The batch cannot be divided, or a store has too little text.
+        ValueError: The step is negative, a batch from there on cannot be divided, or a store has
+            too little text.
     """
-    if start_step < 0:
-        raise ValueError(f"start_step must not be negative, but is {start_step}")
-    rows = _rows_per_shard(config, shard_index, shard_count)
+    phases = phases_from(config, start_step)
+    shares = [rows_per_shard(phase.batch_size, shard_index, shard_count) for phase in phases]
     sources = _training_windows(config, stores)
     windows, eod_id = JoinedWindows(sources), stores[0].meta.eod_id
+    order = _training_order(config, sources)
 
     def read(numbers: list[int]) -> Batch:
-        return _full_batch(np.stack([windows[number] for number in numbers]), eod_id)
+        return full_batch(np.stack([windows[number] for number in numbers]), eod_id)
 
-    # The order in pieces of `rows` rows; of every `shard_count` pieces, one is wanted.
-    pieces = _training_order(config, sources).batch(rows, batch_fn=list)
-    pieces = pieces[start_step * shard_count + shard_index :: shard_count]
-    return iter(pieces.map(read).to_iter_dataset(_PREFETCH))
+    def read_phase(phase: Phase, rows: int) -> grain.IterDataset:
+        # The order in pieces of `rows` rows; of every `shard_count` pieces, one is wanted.
+        pieces = order[phase.first_row :].batch(rows, batch_fn=list)[shard_index::shard_count]
+        return pieces[: phase.num_steps].map(read).to_iter_dataset(_PREFETCH)
+
+    return itertools.chain.from_iterable(map(read_phase, phases, shares))
 
 
-def validation_batches(
-    config: DataConfig,
-    stores: Sequence[TokenStore],
-    *,
-    max_batches: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> Iterator[Batch]:
-    """Yields the validation documents of all stores once, in a fixed order.
-
-    The order is scattered over all documents, so that the first few batches are a fair sample.
-    Places without a token, in a last window or a last batch, have `targets_mask` False.
+def batch_origins(config: DataConfig, stores: Sequence[TokenStore], step: int) -> list[RowOrigin]:
+    """Says where the rows of a training batch come from.
 
     Args:
-        config: What to read; its weights and seed play no part.
+        config: What to read.
         stores: What `open_stores` returned.
-        max_batches: Stop after so many global batches.
-        shard_index: Which share of every global batch to read.
-        shard_count: Number of shares that a global batch of `B` rows is cut into.
+        step: The global batch.
 
     Returns:
-        An iterator over NumPy batches with the `B / shard_count` rows of that share.
+        The origin of each row, in the order of the rows of all shares.
 
     Raises:
-        ValueError: The batch cannot be divided, or no document is set apart for validation.
+        ValueError: The step is negative, or a store has too little text.
     """
-    rows = _rows_per_shard(config, shard_index, shard_count)
-    if config.validation_fraction == 0:
-        raise ValueError("there is nothing to validate on: data.validation_fraction is 0")
-    sources = [
-        Windows(store, validation, config.context_length, keep_partial=True)
-        for store, validation in zip(stores, _splits(config, stores), strict=True)
-    ]
-    windows, eod_id = JoinedWindows(sources), stores[0].meta.eod_id
-    order = np.argsort(scatter(len(windows)), kind="stable").tolist()
-    num_batches = -(-len(windows) // config.batch_size)
-    if max_batches is not None:
-        num_batches = min(num_batches, max_batches)
-    shape = (rows, config.context_length + 1)
-
-    def generate() -> Iterator[Batch]:
-        for step in range(num_batches):
-            first = step * config.batch_size + shard_index * rows
-            chosen = [windows[number] for number in order[first : first + rows]]
-            yield _padded_batch(chosen, shape, eod_id)
-
-    return generate()
-
-
-def _rows_per_shard(config: DataConfig, shard_index: int, shard_count: int) -> int:
-    """Returns `B / shard_count`."""
-    if not 0 <= shard_index < shard_count:
-        raise ValueError(f"shard_index={shard_index} is not one of the {shard_count} shares")
-    rows, rest = divmod(config.batch_size, shard_count)
-    if rest:
-        raise ValueError(
-            f"data.batch_size={config.batch_size} does not divide into {shard_count} shares: "
-            f"choose a multiple of {shard_count}"
-        )
-    return rows
-
-
-def _splits(config: DataConfig, stores: Sequence[TokenStore]) -> list[np.ndarray]:
-    """Returns for each store which documents are for validation."""
-    splits = []
-    for store in stores:
-        try:
-            splits.append(split_documents(store.meta.num_documents, config.validation_fraction))
-        except ValueError as error:
-            raise ValueError(f"token store {store.path}: {error}") from error
-    return splits
+    phase = phases_from(config, step)[0]
+    sources = _training_windows(config, stores)
+    windows, order = JoinedWindows(sources), _training_order(config, sources)
+    origins = []
+    for row in range(phase.first_row, phase.first_row + phase.batch_size):
+        part, index = windows.locate(order[row])
+        origins.append(RowOrigin(stores[part].path, *sources[part].documents(index)))
+    return origins
 
 
 def _training_windows(config: DataConfig, stores: Sequence[TokenStore]) -> list[Windows]:
     """Returns the training windows of each store; those it trains on are not empty."""
     windows = [
-        Windows(store, ~validation, config.context_length)
-        for store, validation in zip(stores, _splits(config, stores), strict=True)
+        Windows(
+            store, ~validation_documents(store, config.validation_fraction), config.context_length
+        )
+        for store in stores
     ]
     weights = config.weights or [1.0] * len(stores)
     for store, source, weight in zip(stores, windows, weights, strict=True):
@@ -198,24 +168,3 @@ def _training_order(config: DataConfig, sources: Sequence[Windows]) -> grain.Map
             kept.append(weight)
         first += len(source)
     return grain.MapDataset.mix(orders, kept)
-
-
-def _full_batch(windows: np.ndarray, eod_id: int) -> Batch:
-    """Turns full windows `(B, T + 1)` into a batch."""
-    inputs = np.ascontiguousarray(windows[:, :-1])
-    return Batch(
-        inputs=inputs,
-        targets=np.ascontiguousarray(windows[:, 1:]),
-        targets_mask=np.ones(inputs.shape, bool),
-        reset=inputs == eod_id,
-    )
-
-
-def _padded_batch(windows: list[np.ndarray], shape: tuple[int, int], eod_id: int) -> Batch:
-    """Turns windows, some perhaps short or missing, into a batch of windows of `shape`."""
-    padded = np.full(shape, eod_id, np.int32)
-    present = np.zeros(shape, bool)
-    for row, window in enumerate(windows):
-        padded[row, : window.size] = window
-        present[row, : window.size] = True
-    return _full_batch(padded, eod_id).replace(targets_mask=present[:, 1:])

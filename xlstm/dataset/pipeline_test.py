@@ -3,24 +3,24 @@ import itertools
 import numpy as np
 import pytest
 
+from xlstm.dataset.batch_sizes import batch_size_at, rows_before
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.pipeline import open_stores, train_batches, validation_batches
-from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.pipeline import batch_origins, open_stores, train_batches
+from xlstm.dataset.testing import (
+    assert_equal_batches,
+    write_letter_store,
+    write_store,
+    write_tokenizer_json,
+)
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.dataset.windows import Windows, split_documents
 
 FIELDS = ("inputs", "targets", "targets_mask", "reset")
 
 
-def make_store(path, first=1, documents=60, seed=0):
-    """Documents of random length; the text of each is one letter that no other has."""
-    lengths = np.random.default_rng(seed).integers(5, 40, documents)
-    return write_store(path, [chr(first + i) * int(n) for i, n in enumerate(lengths)])
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("data") / "store")
+    return write_letter_store(tmp_path_factory.mktemp("data") / "store")
 
 
 def config_for(*stores, **fields):
@@ -31,22 +31,6 @@ def config_for(*stores, **fields):
 
 def take(count, batches):
     return list(itertools.islice(batches, count))
-
-
-def assert_equal(left, right):
-    assert len(left) == len(right)
-    for one, other in zip(left, right, strict=True):
-        for field in FIELDS:
-            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
-
-
-def letters(batches):
-    """The distinct tokens that are seen, markers apart."""
-    seen = set()
-    for batch in batches:
-        seen |= set(batch.inputs[:, 1:][batch.targets_mask[:, :-1]].tolist())
-        seen |= set(batch.targets[batch.targets_mask].tolist())
-    return seen - {0}
 
 
 def test_fields_of_a_batch(store):
@@ -66,7 +50,7 @@ def test_fields_of_a_batch(store):
 def test_the_seed_decides(store):
     config = config_for(store)
     first = take(10, train_batches(config, [store]))
-    assert_equal(first, take(10, train_batches(config, [store])))
+    assert_equal_batches(first, take(10, train_batches(config, [store])))
     other = take(10, train_batches(config_for(store, seed=1), [store]))
     assert any(np.any(a.inputs != b.inputs) for a, b in zip(first, other, strict=True))
 
@@ -75,7 +59,7 @@ def test_the_seed_decides(store):
 def test_starting_later_is_skipping(store, start):
     config = config_for(store)
     skipped = take(start + 5, train_batches(config, [store]))[start:]
-    assert_equal(take(5, train_batches(config, [store], start_step=start)), skipped)
+    assert_equal_batches(take(5, train_batches(config, [store], start_step=start)), skipped)
 
 
 def test_any_step_is_at_hand(store):
@@ -83,25 +67,21 @@ def test_any_step_is_at_hand(store):
     config = config_for(store)
     (batch,) = take(1, train_batches(config, [store], start_step=far))
     before = take(2, train_batches(config, [store], start_step=far - 1))
-    assert_equal([batch], before[1:])
+    assert_equal_batches([batch], before[1:])
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_processes_share_each_batch(store, count):
     config = config_for(store)
-    for make, options in (
-        (train_batches, {"start_step": 3}),
-        (validation_batches, {}),
-    ):
-        whole = take(4, make(config, [store], **options))
-        parts = [
-            take(4, make(config, [store], shard_index=i, shard_count=count, **options))
-            for i in range(count)
-        ]
-        for step, batch in enumerate(whole):
-            for field in FIELDS:
-                rows = [getattr(part[step], field) for part in parts]
-                np.testing.assert_array_equal(getattr(batch, field), np.concatenate(rows))
+    whole = take(4, train_batches(config, [store], start_step=3))
+    parts = [
+        take(4, train_batches(config, [store], start_step=3, shard_index=i, shard_count=count))
+        for i in range(count)
+    ]
+    for step, batch in enumerate(whole):
+        for field in FIELDS:
+            rows = [getattr(part[step], field) for part in parts]
+            np.testing.assert_array_equal(getattr(batch, field), np.concatenate(rows))
 
 
 def test_every_epoch_shows_every_window_once_in_a_new_order(store):
@@ -118,42 +98,9 @@ def test_every_epoch_shows_every_window_once_in_a_new_order(store):
     assert [batch.inputs[0].tolist() for batch in neighbour] not in epochs
 
 
-def test_no_document_is_both_trained_and_validated_on(store):
-    for seed in (0, 1):
-        config = config_for(store, seed=seed)
-        validation = letters(validation_batches(config, [store]))
-        training = letters(take(60, train_batches(config, [store])))
-        assert len(validation) == 12
-        assert not training & validation
-        # All of the others, but perhaps one in the part behind the last window.
-        assert len(training) >= 47
-        if seed == 0:
-            first = validation
-    assert validation == first
-
-
-def test_validation_drops_and_repeats_nothing(store):
-    config = config_for(store, context_length=11, batch_size=7)
-    batches = list(validation_batches(config, [store]))
-    assert {batch.inputs.shape for batch in batches} == {(7, 11)}
-    targets = np.concatenate([batch.targets[batch.targets_mask] for batch in batches])
-    validation = letters(batches)
-    expected = np.array(store.tokens[np.isin(store.tokens, list(validation))])
-    # Every token of these documents and their markers, but for the very first.
-    assert targets.size == expected.size + len(validation) - 1
-    np.testing.assert_array_equal(np.sort(targets[targets != 0]), np.sort(expected))
-    assert sum((~batch.targets_mask).sum() for batch in batches) > 0
-
-
-def test_validation_is_the_same_each_time_and_for_each_seed(store):
-    one = list(validation_batches(config_for(store), [store]))
-    assert_equal(one, list(validation_batches(config_for(store, seed=5), [store])))
-    assert_equal(one[:2], list(validation_batches(config_for(store), [store], max_batches=2)))
-
-
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (0.0, 1.0), ()])
 def test_mixture_keeps_its_proportions(store, tmp_path, weights):
-    other = make_store(tmp_path / "other", first=61, documents=30)
+    other = write_letter_store(tmp_path / "other", first=61, documents=30)
     config = config_for(store, other, weights=weights, batch_size=4)
     batches = take(100, train_batches(config, [store, other]))
     from_other = np.mean([batch.targets.max(axis=1) > 60 for batch in batches])
@@ -162,14 +109,15 @@ def test_mixture_keeps_its_proportions(store, tmp_path, weights):
     else:
         expected = other.meta.num_tokens / (store.meta.num_tokens + other.meta.num_tokens)
     assert abs(from_other - expected) < 0.03
-    assert_equal(batches[50:60], take(10, train_batches(config, [store, other], start_step=50)))
-    assert len(letters(validation_batches(config, [store, other]))) == 12 + 6
+    assert_equal_batches(
+        batches[50:60], take(10, train_batches(config, [store, other], start_step=50))
+    )
 
 
 def test_stores_of_different_tokenizers(store, tmp_path):
     tokenizer = load_tokenizer(write_tokenizer_json(tmp_path / "tokenizer.json"))
     other = write_store(tmp_path / "other", ["text"], tokenizer)
-    with pytest.raises(ValueError, match="cannot be mixed: .*different tokenizers"):
+    with pytest.raises(ValueError, match="cannot be used in one run: .*different tokenizers"):
         open_stores(config_for(store, other), str(tmp_path / "stdlib"))
 
 
@@ -181,33 +129,77 @@ def test_open_stores(store, tmp_path):
         open_stores(DataConfig(stores=(str(tmp_path / "nowhere"),)), str(tmp_path / "stdlib"))
 
 
-@pytest.mark.parametrize("make", [train_batches, validation_batches])
-def test_bad_input(store, tmp_path, make):
+def test_bad_input(store, tmp_path):
     config = config_for(store)
-    with pytest.raises(ValueError, match="batch_size=8 does not divide into 3 shares"):
-        make(config, [store], shard_count=3)
+    with pytest.raises(ValueError, match="batch of 8 rows does not divide into 3 shares"):
+        train_batches(config, [store], shard_count=3)
     with pytest.raises(ValueError, match="shard_index=2 is not one of the 2 shares"):
-        make(config, [store], shard_index=2, shard_count=2)
+        train_batches(config, [store], shard_index=2, shard_count=2)
     single = write_store(tmp_path / "single", ["a" * 100])
     with pytest.raises(ValueError, match="token store .*single: .*0.2 of 1 documents"):
-        make(config_for(single), [single])
+        train_batches(config_for(single), [single])
 
 
 def test_too_little_text(store):
     config = config_for(store, context_length=100_000)
     with pytest.raises(ValueError, match="fewer than the 100001 of one row"):
         train_batches(config, [store])
-    (batch,) = validation_batches(config, [store])
-    assert len(letters([batch])) == 12
 
 
 def test_negative_start(store):
-    with pytest.raises(ValueError, match="start_step must not be negative, but is -1"):
+    with pytest.raises(ValueError, match="the step must not be negative, but is -1"):
         train_batches(config_for(store), [store], start_step=-1)
+    with pytest.raises(ValueError, match="the step must not be negative, but is -1"):
+        batch_origins(config_for(store), [store], -1)
 
 
-def test_no_validation(store):
-    config = config_for(store, validation_fraction=0.0)
-    assert len(letters(take(60, train_batches(config, [store])))) >= 59
-    with pytest.raises(ValueError, match="nothing to validate on"):
-        validation_batches(config, [store])
+@pytest.mark.parametrize("start", [0, 2, 3, 5, 40])
+def test_growing_batches_go_through_the_same_rows(store, start):
+    config = config_for(store, ramp_batch_sizes=(2, 4), ramp_steps=(3, 2))
+    batches = take(4, train_batches(config, [store], start_step=start))
+    sizes = [batch_size_at(config, step) for step in range(start, start + 4)]
+    assert [len(batch.inputs) for batch in batches] == sizes
+    single = train_batches(
+        config_for(store, batch_size=1), [store], start_step=rows_before(config, start)
+    )
+    rows = np.concatenate([batch.inputs for batch in take(sum(sizes), single)])
+    np.testing.assert_array_equal(np.concatenate([batch.inputs for batch in batches]), rows)
+    parts = [
+        take(4, train_batches(config, [store], start_step=start, shard_index=i, shard_count=2))
+        for i in range(2)
+    ]
+    for batch, *shares in zip(batches, *parts, strict=True):
+        np.testing.assert_array_equal(
+            batch.inputs, np.concatenate([share.inputs for share in shares])
+        )
+
+
+def test_growing_batches_that_cannot_be_shared(store):
+    config = config_for(store, ramp_batch_sizes=(2,), ramp_steps=(3,))
+    with pytest.raises(ValueError, match="batch of 2 rows does not divide into 4 shares"):
+        train_batches(config, [store], start_step=2, shard_count=4)
+    assert len(next(train_batches(config, [store], start_step=3, shard_count=4)).inputs) == 2
+
+
+@pytest.mark.parametrize("step", [0, 4, 10**6])
+def test_origins(store, tmp_path, step):
+    other = write_letter_store(tmp_path / "other", first=61, documents=30, seed=1)
+    stores = {each.path: each for each in (store, other)}
+    config = config_for(*stores.values(), ramp_batch_sizes=(4,), ramp_steps=(3,))
+    (batch,) = take(1, train_batches(config, [store, other], start_step=step))
+    origins = batch_origins(config, [store, other], step)
+    assert {origin.store for origin in origins} == set(stores)
+    for origin, inputs, targets in zip(origins, batch.inputs, batch.targets, strict=True):
+        row = bytes([*inputs, targets[-1]])
+        edges, tokens = stores[origin.store].documents, stores[origin.store].tokens
+        held_out = split_documents(len(edges) - 1, 0.2)
+        documents = [
+            bytes(tokens[edges[i] : edges[i + 1]])
+            for i in range(origin.first_document, origin.last_document + 1)
+            if not held_out[i]
+        ]
+        text = b"".join(documents)
+        begin = text.find(row)
+        # It begins in the first of them and ends in the last.
+        assert 0 <= begin < len(documents[0])
+        assert len(text) - len(documents[-1]) < begin + len(row) <= len(text)

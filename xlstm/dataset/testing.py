@@ -1,9 +1,11 @@
 """Small tokenizers and stores for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 
+from xlstm.dataset.batch import Batch
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import TokenStoreWriter, encode_documents
 from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
@@ -50,3 +52,36 @@ def write_store(path: str, texts: Sequence[str], tokenizer: Tokenizer | None = N
     with TokenStoreWriter(str(path), tokenizer) as writer:
         writer.add(encode_documents(tokenizer, texts))
     return TokenStore.open(str(path))
+
+
+def write_letter_store(path: str, first: int = 1, documents: int = 60, seed: int = 0) -> TokenStore:
+    """Writes a store of bytes whose documents are told apart by their tokens.
+
+    Args:
+        path: The folder to make.
+        first: Document `i` is the byte `first + i` again and again.
+        documents: How many there are.
+        seed: Decides their lengths.
+
+    Returns:
+        The store.
+    """
+    lengths = np.random.default_rng(seed).integers(5, 40, documents)
+    return write_store(path, [chr(first + i) * int(n) for i, n in enumerate(lengths)])
+
+
+def letters(batches: Iterable[Batch]) -> set[int]:
+    """Returns the distinct tokens that are seen in some batches, markers apart."""
+    seen = set()
+    for batch in batches:
+        seen |= set(batch.inputs[:, 1:][batch.targets_mask[:, :-1]].tolist())
+        seen |= set(batch.targets[batch.targets_mask].tolist())
+    return seen - {0}
+
+
+def assert_equal_batches(left: Sequence[Batch], right: Sequence[Batch]) -> None:
+    """Asserts that two lists of batches are the same, field by field."""
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        for field, expected in vars(other).items():
+            np.testing.assert_array_equal(getattr(one, field), expected)

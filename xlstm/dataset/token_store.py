@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,17 @@ class TokenStore:
                 f"{tokenizer.fingerprint}, {META_FILE} says {self.meta.fingerprint}"
             )
         return tokenizer
+
+
+def check_same_tokenizer(stores: Sequence[TokenStore]) -> None:
+    """Raises ValueError if the stores were written with different tokenizers."""
+    for store in stores[1:]:
+        if store.meta.fingerprint != stores[0].meta.fingerprint:
+            raise ValueError(
+                f"the token stores {stores[0].path} and {store.path} cannot be used in one run: "
+                f"they were written with different tokenizers ({stores[0].meta.fingerprint} and "
+                f"{store.meta.fingerprint})"
+            )
 
 
 def _read_meta(path: str) -> StoreMeta:

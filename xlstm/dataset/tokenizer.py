@@ -6,6 +6,7 @@ store and of every prompt; `encode` never yields it.
 """
 
 import abc
+import functools
 import hashlib
 import os
 from collections.abc import Iterable
@@ -52,6 +53,10 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Turns ids back into text; what is not valid UTF-8 becomes U+FFFD, markers vanish."""
 
+    @abc.abstractmethod
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Counts the UTF-8 bytes of the text that ids `(T,)` stand for; markers have none."""
+
 
 class ByteTokenizer(Tokenizer):
     """An id is a UTF-8 byte. The marker is NUL; NULs in a text, which say nothing, are left out."""
@@ -72,6 +77,10 @@ class ByteTokenizer(Tokenizer):
         """See `Tokenizer.decode`."""
         kept = [int(i) for i in ids if i != self.eod_id]
         return bytes(kept).decode("utf-8", errors="replace")
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """See `Tokenizer.count_bytes`."""
+        return int(np.count_nonzero(ids != self.eod_id))
 
 
 class JsonTokenizer(Tokenizer):
@@ -119,7 +128,34 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        kept = [int(i) for i in ids if i != self.eod_id]
+        return self._inner.decode(kept, skip_special_tokens=True)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """See `Tokenizer.count_bytes`.
+
+        It is exact for byte-level vocabularies. Others are asked for the text, and that of a piece
+        may miss a space in front of it, or a character that it cuts.
+        """
+        if self._token_bytes is None:
+            return len(self.decode(ids).encode("utf-8"))
+        return int(self._token_bytes[ids].sum())
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray | None:
+        """`(V,)`, the bytes of each token; None unless the vocabulary is byte-level."""
+        if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
+            return None
+        # There a character of a token stands for a byte, unless it was added as it is.
+        alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, token_id in self._inner.get_vocab(with_added_tokens=True).items():
+            sizes[token_id] = len(token) if alphabet.issuperset(token) else len(_utf8(token))
+        for token_id, token in self._inner.get_added_tokens_decoder().items():
+            if token.special:
+                sizes[token_id] = 0
+        sizes[self.eod_id] = 0
+        return sizes
 
 
 def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer:

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,42 @@ def test_bytes_round_trip(text):
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_json_round_trip(json_path, text):
     tokenizer = load_tokenizer(json_path)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    # Exact wherever it is cut, be it within a character.
+    half = ids.size // 2
+    counts = [tokenizer.count_bytes(part) for part in (ids, ids[:half], ids[half:])]
+    assert counts[0] == counts[1] + counts[2] == len(text.encode())
+
+
+def test_bytes_of_markers_and_added_tokens(json_path, tmp_path):
+    definition = json.loads(open(json_path).read())
+    shape = {**definition["added_tokens"][0], "special": False}
+    definition["added_tokens"].append({**shape, "id": 1000, "content": " é"})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    for tokenizer in (load_tokenizer("byte"), load_tokenizer(json_path), load_tokenizer(str(path))):
+        ids = tokenizer.encode("hello é")
+        with_markers = np.concatenate([[tokenizer.eod_id], ids, [tokenizer.eod_id]])
+        assert tokenizer.count_bytes(with_markers) == 8
+        assert tokenizer.count_bytes(with_markers[:1]) == tokenizer.count_bytes(ids[:0]) == 0
+
+
+def test_bytes_of_other_special_tokens(tmp_path):
+    path = write_tokenizer_json(tmp_path / "tokenizer.json", ["<|endoftext|>", "<pad>"])
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode([1, 0]) == "" and tokenizer.count_bytes(np.array([1, 0])) == 0
+
+
+def test_bytes_of_a_vocabulary_of_words(tmp_path):
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"</s>": 0, "wörld": 1, "hello": 2}, unk_token="</s>")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.decode([0, 2, 1]) == "hello wörld"
+    assert tokenizer.count_bytes(np.array([0, 2, 1])) == len("hello wörld".encode())
 
 
 def test_byte_tokenizer_leaves_nul_out():
@@ -68,7 +104,11 @@ def test_marker_that_is_not_special_is_left_out(json_path, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(definition))
     tokenizer = load_tokenizer(str(path))
-    assert tokenizer.decode(tokenizer.encode("before<|endoftext|>after")) == "beforeafter"
+    ids = tokenizer.encode("before<|endoftext|>after")
+    assert tokenizer.decode(ids) == "beforeafter"
+    with_markers = np.concatenate([[tokenizer.eod_id], ids, [tokenizer.eod_id]])
+    assert tokenizer.decode(with_markers) == "beforeafter"
+    assert tokenizer.count_bytes(with_markers) == len("beforeafter")
 
 
 def test_truncation_and_padding_of_the_file_are_off(json_path, tmp_path):

@@ -36,6 +36,25 @@ def split_documents(num_documents: int, fraction: float) -> np.ndarray:
     return chosen
 
 
+def validation_documents(store: TokenStore, fraction: float) -> np.ndarray:
+    """Chooses the validation documents of a store.
+
+    Args:
+        store: The store.
+        fraction: See `split_documents`.
+
+    Returns:
+        `(num_documents,)` bool, True for validation.
+
+    Raises:
+        ValueError: See `split_documents`.
+    """
+    try:
+        return split_documents(store.meta.num_documents, fraction)
+    except ValueError as error:
+        raise ValueError(f"token store {store.path}: {error}") from error
+
+
 def scatter(count: int) -> np.ndarray:
     """Returns `(count,)` uint64: a fixed hash of each of the numbers 0 to `count - 1`.
 
@@ -76,6 +95,7 @@ class Windows:
         edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
         starts, stops = store.documents[edges[::2]], store.documents[edges[1::2]]
         self._tokens = np.asarray(store.tokens)  # Still mapped; slicing a `memmap` is slow.
+        self._documents = store.documents
         self._ends = np.cumsum(stops - starts)
         self._shifts = (
             stops - self._ends
@@ -91,18 +111,36 @@ class Windows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Returns window `index`: `(T + 1,)` int32, fewer in a partial last window."""
-        if not 0 <= index < self._length:
-            raise IndexError(f"there is no window {index}, only {self._length}")
-        place = index * self._context_length
-        window = np.empty(min(self._context_length + 1, self.num_tokens - place), np.int32)
-        filled = 0
-        stretch = int(np.searchsorted(self._ends, place, side="right"))
+        place, stop = self._bounds(index)
+        window = np.empty(stop - place, np.int32)
+        filled, stretch = 0, self._stretch(place)
         while filled < window.size:
             size = min(int(self._ends[stretch]) - place, window.size - filled)
             begin = place + int(self._shifts[stretch])
             window[filled : filled + size] = self._tokens[begin : begin + size]
             filled, place, stretch = filled + size, place + size, stretch + 1
         return window
+
+    def documents(self, index: int) -> tuple[int, int]:
+        """Returns which documents window `index` begins and ends in, by their number in the store.
+
+        Those between them are in it too, as far as they were chosen.
+        """
+        first, stop = self._bounds(index)
+        places = [place + int(self._shifts[self._stretch(place)]) for place in (first, stop - 1)]
+        first, last = np.searchsorted(self._documents, places, side="right") - 1
+        return int(first), int(last)
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        """Returns where a window begins and ends, in the row of stretches."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"there is no window {index}, only {self._length}")
+        place = index * self._context_length
+        return place, min(place + self._context_length + 1, self.num_tokens)
+
+    def _stretch(self, place: int) -> int:
+        """Returns the number of the stretch that a place lies in."""
+        return int(np.searchsorted(self._ends, place, side="right"))
 
 
 class JoinedWindows:
@@ -119,5 +157,10 @@ class JoinedWindows:
 
     def __getitem__(self, number: int) -> np.ndarray:
         """Returns a window, see `Windows`."""
+        part, index = self.locate(number)
+        return self._parts[part][index]
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Returns which part a window is in, and its number there."""
         part = bisect.bisect_right(self._firsts, number) - 1
-        return self._parts[part][number - self._firsts[part]]
+        return part, number - self._firsts[part]

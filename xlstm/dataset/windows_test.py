@@ -39,6 +39,13 @@ def test_windows_tile_the_chosen_documents(lengths, context_length, keep_partial
                 windows[index], tokens[start : start + context_length + 1]
             )
             assert windows[index].dtype == np.int32
+            first, last = windows.documents(index)
+            among = np.arange(len(texts))
+            inside = one_after_another(store, chosen & (first <= among) & (among <= last))
+            before = one_after_another(store, chosen & (among < first)).size
+            begin, end = start - before, start - before + windows[index].size
+            assert 0 <= begin <= len(texts[first]) and chosen[first]
+            assert inside.size - len(texts[last]) <= end <= inside.size and chosen[last]
 
 
 def test_no_window_outside(tmp_path):
@@ -57,6 +64,7 @@ def test_joined_windows(tmp_path):
     assert [len(part) for part in parts] == [2, 0, 2]
     joined = JoinedWindows(parts)
     assert len(joined) == 4
+    assert [joined.locate(number) for number in range(4)] == [(0, 0), (0, 1), (2, 0), (2, 1)]
     found = [bytes(joined[number].astype(np.uint8)) for number in range(4)]
     assert found == [b"\0aaa", b"aaa!", b"\0bbb", b"bbbb"]
     with pytest.raises(IndexError):
@@ -72,10 +80,11 @@ def test_scatter_never_changes():
 @given(st.integers(1, 300), st.floats(0, 0.99), st.floats(0, 0.99))
 def test_split_takes_the_share_and_grows_by_joining(count, one, other):
     small, large = sorted((one, other))
-    if 0 < small and not round(count * small):
-        with pytest.raises(ValueError, match="not a single one"):
-            split_documents(count, small)
-        return
+    for fraction in (small, large):
+        if 0 < fraction and not round(count * fraction):
+            with pytest.raises(ValueError, match="not a single one"):
+                split_documents(count, fraction)
+            return
     few, many = split_documents(count, small), split_documents(count, large)
     assert few.sum() == round(count * small)
     assert np.all(many[few])

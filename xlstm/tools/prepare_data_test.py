@@ -10,9 +10,11 @@ import time
 import pytest
 from ml_collections.config_flags import tuple_parser
 
-from xlstm.dataset.pipeline import DataConfig, open_stores, train_batches, validation_batches
+from xlstm.dataset.config import DataConfig
+from xlstm.dataset.pipeline import open_stores, train_batches
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.validation import open_validation_sets
 from xlstm.tools.prepare_data import find_files, train_command
 
 COMMAND = [sys.executable, "-m", "xlstm.tools.prepare_data"]
@@ -69,7 +71,7 @@ def test_from_files_to_batches(corpus):
     config = DataConfig(stores=(store.path,))
     stores = open_stores(config, "")
     assert next(train_batches(config, stores)).inputs.shape == (16, 256)
-    assert next(validation_batches(config, stores)).inputs.shape == (16, 256)
+    assert next(open_validation_sets(config, stores)[0].batches()).inputs.shape == (16, 256)
 
 
 def test_with_a_tokenizer(corpus):
@@ -182,7 +184,8 @@ def test_train_command_splits_few_documents(tmp_path, count):
         stores=(store.path,), **({"validation_fraction": float(fraction)} if fraction else {})
     )
     if count > 1:
-        assert next(validation_batches(config, [store])).targets_mask.any()
+        (held_out,) = open_validation_sets(config, [store])
+        assert next(held_out.batches()).targets_mask.any()
     next(train_batches(config, [store]))
 
 

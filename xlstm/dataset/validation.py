@@ -1,0 +1,128 @@
+"""The sets that a run validates on."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from xlstm.dataset.batch import Batch, padded_batch
+from xlstm.dataset.batch_sizes import rows_per_shard
+from xlstm.dataset.config import DataConfig
+from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
+from xlstm.dataset.tokenizer import Tokenizer
+from xlstm.dataset.windows import JoinedWindows, Windows, scatter, validation_documents
+
+HELD_OUT = ""  # The name of the set that is held out of the training stores.
+
+
+class ValidationSet:
+    """Documents to validate on, always in the same order.
+
+    The order is scattered over all documents, so that the first few batches are a fair sample.
+    Neither the seed of a run nor the weights of its stores play a part.
+
+    Attributes:
+        name: Tells the set from the others; empty for the one held out of the training stores.
+    """
+
+    def __init__(self, name: str, windows: JoinedWindows, tokenizer: Tokenizer, config: DataConfig):
+        """Finds the order, without reading any token.
+
+        Args:
+            name: The set's name.
+            windows: The rows, `data.context_length + 1` tokens or, at ends, fewer.
+            tokenizer: What they were encoded with.
+            config: Has the context length and the batch size.
+        """
+        self.name = name
+        self._windows = windows
+        self._tokenizer = tokenizer
+        self._batch_size = config.batch_size
+        self._width = config.context_length + 1
+        self._order = np.argsort(scatter(len(windows)), kind="stable")
+        self._num_bytes: dict[int, int] = {}  # By the number of rows.
+
+    def batches(
+        self, *, max_batches: int | None = None, shard_index: int = 0, shard_count: int = 1
+    ) -> Iterator[Batch]:
+        """Yields the documents once.
+
+        Places without a token, in a last window or a last batch, have `targets_mask` False.
+
+        Args:
+            max_batches: Stop after so many global batches.
+            shard_index: Which share of every global batch to read.
+            shard_count: Number of shares that a global batch of `B` rows is cut into.
+
+        Returns:
+            An iterator over NumPy batches with the `B / shard_count` rows of that share.
+
+        Raises:
+            ValueError: The batch cannot be divided.
+        """
+        rows = rows_per_shard(self._batch_size, shard_index, shard_count)
+        numbers, eod_id = self._numbers(max_batches), self._tokenizer.eod_id
+
+        def generate() -> Iterator[Batch]:
+            for first in range(0, numbers.size, self._batch_size):
+                share = numbers[first + shard_index * rows :][:rows]
+                chosen = [self._windows[number] for number in share]
+                yield padded_batch(chosen, (rows, self._width), eod_id)
+
+        return generate()
+
+    def num_bytes(self, max_batches: int | None = None) -> int:
+        """Counts the text that the loss is about, for bits per byte.
+
+        Args:
+            max_batches: As for `batches`.
+
+        Returns:
+            The UTF-8 bytes of all targets that count in these batches, in all shares.
+        """
+        numbers = self._numbers(max_batches)
+        if numbers.size not in self._num_bytes:
+            # The first token of a window is no target.
+            self._num_bytes[numbers.size] = sum(
+                self._tokenizer.count_bytes(self._windows[number][1:]) for number in numbers
+            )
+        return self._num_bytes[numbers.size]
+
+    def _numbers(self, max_batches: int | None) -> np.ndarray:
+        """Returns the numbers of the windows in the first batches, in order."""
+        if max_batches is None:
+            return self._order
+        return self._order[: max_batches * self._batch_size]
+
+
+def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> list[ValidationSet]:
+    """Opens everything that a run validates on.
+
+    Args:
+        config: Says what is held out of the training stores, and names stores to validate on.
+        stores: What `open_stores` returned; none will do where nothing is held out.
+
+    Returns:
+        The documents held out of `stores`, as one set, unless `validation_fraction` is 0; then
+        each of `validation_stores`, all of its documents.
+
+    Raises:
+        ValueError: A store cannot be opened or was written with another tokenizer, or of so few
+            documents none can be held out.
+    """
+    named = {name: TokenStore.open(path) for name, path in config.validation_paths.items()}
+    check_same_tokenizer([*stores, *named.values()])
+
+    def make(name: str, chosen: list[tuple[TokenStore, np.ndarray]]) -> ValidationSet:
+        parts = [
+            Windows(store, documents, config.context_length, keep_partial=True)
+            for store, documents in chosen
+        ]
+        return ValidationSet(name, JoinedWindows(parts), chosen[0][0].load_tokenizer(), config)
+
+    sets = []
+    if config.validation_fraction > 0:
+        held_out = [(s, validation_documents(s, config.validation_fraction)) for s in stores]
+        sets.append(make(HELD_OUT, held_out))
+    for name, store in named.items():
+        sets.append(make(name, [(store, np.ones(store.meta.num_documents, bool))]))
+    return sets

@@ -1,0 +1,162 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from xlstm.dataset.config import DataConfig
+from xlstm.dataset.pipeline import train_batches
+from xlstm.dataset.testing import (
+    assert_equal_batches,
+    letters,
+    write_letter_store,
+    write_store,
+    write_tokenizer_json,
+)
+from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.dataset.validation import HELD_OUT, open_validation_sets
+
+TEXTS = ["hello wörld", "日本語 hello", "plain", "naïve 🙂 world", "\N{EURO SIGN}" * 40]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_letter_store(tmp_path_factory.mktemp("data") / "store")
+
+
+def config_for(*stores, **fields):
+    defaults = {"context_length": 16, "batch_size": 8, "validation_fraction": 0.2}
+    paths = tuple(store.path for store in stores)
+    return DataConfig(stores=paths, **{**defaults, **fields})
+
+
+def held_out(config, *stores):
+    (validation_set,) = open_validation_sets(config, stores)
+    return validation_set
+
+
+def named(path, **fields):
+    """The set of a whole store alone."""
+    config = DataConfig(validation_stores=(f"named={path}",), validation_fraction=0.0, **fields)
+    (validation_set,) = open_validation_sets(config, [])
+    return validation_set
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_processes_share_each_batch(store, count):
+    validation_set = held_out(config_for(store), store)
+    parts = [validation_set.batches(shard_index=i, shard_count=count) for i in range(count)]
+    for batch, *shares in zip(validation_set.batches(), *parts, strict=True):
+        for field, expected in vars(batch).items():
+            rows = [getattr(share, field) for share in shares]
+            np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+def test_no_document_is_both_trained_and_validated_on(store):
+    for seed in (0, 1):
+        config = config_for(store, seed=seed)
+        validation = letters(held_out(config, store).batches())
+        batches = train_batches(config, [store])
+        training = letters(next(batches) for _ in range(60))
+        assert len(validation) == 12
+        assert not training & validation
+        # All of the others, but perhaps one in the part behind the last window.
+        assert len(training) >= 47
+        if seed == 0:
+            first = validation
+    assert validation == first
+
+
+def test_nothing_is_dropped_or_repeated(store):
+    config = config_for(store, context_length=11, batch_size=7)
+    batches = list(held_out(config, store).batches())
+    assert {batch.inputs.shape for batch in batches} == {(7, 11)}
+    targets = np.concatenate([batch.targets[batch.targets_mask] for batch in batches])
+    validation = letters(batches)
+    expected = np.array(store.tokens[np.isin(store.tokens, list(validation))])
+    # Every token of these documents and their markers, but for the very first.
+    assert targets.size == expected.size + len(validation) - 1
+    np.testing.assert_array_equal(np.sort(targets[targets != 0]), np.sort(expected))
+    assert sum((~batch.targets_mask).sum() for batch in batches) > 0
+
+
+def test_it_is_the_same_each_time_and_for_each_seed(store):
+    validation_set = held_out(config_for(store), store)
+    one = list(validation_set.batches())
+    assert_equal_batches(one, list(validation_set.batches()))
+    other = held_out(config_for(store, seed=5), store)
+    assert_equal_batches(one, list(other.batches()))
+    assert_equal_batches(one[:2], list(validation_set.batches(max_batches=2)))
+
+
+def test_all_stores_are_held_out_of(store, tmp_path):
+    other = write_letter_store(tmp_path / "other", first=61, documents=30)
+    config = config_for(store, other, weights=(0.0, 1.0))
+    assert len(letters(held_out(config, store, other).batches())) == 12 + 6
+
+
+def test_held_out_and_named_sets(store, tmp_path):
+    one = write_letter_store(tmp_path / "one", first=61, documents=30)
+    two = write_letter_store(tmp_path / "a=b", first=91, documents=1)
+    entries = (f"wiki_1={one.path}", f"B={two.path}")
+    config = config_for(store, validation_stores=entries)
+    sets = open_validation_sets(config, [store])
+    assert [each.name for each in sets] == [HELD_OUT, "wiki_1", "B"]
+    whole = {letter for letter in range(61, 91)}
+    found = [letters(each.batches()) for each in sets]
+    assert (len(found[0]), found[1:]) == (12, [whole, {91}])
+    no_split = dataclasses.replace(config, validation_fraction=0.0)
+    assert [each.name for each in open_validation_sets(no_split, [store])] == ["wiki_1", "B"]
+    assert open_validation_sets(config_for(store, validation_fraction=0.0), [store]) == []
+
+
+@pytest.mark.parametrize("kind", ["byte", "json"])
+def test_bytes_of_a_whole_store(tmp_path, kind):
+    path = write_tokenizer_json(tmp_path / "tokenizer.json", words=["hello", "wörld", "日本"])
+    tokenizer = load_tokenizer("byte" if kind == "byte" else path)
+    store = write_store(tmp_path / "store", TEXTS, tokenizer)
+    expected = sum(len(text.encode()) for text in TEXTS)
+    # Rows that cut characters in two change nothing.
+    for context_length, batch_size in ((1, 7), (5, 2), (7, 3), (1000, 4)):
+        sizes = {"context_length": context_length, "batch_size": batch_size}
+        assert named(store.path, **sizes).num_bytes() == expected
+
+
+def test_bytes_of_the_first_batches(store):
+    validation_set = held_out(config_for(store, batch_size=4), store)
+    counts = []
+    for max_batches in (1, 2, 2, 100, None):
+        batches = validation_set.batches(max_batches=max_batches)
+        targets = [batch.targets[batch.targets_mask] for batch in batches]
+        counts.append(validation_set.num_bytes(max_batches))
+        assert counts[-1] == np.count_nonzero(np.concatenate(targets))
+    assert counts[0] < counts[1] == counts[2] < counts[3] == counts[4]
+
+
+def test_bad_input(store, tmp_path):
+    validation_set = held_out(config_for(store), store)
+    with pytest.raises(ValueError, match="batch of 8 rows does not divide into 3 shares"):
+        validation_set.batches(shard_count=3)
+    with pytest.raises(ValueError, match="shard_index=2 is not one of the 2 shares"):
+        validation_set.batches(shard_index=2, shard_count=2)
+    single = write_store(tmp_path / "single", ["a" * 100])
+    with pytest.raises(ValueError, match="token store .*single: .*0.2 of 1 documents"):
+        open_validation_sets(config_for(single), [single])
+    with pytest.raises(ValueError, match="no token store at .*nowhere"):
+        named(tmp_path / "nowhere")
+    tokenizer = load_tokenizer(write_tokenizer_json(tmp_path / "tokenizer.json"))
+    other = write_store(tmp_path / "other", ["text"], tokenizer)
+    config = config_for(store, validation_stores=(f"other={other.path}",))
+    with pytest.raises(ValueError, match="cannot be used in one run: .*different tokenizers"):
+        open_validation_sets(config, [store])
+
+
+def test_short_text(store):
+    (batch,) = held_out(config_for(store, context_length=100_000), store).batches()
+    assert len(letters([batch])) == 12
+
+
+def test_all_is_trained_on_where_nothing_is_held_out(store):
+    config = config_for(store, validation_fraction=0.0)
+    batches = train_batches(config, [store])
+    # Perhaps one document lies behind the last window.
+    assert len(letters(next(batches) for _ in range(60))) >= 59
