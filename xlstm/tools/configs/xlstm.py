@@ -35,8 +35,10 @@ def get_config(size: str = ""):
     config.optimizer.grad_clip_norm = 0.5  # That of xLSTM-7B.
     config.schedule.peak_lr = peak_lr  # By the table above.
     config.schedule.warmup_steps = 3000  # That of xLSTM-7B.
-    config.schedule.decay_steps = 550_000  # 2.3T tokens.
-    config.trainer.num_steps = 550_000  # The end of the schedule.
+    config.schedule.decay = "exponential"  # That of xLSTM-7B.
+    config.schedule.decay_steps = 543_000  # All but the cooldown.
+    config.schedule.cooldown_steps = 7000  # The last hundredth or so.
+    config.trainer.num_steps = 550_000  # The end of the schedule: 2.3T tokens.
     config.trainer.eval_interval = 5000  # Hours.
     config.trainer.checkpoint_interval = 1000  # Well under an hour.
     return config

@@ -1,147 +1,276 @@
-import flax.linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xlstm.distributed.mesh import MeshConfig, create_mesh
-from xlstm.trainer.optimizer.optimizers import (
-    OptimizerConfig,
-    clip_by_sharded_global_norm,
-    create_optimizer,
-)
+from xlstm.trainer.optimizer.optimizers import OptimizerConfig, create_optimizer
+
+_SHAPES = {
+    # Path of a parameter: its shape and how it is cut.
+    "blocks.ffn.proj_up.kernel": ((2, 128, 130), P("pp", "fsdp", "tp")),  # Adafactor factors it.
+    "blocks.ffn.proj_down.kernel": ((2, 6, 4), P("pp", "tp", "fsdp")),
+    "blocks.igate_preact.bias": ((2, 4), P("pp", "tp")),
+    "blocks.norm_ffn.scale": ((2, 4), P("pp", None)),
+    "embeddings.embedding": ((8, 4), P(("pp", "tp"), None)),
+    "lm_head.kernel": ((4, 8), P(None, "tp")),
+    "out_norm.scale": ((4,), P(None)),
+}
+_NUM_STEPS = 4
+_LEARNING_RATE = 0.05
+_CONFIGS = {
+    "adamw": OptimizerConfig(),
+    "lion": OptimizerConfig(name="lion", beta2=0.98),
+    "adafactor": OptimizerConfig(name="adafactor"),
+    "muon": OptimizerConfig(name="muon"),
+    "sgd": OptimizerConfig(name="sgd", momentum=0.8),
+    "sgd_plain": OptimizerConfig(name="sgd", momentum=0.8, nesterov=False),
+    "ademamix": OptimizerConfig(name="ademamix", beta3=0.99, ademamix_warmup_steps=3),
+}
+_NAMES = [name for name, config in _CONFIGS.items() if name == config.name]
 
 
-def _params():
+def _nested(leaves):
+    """A tree of what a dict has by path."""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _flat(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _random(seed):
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, (shape, _) in _SHAPES.items()}
+
+
+def _gradients():
+    """Those of all steps, on a new leading axis."""
+    seeds = range(1, _NUM_STEPS + 1)
+    return {path: np.stack([_random(seed)[path] for seed in seeds]) for path in _SHAPES}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(config, params, gradients):
+    """Parameters after each step, on a new leading axis."""
+    optimizer = create_optimizer(config)
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p - _LEARNING_RATE * u, params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), gradients)[1]
+
+
+@functools.lru_cache
+def _run_on_one_device(name):
+    return _flat(_run(_CONFIGS[name], _nested(_random(0)), _nested(_gradients())))
+
+
+# The papers' equations in float64. `g` are all gradients of one parameter so far, `(steps, ...)`,
+# `p` is the parameter, and a parameter here is one block's.
+
+
+def _mean(g, decay):
+    """A moving average that begins with 0."""
+    return (1 - decay) * np.tensordot(decay ** np.arange(len(g))[::-1], g, 1)
+
+
+def _unbiased_mean(g, decay):
+    return np.average(g, axis=0, weights=decay ** np.arange(len(g))[::-1])
+
+
+def _adamw(g, p, path, config):
+    root = np.sqrt(_unbiased_mean(g**2, config.beta2))
+    return _unbiased_mean(g, config.beta1) / (root + config.eps)
+
+
+def _lion(g, p, path, config):
+    mean = _mean(g[:-1], config.beta2)
+    return np.sign(config.beta1 * mean + (1 - config.beta1) * g[-1])
+
+
+def _sgd(g, p, path, config):
+    momentum = np.tensordot(config.momentum ** np.arange(len(g))[::-1], g, 1)
+    return g[-1] + config.momentum * momentum if config.nesterov else momentum
+
+
+def _ademamix(g, p, path, config):
+    slow, alpha, beta3 = np.zeros_like(p), config.alpha, config.beta3
+    for step, gradient in enumerate(g, start=1):
+        if config.ademamix_warmup_steps:
+            mu = min(step / config.ademamix_warmup_steps, 1)
+            alpha = mu * config.alpha
+            logs = np.log(config.beta1), np.log(config.beta3)
+            beta3 = np.exp(logs[0] * logs[1] / ((1 - mu) * logs[1] + mu * logs[0]))
+        slow = beta3 * slow + (1 - beta3) * gradient
+    root = np.sqrt(_unbiased_mean(g**2, config.beta2))
+    return (_unbiased_mean(g, config.beta1) + alpha * slow) / (root + config.eps)
+
+
+def _adafactor(g, p, path, config):
+    factored = p.ndim == 2 and min(p.shape) >= 128
+    rows = columns = squares = 0.0
+    for step, gradient in enumerate(g, start=1):
+        decay, squared = 1 - step**-0.8, gradient**2 + 1e-30
+        rows = decay * rows + (1 - decay) * squared.sum(-1)
+        columns = decay * columns + (1 - decay) * squared.sum(0)
+        squares = decay * squares + (1 - decay) * squared
+    u = g[-1] / np.sqrt(np.outer(rows, columns) / rows.sum() if factored else squares)
+    u /= max(1.0, np.sqrt(np.mean(u**2)))
+    return u * max(1e-3, np.sqrt(np.mean(p**2)))
+
+
+def _muon(g, p, path, config):
+    excluded = any(pattern in path for pattern in config.muon_exclude)
+    if p.ndim < 2 or excluded:
+        return _adamw(g, p, path, config)
+    # With means in place of sums, both without their bias, as Nadam has it.
+    beta, steps = config.momentum, len(g)
+    x = _mean(g, beta) / (1 - beta**steps)
+    if config.nesterov:
+        ahead = _mean(g, beta) / (1 - beta ** (steps + 1))
+        x = beta * ahead + (1 - beta) * g[-1] / (1 - beta**steps)
+    x /= np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return 0.2 * np.sqrt(max(x.shape)) * x
+
+
+_EQUATIONS = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "sgd": _sgd,
+    "ademamix": _ademamix,
+}
+_NOT_DECAYED = {path for path in _SHAPES if any(x in path for x in ("bias", "norm", "embeddings"))}
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_optimizers_are_the_equations_of_the_papers(name):
+    config, found = _CONFIGS[name], _run_on_one_device(name)
+    equation = _EQUATIONS[config.name]
+    for path, g in _gradients().items():
+        blocks, g = _random(0)[path].astype(np.float64), g.astype(np.float64)
+        if not path.startswith("blocks"):
+            blocks, g = blocks[None], g[:, None]
+        decay = 0.0 if path in _NOT_DECAYED else config.weight_decay
+        for step in range(_NUM_STEPS):
+            directions = [
+                equation(g[: step + 1, index], block, path, config)
+                for index, block in enumerate(blocks)
+            ]
+            blocks = blocks - _LEARNING_RATE * (np.stack(directions) + decay * blocks)
+            np.testing.assert_allclose(
+                found[path][step].reshape(blocks.shape), blocks, atol=3e-6, err_msg=f"{path} {step}"
+            )
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_a_mesh_changes_nothing(name):
+    mesh = create_mesh(MeshConfig(dp=1, fsdp=2, pp=2, tp=2))
+
+    def placed(leaves, leading=()):
+        specs = {path: P(*leading, *spec) for path, (_, spec) in _SHAPES.items()}
+        shardings = {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+        return _nested(jax.device_put(leaves, shardings))
+
+    found = _flat(_run(_CONFIGS[name], placed(_random(0)), placed(_gradients(), (None,))))
+    for path, expected in _run_on_one_device(name).items():
+        np.testing.assert_allclose(found[path], expected, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_a_block_in_a_stack_is_as_if_it_were_alone(name):
+    path = "blocks.ffn.proj_up.kernel"
+    stack, grads = _random(0)[path], _random(1)[path]
+    config = OptimizerConfig(name=name, muon_exclude=(), weight_decay_exclude=())
+    for index, expected in enumerate(_run_on_one_device(name)[path][0]):
+        found = _run(config, {"kernel": stack[index]}, {"kernel": grads[None, index]})
+        np.testing.assert_allclose(found["kernel"][0], expected, atol=1e-6)
+
+
+def test_muon_moves_as_far_as_adamw():
+    path = "blocks.ffn.proj_up.kernel"
+    p = (1 - _LEARNING_RATE * 0.1) * _random(0)[path]
+    direction = (p - _run_on_one_device("muon")[path][0]) / _LEARNING_RATE
+    assert 0.15 < np.sqrt(np.mean(direction**2)) < 0.25
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_every_optimizer_learns_with_the_same_learning_rate(name):
     rng = np.random.default_rng(0)
-    shapes = {
-        "embeddings": {"embedding": (8, 4)},
-        "blocks": {
-            "norm_mlstm": {"scale": (4,)},
-            "igate_preact": {"kernel": (4, 2), "bias": (2,)},
-            "multihead_norm": {"scale": (4,)},
-        },
-        "lm_head": {"kernel": (4, 8)},
-    }
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
+    x = rng.normal(size=(32, 8))
+    teacher, kernel = (rng.normal(size=(1, 8, 4)) / 8**0.5 for _ in range(2))
+    params = {"blocks": {"kernel": jnp.asarray(kernel, jnp.float32)}}
+    config = OptimizerConfig(
+        name=name, momentum=0.8, muon_exclude=(), weight_decay_exclude=(), weight_decay=0.01
     )
+    optimizer = create_optimizer(config)
 
+    def loss_fn(params):
+        return jnp.mean((x @ params["blocks"]["kernel"] - x @ teacher) ** 2)
 
-def _one_update(config, params, grads, learning_rate=0.1):
-    optimizer = create_optimizer(config, lambda step: learning_rate)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    return updates
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return (jax.tree.map(lambda p, u: p - 0.02 * u, params, updates), state), loss
 
-
-def _assert_close(found, expected, rtol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol), found, expected)
-
-
-@pytest.mark.parametrize("max_norm", [0.5, 1e3])
-def test_clipping_is_that_of_optax_on_one_device(max_norm):
-    grads, empty = _params(), optax.EmptyState()
-    found, _ = clip_by_sharded_global_norm(max_norm).update(grads, empty)
-    expected, _ = optax.clip_by_global_norm(max_norm).update(grads, empty)
-    _assert_close(found, expected)
-
-
-def test_clipping_of_zeros_is_zero():
-    zeros = jax.tree.map(jnp.zeros_like, _params())
-    found, _ = clip_by_sharded_global_norm(1.0).update(zeros, optax.EmptyState())
-    _assert_close(found, zeros)
-
-
-def test_clipping_keeps_the_type():
-    grads = {"a": jnp.full(3, 10.0, jnp.bfloat16)}
-    found, _ = clip_by_sharded_global_norm(1.0).update(grads, optax.EmptyState())
-    assert found["a"].dtype == jnp.bfloat16
-    np.testing.assert_allclose(found["a"].astype(jnp.float32), 3**-0.5, rtol=1e-2)
-
-
-def test_clipping_counts_the_shards_of_all_devices():
-    grads = {
-        "cut": nn.Partitioned(jnp.arange(32.0).reshape(4, 8), ("fsdp", "tp")),
-        "whole": nn.Partitioned(jnp.full(4, 5.0), (None,)),
-        "plain": jnp.full(3, 7.0),
-    }
-    specs = nn.get_partition_spec(grads)
-    clip = jax.shard_map(
-        lambda grads: clip_by_sharded_global_norm(2.0).update(grads, optax.EmptyState())[0],
-        mesh=create_mesh(MeshConfig(dp=1, fsdp=2, tp=4)),
-        in_specs=(specs,),
-        out_specs=specs,
-        check_vma=False,
-    )
-    found = jax.jit(clip)(grads)
-    expected, _ = optax.clip_by_global_norm(2.0).update(grads, optax.EmptyState())
-    assert jax.tree.structure(found) == jax.tree.structure(grads)
-    _assert_close(found, expected)
-    np.testing.assert_allclose(optax.tree.norm(found), 2.0, rtol=1e-6)
-    assert found["cut"].names == ("fsdp", "tp")
-    assert specs["plain"] == P()
+    losses = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=200)[1])
+    losses = losses(params)
+    assert losses[-1] < 0.2 * losses[0]
 
 
 def test_decay_leaves_biases_norms_and_embeddings_alone():
-    params = _params()
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates = _one_update(OptimizerConfig(weight_decay=0.5), params, zeros)
-    expected = jax.tree.map(jnp.zeros_like, params)
-    expected["lm_head"]["kernel"] = -0.1 * 0.5 * params["lm_head"]["kernel"]
-    gate = params["blocks"]["igate_preact"]["kernel"]
-    expected["blocks"]["igate_preact"]["kernel"] = -0.1 * 0.5 * gate
-    _assert_close(updates, expected)
-
-
-def test_what_is_decayed_can_be_chosen():
-    params = _params()
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates = _one_update(OptimizerConfig(weight_decay_exclude=()), params, zeros)
-    _assert_close(updates, jax.tree.map(lambda x: -0.1 * 0.1 * x, params))
-
-
-def test_boxes_change_nothing():
-    params = _params()
-    grads = jax.tree.map(jnp.sin, params)
-    boxed = [
-        jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), tree)
-        for tree in (params, grads)
-    ]
-    found = _one_update(OptimizerConfig(), *boxed)
-    assert jax.tree.structure(found) == jax.tree.structure(boxed[0])
-    _assert_close(nn.meta.unbox(found), _one_update(OptimizerConfig(), params, grads))
-
-
-def test_the_first_step_follows_the_paper():
-    params, learning_rate = {"kernel": jnp.array([1.0, -2.0])}, 0.01
-    grads = {"kernel": jnp.array([0.3, -0.4])}  # Of norm 0.5: clipped to 0.25.
-    config = OptimizerConfig(eps=1e-3, weight_decay=0.1, grad_clip_norm=0.25)
-    found = _one_update(config, params, grads, learning_rate)
-    g, p = np.array([0.15, -0.2]), np.array([1.0, -2.0])
-    # With the bias corrected the first moments are those of one gradient.
-    np.testing.assert_allclose(
-        found["kernel"], -learning_rate * (g / (np.abs(g) + 1e-3) + 0.1 * p), rtol=1e-5
-    )
+    params = _nested(_random(0))
+    optimizer = create_optimizer(OptimizerConfig(weight_decay=0.5))
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
+    for path, update in _flat(updates).items():
+        expected = 0 if path in _NOT_DECAYED else 0.5 * _random(0)[path]
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, message",
     [
-        {"grad_clip_norm": 0.0},
-        {"grad_clip_norm": -1.0},
-        {"beta1": 1.0},
-        {"beta2": -0.1},
-        {"eps": -1e-8},
-        {"weight_decay": -0.1},
-        {"weight_decay_exclude": ("(",)},
+        ({"name": "adam"}, "'adam': the optimizers are adamw, lion, adafactor, muon, sgd, ademam"),
+        ({"grad_clip_norm": 0.0}, "0.0: it must be positive"),
+        ({"grad_clip_norm": -1.0}, "-1.0: it must be positive"),
+        ({"beta1": 1.0}, "1.0: it must be at least 0 and below 1"),
+        ({"beta2": -0.1}, "-0.1: it must be at least 0"),
+        ({"beta3": 1.5}, "1.5: it must be at least 0"),
+        ({"momentum": 1.0}, "1.0: it must be at least 0"),
+        ({"ema_decay": 1.0}, "1.0: it must be at least 0"),
+        ({"eps": -1e-8}, "-1e-08: it must be positive"),
+        ({"alpha": -1.0}, "-1.0: it must not be negative"),
+        ({"ademamix_warmup_steps": -1}, "-1: it must not be negative"),
+        ({"weight_decay": -0.1}, "-0.1: it must not be negative"),
+        ({"max_grad_norm_ratio": 0.5}, "0.5: it must be above 1, or 0"),
+        ({"muon_exclude": ("[",)}, r"'\[' is no regular expression"),
+        ({"weight_decay_exclude": ("(",)}, r"'\(' is no regular expression"),
     ],
     ids=str,
 )
-def test_bad_options(options):
+def test_bad_options(options, message):
     ((name, _),) = options.items()
-    with pytest.raises(ValueError, match=rf"optimizer\.{name}"):
+    with pytest.raises(ValueError, match=rf"optimizer\.{name}.*{message}"):
         OptimizerConfig(**options)
