@@ -43,7 +43,7 @@ class xLSTMLMModel(nn.Module):
         block = mLSTMBlock if num_stages > 1 else gathered(mLSTMBlock)
         blocks = nn.scan(
             _rematerialized(block, config.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=num_blocks,
             unroll=min(config.scan_unroll, num_blocks),

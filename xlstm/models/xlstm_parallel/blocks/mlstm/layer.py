@@ -13,6 +13,7 @@ from xlstm.models.shared.norm import MultiHeadLayerNorm
 from xlstm.models.shared.soft_cap import soft_cap
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
+from xlstm.models.xlstm_parallel.blocks.mlstm.moments import moments_of
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
@@ -24,6 +25,10 @@ def _forget_bias_init(rng, shape, dtype):
 
 class mLSTMLayer(nn.Module):
     """Multi-head mLSTM with a sigmoid output gate.
+
+    Whoever makes the collection `intermediates` mutable finds in it, as `gate_moments`, the
+    `Moments` of this device's gates over all tokens: of the soft-capped pre-activations `igate` and
+    `fgate`, and of the open share `ogate`.
 
     Attributes:
         config: Configuration of the model.
@@ -80,10 +85,10 @@ class mLSTMLayer(nn.Module):
         def cap(y: jax.Array) -> jax.Array:
             return soft_cap(y.astype(jnp.float32), config.gate_soft_cap).swapaxes(1, 2)
 
+        q, k, v = (split_heads(y[name]) for name in "qkv")
+        igate, fgate = cap(y["i"]), cap(y["f"])
         h = create_backend(self.config.backend, config)(
-            *(split_heads(y[name]) for name in "qkv"),
-            *(cap(y[name]) for name in "if"),
-            *(state or ()),
+            *(q, k, v, igate, fgate, *(state or ())),
             return_last_states=state is not None,
             reset=None if reset is None else reset[:, None, :],
         )
@@ -91,4 +96,9 @@ class mLSTMLayer(nn.Module):
         h = MultiHeadLayerNorm(config.norm_eps, dtype, name="multihead_norm")(h)
         out_init = wang_init(embedding_dim, config.num_blocks)
         out_proj = Dense(embedding_dim, out_init, ("tp", None), dtype=dtype, name="out_proj")
-        return row_parallel(out_proj, nn.sigmoid(y["o"]) * h, "tp", overlap=overlap), state
+        ogate = nn.sigmoid(y["o"])
+        if self.is_mutable_collection("intermediates"):
+            gates = {"igate": igate, "fgate": fgate, "ogate": ogate}
+            moments = {name: moments_of(gate) for name, gate in gates.items()}
+            self.sow("intermediates", "gate_moments", moments)
+        return row_parallel(out_proj, ogate * h, "tp", overlap=overlap), state
