@@ -1,20 +1,32 @@
-"""Checkpoints of the train state, written and read by Orbax."""
+"""Checkpoints of the train state, written and read by Orbax, and checked by checksums."""
 
 import contextlib
 import errno
+import math
 import os
-from collections.abc import Iterator
-from typing import Self
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
-from xlstm.common_types import PyTree, TrainState
-from xlstm.trainer.base.param_utils import reboxed, unboxed
+from xlstm.common_types import TrainState
+from xlstm.trainer.base.checkpoint_arrays import (
+    arrays_to_read,
+    fill_average,
+    named_arrays,
+    with_arrays,
+)
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Retention, best_step
+from xlstm.trainer.base.checksums import find_damage
+from xlstm.trainer.base.first_process import from_first_process, wait_for_all
+
+ITEM = "state"  # The folder of the arrays in that of a step.
 
 
 @contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
+def reported(what: str) -> Iterator[None]:
     """Turns whatever storage raises into one OSError that says what failed."""
     try:
         yield
@@ -31,112 +43,250 @@ def _reason(error: Exception) -> str:
     return text[:300]
 
 
-def _arrays(state: TrainState) -> PyTree:
-    """What a checkpoint holds: names and arrays, no boxes, so that it knows nothing of a mesh."""
-    return {
-        "params": unboxed(state.params),
-        "opt_state": unboxed(state.opt_state),
-        "step": state.step,
-        "rng": state.rng,
-    }
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes arrays with as little work beside the training's as may be.
 
-
-def _check_shapes(wanted: PyTree, saved: PyTree) -> None:
-    """Raises ValueError if the parameters of a checkpoint are not those of the model."""
-    wanted_shapes, saved_shapes = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (wanted, saved)
+    Weights hardly get smaller by compression; and a record of the shardings, which takes a quarter
+    of the time of a small checkpoint, would be of no use to a run on another mesh.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
     )
-    for name in sorted(wanted_shapes.keys() | saved_shapes.keys()):
-        here, there = wanted_shapes.get(name), saved_shapes.get(name)
-        if here != there:
-            raise ValueError(f"{name} has the shape {there} there, {here} in this configuration")
+
+
+def read_run_info(directory: str, step: int) -> dict[str, Any]:
+    """The `run_info` of the run that wrote a checkpoint.
+
+    Args:
+        directory: The folder of a run's checkpoints.
+        step: The checkpoint's step.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with reported(f"the checkpoint of step {step} in {directory} cannot be read"):
+        return CheckpointFolder(directory).run_info(step)
+
+
+def discard_damaged(directory: str, report: Callable[[str], None]) -> int | None:
+    """Finds the last checkpoint whose every byte is as it was written; to be called at a start.
+
+    Newer ones that are damaged, or that the run was still writing when it was killed, are moved to
+    `damaged_checkpoints` beside the folder. In a run of several processes the first one does this,
+    and all are told.
+
+    Args:
+        directory: The folder of a run's checkpoints; it need not be there.
+        report: Takes each sentence about what was found; it is called in the first process only.
+
+    Returns:
+        The step of that checkpoint; None if there was none at all.
+
+    Raises:
+        OSError: If all checkpoints are damaged, which stay where they are, or something cannot be
+            read or moved.
+    """
+    return from_first_process(lambda: _discard_damaged(CheckpointFolder(directory), report))
+
+
+def _discard_damaged(folder: CheckpointFolder, report: Callable[[str], None]) -> int | None:
+    with reported(f"the checkpoints in {folder.path} cannot be checked"):
+        folder.remove_leftovers()
+        steps = folder.steps()
+        if steps and not folder.is_whole(steps[-1]):
+            unfinished = steps.pop()
+            place = folder.set_aside(unfinished)
+            report(f"the checkpoint of step {unfinished} was not finished: it is moved to {place}")
+        damages: dict[int, str] = {}
+        while steps and (damage := find_damage(folder.of_step(steps[-1]))):
+            damages[steps.pop()] = damage
+    if damages and not steps:
+        listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
+        raise OSError(
+            f"every checkpoint in {folder.path} is damaged ({listed}): repair one, or take the"
+            " folder away to begin anew"
+        )
+    with reported(f"a damaged checkpoint in {folder.path} cannot be moved away"):
+        for step, damage in damages.items():
+            report(
+                f"the checkpoint of step {step} is damaged ({damage}): it is moved to"
+                f" {folder.set_aside(step)}, and that of step {steps[-1]} is used"
+            )
+    return steps[-1] if steps else None
 
 
 class Checkpointer:
-    """Writes checkpoints in the background and finds the last whole one."""
+    """Writes checkpoints in the background, and reads those that are whole.
 
-    def __init__(self, directory: str, max_to_keep: int):
-        """Opens the folder of a run's checkpoints.
+    A checkpoint counts once the checksums of all its files are written; only then are older ones
+    removed. After a failure in the background every method but `latest_step` and `best_loss`
+    raises.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        max_to_keep: int = 2,
+        keep_interval: int = 0,
+        keep_best: bool = False,
+        run_info: dict[str, Any] | None = None,
+    ):
+        """Opens the folder of a run's checkpoints, and makes it if it is not there.
 
         Args:
-            directory: The folder; it is made when the first checkpoint is written.
-            max_to_keep: Older checkpoints than the last so many are removed.
+            directory: The folder.
+            max_to_keep: The last so many checkpoints are kept.
+            keep_interval: Those of steps that it divides are kept, too; 0 for none.
+            keep_best: Whether that with the lowest validation loss is kept, too.
+            run_info: What is to be known of the run, saved with each; JSON must be able to hold it.
 
         Raises:
             OSError: If the folder cannot be used.
         """
-        self._directory = directory
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, enable_async_checkpointing=True
-        )
-        with _reported(f"the checkpoints in {directory} cannot be opened"):
-            self._manager = ocp.CheckpointManager(
-                os.path.abspath(directory),
-                options=options,
-                item_handlers=ocp.StandardCheckpointHandler(),
-            )
+        self._folder = CheckpointFolder(directory)
+        self._retention = Retention(max_to_keep, keep_interval, keep_best)
+        self._run_info = run_info or {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        with reported(f"the checkpoints in {directory} cannot be opened"):
+            self._val_losses = dict(from_first_process(self._open))
+            # Folders are made at once: if they cannot be, Orbax's threads would wait for them.
+            options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            self._orbax = ocp.AsyncCheckpointer(_array_handler(), async_options=options)
+
+    def _open(self) -> list[tuple[int, float | None]]:
+        os.makedirs(self._folder.path, exist_ok=True)
+        return list(self._folder.val_losses().items())
 
     def latest_step(self) -> int | None:
         """The step of the last whole checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        return max(self._val_losses, default=None)
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Reads the last checkpoint.
+    def best_loss(self) -> float | None:
+        """The lowest validation loss of the whole checkpoints; None if none is known."""
+        step = best_step(self._val_losses)
+        return None if step is None else self._val_losses[step]
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """Reads a checkpoint.
 
         Args:
             like: A state with the shapes and shardings wanted. It is consumed, so that two states
                 never need room at once.
+            step: The checkpoint's step; by default that of the last one.
 
         Returns:
-            The state that was saved, placed as `like` is.
+            The state that was saved, placed as `like` is. An average of the parameters that is
+            wanted, but was not saved, begins as a copy of them.
 
         Raises:
-            OSError: If there is none, or it cannot be read.
+            OSError: If there is none, or it cannot be read, or is of another model or optimizer.
         """
-        step = self.latest_step()
-        if step is None:
-            raise OSError(f"there is no checkpoint in {self._directory}")
-        like_arrays = _arrays(like)
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like_arrays
-        )
-        with _reported(f"the checkpoint of step {step} in {self._directory} cannot be read"):
-            _check_shapes(target["params"], self._manager.item_metadata(step).tree["params"])
-            jax.tree.map(lambda x: x.delete(), like_arrays)
-            arrays = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        return like.replace(
-            params=reboxed(arrays["params"], like.params),
-            opt_state=reboxed(arrays["opt_state"], like.opt_state),
-            step=arrays["step"],
-            rng=arrays["rng"],
-        )
+        self.wait()
+        found = self.latest_step() if step is None else step
+        if found not in self._val_losses:
+            which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise OSError(f"there is {which} in {self._folder.path}")
+        with reported(f"the checkpoint of step {found} in {self._folder.path} cannot be read"):
+            return self._restore(like, self._arrays_path(found))
 
-    def save(self, step: int, state: TrainState) -> None:
+    def _restore(self, like: TrainState, path: str) -> TrainState:
+        like_arrays = named_arrays(like)
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in like_arrays.items()
+        }
+        target = arrays_to_read(wanted, self._orbax.metadata(path).item_metadata.tree)
+        for array in like_arrays.values():
+            array.delete()
+        arguments = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        arrays = self._orbax.restore(path, args=arguments)
+        return with_arrays(like, fill_average(wanted, arrays))
+
+    def _arrays_path(self, step: int) -> str:
+        return os.path.join(os.path.abspath(self._folder.of_step(step)), ITEM)
+
+    def save(self, step: int, state: TrainState, val_loss: float | None = None) -> None:
         """Begins to write a checkpoint; training may go on at once.
+
+        It waits for the one before it. A checkpoint of that step that is there is replaced.
 
         Args:
             step: Its step.
             state: The state after that step.
+            val_loss: Its validation loss, if it is known; one that is not a finite number is not.
 
         Raises:
             OSError: If it, or the one before it, cannot be written.
         """
-        with _reported(f"a checkpoint cannot be written to {self._directory}"):
-            self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+        self.wait()
+        with self._writing():
+            if jax.process_index() == 0:
+                self._folder.make(step)
+            arrays = ocp.args.PyTreeSave(named_arrays(state))
+            self._orbax.save(self._arrays_path(step), args=arrays)
+        is_known = val_loss is not None and math.isfinite(val_loss)
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, float(val_loss) if is_known else None)
+        )
+        self._thread.start()
+
+    def _finish(self, step: int, val_loss: float | None) -> None:
+        """What is to be done in the background once Orbax has begun."""
+        try:
+            self._orbax.wait_until_finished()
+            is_first_process = jax.process_index() == 0
+            try:
+                if is_first_process:
+                    self._folder.complete(step, self._run_info, val_loss)
+            finally:
+                wait_for_all(f"checksums_{step}")
+            known = self._val_losses | {step: val_loss}
+            # Every process keeps the same books; replaced at once, so that no lock is needed.
+            self._val_losses = self._retention.kept(known)
+            if is_first_process:
+                self._folder.remove(known.keys() - self._val_losses.keys())
+        except Exception as error:  # As above; it is raised where the training sees it.
+            self._error = error
+
+    def check(self) -> None:
+        """Raises OSError if a checkpoint could not be written; costs next to nothing."""
+        if self._error is not None:
+            with self._writing():
+                raise self._error
+
+    def wait(self) -> None:
+        """Waits until everything is written, checksums too.
+
+        Raises:
+            OSError: If a checkpoint could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
     def close(self) -> None:
         """Waits until everything is written.
 
         Raises:
-            OSError: If the last checkpoint could not be written.
+            OSError: If a checkpoint could not be written.
         """
-        with _reported(f"a checkpoint cannot be written to {self._directory}"):
-            self._manager.wait_until_finished()
-            self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with self._writing():
+                self._orbax.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager:
+        return reported(f"a checkpoint cannot be written to {self._folder.path}")
 
     def __enter__(self) -> Self:
         return self

@@ -4,9 +4,12 @@ Leaves are arrays or `nn.Partitioned` boxes. Inside `shard_map` a box's names sa
 axes its leaf is cut; outside, where arrays are global, they say nothing that matters here.
 """
 
+import difflib
+import heapq
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -35,7 +38,8 @@ def reboxed(tree: PyTree, like: PyTree) -> PyTree:
     )
 
 
-def _path_name(path: tuple) -> str:
+def path_name(path: tuple) -> str:
+    """The name of a leaf: the parts of its path, a tuple of JAX's keys, joined by `.`."""
     names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
     return ".".join(str(name) for name in names)
 
@@ -43,7 +47,7 @@ def _path_name(path: tuple) -> str:
 def _named_leaves(tree: PyTree) -> Iterator[tuple[str, Parameter]]:
     """Pairs of the path, its parts joined by `.`, and the leaf, which may be a box."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_partitioned):
-        yield _path_name(path), leaf
+        yield path_name(path), leaf
 
 
 def get_num_params(params: PyTree) -> int:
@@ -160,15 +164,30 @@ def get_param_mask_fn(
         include: Regular expressions; only what one of them matches is chosen. None for everything.
 
     Returns:
-        A function from a tree of parameters to a tree of bools of the same structure.
+        A function from a tree of parameters to a tree of bools of the same structure; it warns of
+        every pattern that matches nothing, which is usually a typo.
     """
     matches = _name_matcher(exclude, include)
 
     def mask_fn(params: PyTree) -> PyTree:
         def mask(path, leaf):
-            chosen = matches(_path_name(path))
+            chosen = matches(path_name(path))
             return leaf.replace(value=chosen) if is_partitioned(leaf) else chosen
 
+        names = [name for name, _ in _named_leaves(params)]
+        for pattern in (*(exclude or ()), *(include or ())):
+            if names and not any(re.search(pattern, name) for name in names):
+                # Python shows a warning once if its text and its place, this line, are the same.
+                warnings.warn(_no_match_warning(pattern, names), stacklevel=1)
         return jax.tree_util.tree_map_with_path(mask, params, is_leaf=is_partitioned)
 
     return mask_fn
+
+
+def _no_match_warning(pattern: str, names: Sequence[str]) -> str:
+    def closeness(name: str) -> float:
+        parts = (name, *name.split("."))
+        return max(difflib.SequenceMatcher(None, pattern, part).ratio() for part in parts)
+
+    nearest = heapq.nlargest(3, names, key=closeness)
+    return f"the pattern {pattern!r} matches no parameter; the nearest: {', '.join(nearest)}"

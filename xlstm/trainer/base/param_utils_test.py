@@ -1,9 +1,14 @@
+import math
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import TrainState
@@ -82,21 +87,60 @@ def test_only_the_global_norm_unless_asked_for_more():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"dp": 8}, {"fsdp": 8}, {"fsdp": 2, "tp": 4}, {"fsdp": 2, "pp": 2, "tp": 2}], ids=str
+    "sizes",
+    [
+        {"dp": 8},
+        {"fsdp": 8},
+        {"pp": 4, "tp": 2},
+        {"fsdp": 2, "tp": 4},
+        {"dp": 2, "fsdp": 2, "pp": 2},
+        {"fsdp": 2, "pp": 2, "tp": 2},
+    ],
+    ids=str,
 )
-def test_norms_of_shards_are_those_of_the_whole(sizes):
-    tree = _float32(_random_tree())
+def test_norms_and_tables_of_shards_are_those_of_the_whole(sizes):
     mesh = create_mesh(MeshConfig(**{"dp": 1} | sizes))
-    norms = jax.shard_map(
-        lambda tree: get_grad_norms(tree, return_per_param=True),
-        mesh=mesh,
-        in_specs=(nn.get_partition_spec(tree),),
-        out_specs=P(),
-        check_vma=False,
+    specs = nn.get_partition_spec(_random_tree())
+    tree = reboxed(
+        jax.device_put(
+            unboxed(_float32(_random_tree())),
+            jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
+        ),
+        _random_tree(),
     )
-    found = jax.jit(norms)(tree)
-    for name, value in _expected_norms("grad_norm").items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
+
+    def norms(tree):
+        return get_grad_norms(tree, return_per_param=True) | get_param_norms(tree, True)
+
+    def plain_norms(tree):
+        return norms(unboxed(tree))
+
+    def gathered_norms(tree):
+        """Those of plain leaves, each made whole before."""
+        return norms(jax.tree.map(_gathered, tree, is_leaf=is_partitioned))
+
+    def on_each_device(function):
+        return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=False)
+
+    functions = norms, plain_norms, on_each_device(norms), on_each_device(gathered_norms)
+    expected = _expected_norms("grad_norm") | _expected_norms("param_norm")
+    for found in jax.jit(lambda tree: [function(tree) for function in functions])(tree):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
+    assert tabulate_params(tree) == tabulate_params(_float32(_random_tree()))
+    assert get_num_params(tree) == sum(value.size for value in _values().values())
+
+
+def _gathered(leaf):
+    """The whole of what the devices have, as a plain array."""
+    if not is_partitioned(leaf):
+        return leaf
+    value = leaf.value
+    for dimension, axes in enumerate(leaf.names):
+        if axes is not None:
+            value = lax.all_gather(value, axes, axis=dimension, tiled=True)
+    return value
 
 
 def test_the_global_norm_comes_with_a_tree_of_norms():
@@ -153,6 +197,32 @@ def test_table_of_abstract_parameters():
     }
 
 
+def test_table_of_seven_billion_parameters():
+    d, blocks, heads, ffn, vocabulary = 4096, 32, 8, 10944, 50304
+    shapes = {
+        "embeddings.embedding": (vocabulary, d),
+        "lm_head.kernel": (d, vocabulary),
+        "out_norm.scale": (d,),
+        "blocks.ffn.proj_down.kernel": (blocks, ffn, d),
+        **{f"blocks.ffn.{name}.kernel": (blocks, d, ffn) for name in ("proj_up", "proj_up_gate")},
+        **{f"blocks.{name}.scale": (blocks, d) for name in ("norm_mlstm", "norm_ffn", "norm_head")},
+        **{f"blocks.{name}.kernel": (blocks, d, d // 2) for name in "qk"},
+        **{f"blocks.{name}.kernel": (blocks, d, d) for name in ("v", "ogate", "out_proj")},
+        **{f"blocks.{name}.kernel": (blocks, d, heads) for name in ("igate", "fgate")},
+        **{f"blocks.{name}.bias": (blocks, heads) for name in ("igate", "fgate")},
+    }
+    table = tabulate_params(
+        {
+            name: nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), (None,) * len(shape))
+            for name, shape in shapes.items()
+        }
+    )
+    *rows, total = (line.split() for line in table.splitlines()[1:])
+    assert total == ["total", "6,865,424,896"]
+    counts = {name: int(count.replace(",", "")) for name, _, count, *_ in rows}
+    assert counts == {name: math.prod(shape) for name, shape in shapes.items()}
+
+
 def test_table_shows_long_names_whole():
     name = "layer." * 30 + "kernel"
     assert name in tabulate_params({name: jnp.zeros(3)})
@@ -195,6 +265,7 @@ def test_table_of_a_train_state_with_weight_decay():
         (["^kernel"], ["q"], {"blocks.q.kernel"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the pattern")
 def test_mask(exclude, include, chosen):
     tree = _random_tree()
     mask = get_param_mask_fn(exclude, include)(tree)
@@ -204,6 +275,40 @@ def test_mask(exclude, include, chosen):
         for name in path.split("."):
             node = node[name]
         assert node is (path in chosen), path
+
+
+@pytest.mark.parametrize(
+    "exclude, include, pattern, nearest",
+    [
+        (["bias", "embedings"], None, "embedings", "embeddings.embedding"),
+        (["nrom"], ["^blocks"], "nrom", "blocks.norm.scale"),
+        (None, [r"heads?\.biass"], r"heads?\.biass", "head.bias"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_reported(exclude, include, pattern, nearest):
+    with pytest.warns(UserWarning) as caught:
+        get_param_mask_fn(exclude, include)(_random_tree())
+    (message,) = (str(warning.message) for warning in caught)
+    assert message.startswith(f"the pattern {pattern!r} matches no parameter; the nearest: ")
+    names = message.partition("nearest: ")[2].split(", ")
+    assert names[0] == nearest
+    assert len(names) == 3 and set(names) <= set(_SHAPES)
+
+
+def test_a_pattern_that_matches_nothing_is_shown_once():
+    mask_fn = get_param_mask_fn(["a_typo_of_this_test"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            mask_fn(_random_tree())
+    assert len(caught) == 1
+
+
+def test_a_tree_without_parameters_is_no_typo():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get_param_mask_fn(["bias"])({"masked": optax.MaskedNode()}) is not None
+        get_param_mask_fn(["bias", "norm", "embeddings"])(_random_tree())
 
 
 def test_mask_of_optax():

@@ -1,13 +1,9 @@
 """How fast training is, and how fast it could be."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-
-from xlstm.common_types import PyTree
 
 _MATMUL_SIZE = {"cpu": 2048}  # On other platforms:
 _LARGE_MATMUL_SIZE = 8192
@@ -43,34 +39,24 @@ def measure_matmul_rate(dtype: jnp.dtype, seconds: float = 0.5) -> float:
     return 2 * size**3 / median * (jax.process_count() if platform == "cpu" else jax.device_count())
 
 
-class Throughput:
-    """Counts tokens over time, pauses left out."""
+# Dense bfloat16 operations a second of one device, by the makers' data sheets.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
-    def __init__(self):
-        """Starts the clock."""
-        self._start, self._paused, self._tokens = time.perf_counter(), 0.0, 0
 
-    def add(self, tokens: int) -> None:
-        """Counts tokens that were trained on."""
-        self._tokens += tokens
-
-    @contextlib.contextmanager
-    def pause(self, pending: PyTree) -> Iterator[None]:
-        """Leaves the time spent inside out: evaluation, say.
-
-        Args:
-            pending: What the steps before are still computing; that time is not left out.
-        """
-        jax.block_until_ready(pending)
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - begin
-
-    def lap(self) -> float:
-        """Returns tokens per second since the lap before, and begins a new one."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._start - self._paused, 1e-9)
-        self._start, self._paused, self._tokens = now, 0.0, 0
-        return rate
+def peak_flops() -> float | None:
+    """What the data sheet promises of all devices together, in bfloat16; None if unknown."""
+    kind = jax.devices()[0].device_kind
+    for name, rate in _PEAK_FLOPS.items():
+        if name in kind:
+            return rate * jax.device_count()
+    return None

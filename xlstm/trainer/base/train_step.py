@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import Metrics, PyTree, TrainState
@@ -25,9 +24,10 @@ def create_train_step(
     state_specs: PyTree,
     create_loss_fn: Callable[[int, jax.Array], LossFn],
     count_targets: Callable[[PyTree], jax.Array],
-    schedule: optax.Schedule,
+    update: Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]],
     num_minibatches: int,
-) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
+    norms_per_param: bool = False,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes the compiled training step.
 
     Args:
@@ -38,15 +38,21 @@ def create_train_step(
             on the step and on the example's place in the global batch alone. It returns what this
             device contributes: loss and metrics are summed over all devices of the mesh.
         count_targets: Counts the targets in a batch.
-        schedule: Learning rate as a function of the step, for the metrics.
+        update: Makes the next state of a state, gradients and their global norm, see
+            `update_state`.
         num_minibatches: Number of minibatches that each device's share of a batch is cut into.
+        norms_per_param: Whether the norms of single parameters are metrics too.
 
     Returns:
-        A function of a state, which it consumes, and a global batch, that returns the next state
-        and the metrics: those of the loss function, `grad_norm`, `param_norm` and `lr`.
+        A function `(state, batch, requests=None)` of a state, which it consumes, a global batch,
+        and what the processes ask for (see `process_requests`), that returns the next state and the
+        metrics: those of the loss function and of `update`, `grad_norm`, `param_norm`, and
+        `request`, the largest of the requests.
     """
 
-    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+    def compute_gradients(
+        state: TrainState, batch: PyTree, requests: jax.Array | None
+    ) -> tuple[PyTree, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         batch_size = jax.tree.leaves(batch)[0].shape[0]
         places = lax.axis_index(BATCH_AXES) * batch_size + jnp.arange(batch_size)
@@ -58,18 +64,34 @@ def create_train_step(
         )
         grads = sum_gradients(grads, mesh.axis_names)
         metrics = lax.psum(metrics, mesh.axis_names)
-        metrics |= get_grad_norms(grads) | get_param_norms(state.params)
-        metrics["lr"] = schedule(state.step)
-        return state.apply_gradients(grads=grads), metrics
+        metrics |= get_grad_norms(grads, norms_per_param)
+        metrics |= get_param_norms(state.params, norms_per_param)
+        if requests is not None:
+            metrics["request"] = lax.pmax(requests[0], mesh.axis_names)
+        return grads, metrics
 
-    step = jax.shard_map(
-        step,
+    # The optimizer's state has no part in the gradients.
+    without = {"opt_state": None, "params_ema": None}
+    compute_gradients = jax.shard_map(
+        compute_gradients,
         mesh=mesh,
-        in_specs=(state_specs, BATCH_SPEC),
-        out_specs=(state_specs, P()),
+        in_specs=(state_specs.replace(**without), BATCH_SPEC, P(mesh.axis_names)),
+        out_specs=(state_specs.params, P()),
         check_vma=False,
     )
-    return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
+
+    @functools.partial(
+        jax.jit, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P()))
+    )
+    def train_step(
+        state: TrainState, batch: PyTree, requests: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        grads, metrics = compute_gradients(state.replace(**without), batch, requests)
+        state, update_metrics = update(state, grads, metrics["grad_norm"])
+        return state, metrics | update_metrics
+
+    return train_step
 
 
 def create_eval_step(

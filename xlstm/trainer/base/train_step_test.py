@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.base.param_utils import is_partitioned, unboxed
+from xlstm.trainer.base.process_requests import Request, Requests
 from xlstm.trainer.base.train_state import create_train_state
 from xlstm.trainer.base.train_step import BATCH_SPEC, create_eval_step, create_train_step
+from xlstm.trainer.base.update import update_state
 
 _BATCH_SIZE, _TIME, _SIZE = 16, 3, 4
 
@@ -61,12 +65,13 @@ def _batch():
     return {"x": x, "y": y, "mask": mask.astype(np.float32), "weight": weight}
 
 
-def _setup(num_minibatches=1, optimizer=None, num_devices=8, **sizes):
+@functools.cache
+def _compiled(num_minibatches=1, optimizer=None, num_devices=8, norms_per_param=False, **sizes):
     mesh = create_mesh(MeshConfig(**sizes), jax.devices()[:num_devices])
     state, specs = create_train_state(
         init_params=lambda rng: _MODEL.init(rng, jnp.zeros((1, _SIZE)))["params"],
         apply_fn=_MODEL.apply,
-        optimizer=optimizer or optax.sgd(0.1),
+        optimizer=optimizer or optax.identity(),
         rng=jax.random.PRNGKey(0),
         mesh=mesh,
     )
@@ -75,10 +80,23 @@ def _setup(num_minibatches=1, optimizer=None, num_devices=8, **sizes):
         specs,
         _create_loss_fn,
         count_targets=lambda batch: jnp.sum(batch["mask"]),
-        schedule=lambda step: 0.1 / (step + 1),
+        update=functools.partial(
+            update_state,
+            schedule=lambda step: 0.1 / (step + 1),
+            grad_clip_norm=1e9,
+            max_grad_norm_ratio=0.0,
+            ema_decay=0.0,
+        ),
         num_minibatches=num_minibatches,
+        norms_per_param=norms_per_param,
     )
     return mesh, state, specs, train_step
+
+
+def _setup(**kwargs):
+    """Mesh, state, specs and step; the state is the test's own."""
+    mesh, state, specs, train_step = _compiled(**kwargs)
+    return mesh, jax.tree.map(jnp.copy, state), specs, train_step
 
 
 def _one_step(**kwargs):
@@ -141,7 +159,7 @@ def test_accumulation_changes_nothing(undivided, num_minibatches, sizes):
 
 
 def test_a_batch_without_targets_changes_nothing():
-    _, state, _, train_step = _setup(num_devices=2)
+    _, state, _, train_step = _setup(dp=8)
     before = jax.device_get(unboxed(state.params))
     batch = _batch() | {"mask": np.zeros((_BATCH_SIZE, _TIME), np.float32)}
     state, _ = train_step(state, batch)
@@ -149,7 +167,9 @@ def test_a_batch_without_targets_changes_nothing():
 
 
 def test_the_loss_falls_and_steps_are_counted():
-    mesh, state, _, train_step = _setup(optimizer=optax.adam(0.1))
+    constant = optax.scale_by_schedule(lambda step: step + 1)  # Makes the learning rate so.
+    optimizer = optax.chain(optax.scale_by_adam(), constant)
+    mesh, state, _, train_step = _setup(optimizer=optimizer)
     batch = jax.device_put(_batch(), NamedSharding(mesh, BATCH_SPEC))
     losses, rates = [], []
     for _ in range(60):
@@ -162,7 +182,7 @@ def test_the_loss_falls_and_steps_are_counted():
 
 
 def test_the_state_keeps_its_form():
-    _, state, specs, train_step = _setup(optimizer=optax.adam(0.1), num_devices=4)
+    _, state, specs, train_step = _setup(optimizer=optax.scale_by_adam(), num_devices=4)
     before = jax.tree.structure(state), jax.tree.map(lambda x: (x.shape, x.dtype), state)
     rng = jax.device_get(state.rng)
     state, _ = train_step(state, _batch())
@@ -170,7 +190,7 @@ def test_the_state_keeps_its_form():
     assert after == before
     assert is_partitioned(state.params["kernel"])
     assert state.params["kernel"].names == (None, "tp")
-    assert specs.params["kernel"] == specs.opt_state[0].mu["kernel"] == P(None, "tp")
+    assert specs.params["kernel"] == specs.opt_state.mu["kernel"] == P(None, "tp")
     np.testing.assert_array_equal(state.rng, rng)
 
 
@@ -199,7 +219,9 @@ def test_every_example_and_step_has_random_numbers_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"dp": 8}, {"dp": 2, "fsdp": 2, "num_devices": 4}, {"num_minibatches": 2}], ids=str
+    "sizes",
+    [{"dp": 8}, {"dp": 2, "fsdp": 4}, {"num_minibatches": 2, "num_devices": 1}],
+    ids=str,
 )
 def test_random_numbers_do_not_depend_on_the_mesh(sizes):
     np.testing.assert_allclose(_noise(2, **sizes), _noise(2, num_devices=1), rtol=1e-5)
@@ -212,3 +234,31 @@ def test_evaluation_sums_over_the_whole_batch(num_devices):
     found = eval_step(state.params, _batch())
     np.testing.assert_allclose(found, _squares(state.params, _batch()), rtol=1e-5)
     assert not state.params["kernel"].value.is_deleted()
+
+
+def test_a_request_of_any_process_is_a_metric():
+    mesh, state, _, train_step = _setup()
+    requests, found = Requests(mesh), []
+    for asked in ([], [Request.CHECKPOINT], [Request.STOP, Request.CHECKPOINT], []):
+        for request in asked:
+            requests.ask(request)
+        state, metrics = train_step(state, _batch(), requests.current())
+        found.append(Request(int(metrics["request"])))
+        requests.answered(found[-1])
+    assert found == [Request.NONE, Request.CHECKPOINT, Request.STOP, Request.NONE]
+
+
+def test_one_device_speaks_for_all():
+    mesh, state, _, train_step = _setup()
+    asked = np.zeros(8, np.int32)
+    asked[5] = Request.CHECKPOINT
+    asked = jax.device_put(asked, NamedSharding(mesh, P(mesh.axis_names)))
+    _, metrics = train_step(state, _batch(), asked)
+    assert metrics["request"] == Request.CHECKPOINT
+
+
+def test_norms_of_single_parameters_are_metrics_if_asked_for():
+    _, metrics = _one_step(norms_per_param=True)
+    norms = [metrics["param_norm_kernel"], metrics["param_norm_bias"]]
+    np.testing.assert_allclose(np.linalg.norm(norms), metrics["param_norm"], rtol=1e-6)
+    assert {"grad_norm_kernel", "grad_norm_bias"} <= metrics.keys()

@@ -1,10 +1,16 @@
 """The training loop."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from xlstm.common_types import Metrics, PyTree, TrainState
-from xlstm.trainer.base.callback import Callback
+from xlstm.trainer.base.callback import Callback, RollBack, Stop
+from xlstm.trainer.base.clock import Clock
+
+NAN_POLICIES = ("stop", "skip", "rollback")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,48 +21,101 @@ class TrainerConfig:
     seed: int = 0  # Seed of the initial parameters.
     num_minibatches: int = 1  # Minibatches that gradients are accumulated over in a step.
     eval_interval: int = 200  # Steps between evaluations; there is one before and one at the end.
-    eval_batches: int = 50  # Largest number of batches in an evaluation.
+    eval_batches: int = 50  # Largest number of batches in an evaluation of a validation set.
     checkpoint_interval: int = 200  # Steps between checkpoints; there is one at the end.
+    checkpoint_minutes: float = 0.0  # A checkpoint also after so many minutes; 0: by steps alone.
     max_checkpoints: int = 2  # The last so many checkpoints are kept.
+    keep_checkpoint_interval: int = 0  # Checkpoints of its multiples are kept for ever; 0: none.
+    keep_best_checkpoint: bool = False  # Whether that with the lowest validation loss is kept too.
+    nan_policy: str = "stop"  # After a gradient that is not finite: stop; skip (leave its step
+    # out); or rollback (go on behind it with the parameters of the last checkpoint).
+    max_skipped_steps: int = 20  # So many steps left out in a row stop the run.
+    stall_seconds: int = 600  # After so long without progress the run says what hangs; 0: never.
 
     def __post_init__(self):
+        may_be_zero = {"seed", "checkpoint_minutes", "keep_checkpoint_interval", "stall_seconds"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "seed" else 1
-            if value < least:
+            least = 0 if field.name in may_be_zero else 1
+            if type(value) in (int, float) and not value >= least:
                 raise ValueError(f"trainer.{field.name}={value}: it must be at least {least}")
         if self.seed >= 2**32:
             raise ValueError(f"trainer.seed={self.seed}: it must be below 2**32")
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(
+                f"trainer.nan_policy={self.nan_policy!r} is unknown: choose one of"
+                f" {', '.join(NAN_POLICIES)}"
+            )
+
+
+def to_row(metrics: Metrics) -> dict[str, float]:
+    """Makes numbers of metrics on the host: of a pair (sum, count) the mean."""
+    return {
+        name: float(value[0] / value[1]) if isinstance(value, tuple) else float(value)
+        for name, value in metrics.items()
+    }
 
 
 def fit(
     state: TrainState,
-    batches: Iterator[PyTree],
+    batches_from: Callable[[int], Iterator[PyTree]],
     train_step: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]],
     *,
     start_step: int,
     num_steps: int,
     callbacks: Sequence[Callback],
+    clock: Clock,
+    to_row: Callable[[Metrics], dict[str, float]] = to_row,
 ) -> TrainState:
     """Trains from one step to another.
 
     Args:
         state: The state after `start_step` steps; it is consumed.
-        batches: Global batches, the first of them that of step `start_step + 1`.
+        batches_from: Makes the iterator over global batches from the one that follows so many
+            steps.
         train_step: See `create_train_step`.
         start_step: Steps done before.
         num_steps: Steps to have done at the end.
         callbacks: What else happens; called in this order.
+        clock: Is told what the time is spent on.
+        to_row: Makes numbers of a step's metrics, which are on the host.
 
     Returns:
         The state at the end.
     """
+    step, batches = start_step, batches_from(start_step)
+    pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+    compiled = set()
     for callback in callbacks:
-        callback.on_start(start_step, state)
-    for step in range(start_step + 1, num_steps + 1):
-        state, metrics = train_step(state, next(batches))
-        for callback in callbacks:
-            callback.on_step(step, state, metrics)
+        callback.on_start(step, state)
+    try:
+        while step < num_steps:
+            with clock.phase("data"):
+                batch = next(batches)
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            with clock.phase("step" if shapes in compiled else "compile"):
+                state, metrics = train_step(state, batch)
+            compiled.add(shapes)
+            step += 1
+            pending.append((step, metrics))
+            due = [callback for callback in callbacks if callback.is_due(step)]
+            # One step waits its turn while the devices compute the one before.
+            num_waiting = 0 if due or step == num_steps else 1
+            while len(pending) > num_waiting:
+                done, metrics = pending.popleft()
+                try:
+                    with clock.phase("step"):
+                        row = to_row(jax.device_get(metrics))
+                    for callback in callbacks:
+                        callback.on_metrics(done, row)
+                except RollBack as rollback:
+                    pending.clear()
+                    state, step = rollback.restore(state), done
+                    batches, due = batches_from(step), []
+            for callback in due:
+                callback.on_step(step, state)
+    except Stop:
+        return state
     for callback in callbacks:
-        callback.on_end(num_steps, state)
+        callback.on_end(step, state)
     return state

@@ -1,87 +1,145 @@
+import numpy as np
 import pytest
 
-from xlstm.trainer.base.callback import Callback
-from xlstm.trainer.base.trainer import TrainerConfig, fit
+from xlstm.trainer.base.callback import Callback, RollBack, Stop
+from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.trainer import TrainerConfig, fit, to_row
 
 
 class _Recorder(Callback):
-    def __init__(self, name, events):
-        self.name, self.events = name, events
+    """Notes what it is told; at each of `due` it wants to act."""
+
+    def __init__(self, events, due=()):
+        self.events, self.due = events, due
 
     def on_start(self, step, state):
-        self.events.append((self.name, "start", step, state))
+        self.events.append(("start", step, state))
 
-    def on_step(self, step, state, metrics):
-        self.events.append((self.name, "step", step, state, metrics))
+    def is_due(self, step):
+        return step in self.due
+
+    def on_metrics(self, step, metrics):
+        self.events.append(("metrics", step, metrics["batch"]))
+
+    def on_step(self, step, state):
+        self.events.append(("step", step, state))
 
     def on_end(self, step, state):
-        self.events.append((self.name, "end", step, state))
+        self.events.append(("end", step, state))
 
 
-def _train_step(state, batch):
-    return state + batch, {"batch": batch}
-
-
-def _fit(start_step, num_steps, batches):
+def _fit(start_step, num_steps, due=(), more=(), state=()):
+    """Trains a state that is the tuple of its batches, which are their numbers from 0 on."""
     events = []
-    callbacks = [_Recorder("a", events), _Recorder("b", events), Callback()]
-    batches = iter(batches)
+    batches = {"taken": []}
+
+    def batches_from(step):
+        for number in range(step, 100):
+            batches["taken"].append(number)
+            yield np.int64(number)
+
+    def train_step(state, batch):
+        events.append(("train", batch))
+        return (*state, batch), {"batch": batch}
+
     state = fit(
-        "s",
-        batches,
-        _train_step,
+        tuple(state),
+        batches_from,
+        train_step,
         start_step=start_step,
         num_steps=num_steps,
-        callbacks=callbacks,
+        callbacks=[_Recorder(events, due), *more],
+        clock=Clock(),
     )
-    return state, events, list(batches)
+    return state, events, batches["taken"]
 
 
-def test_callbacks_are_called_in_order():
-    state, events, _ = _fit(0, 2, "xy")
-    assert state == "sxy"
+def test_metrics_come_a_step_late():
+    state, events, _ = _fit(0, 3)
+    assert state == (0, 1, 2)
     assert events == [
-        ("a", "start", 0, "s"),
-        ("b", "start", 0, "s"),
-        ("a", "step", 1, "sx", {"batch": "x"}),
-        ("b", "step", 1, "sx", {"batch": "x"}),
-        ("a", "step", 2, "sxy", {"batch": "y"}),
-        ("b", "step", 2, "sxy", {"batch": "y"}),
-        ("a", "end", 2, "sxy"),
-        ("b", "end", 2, "sxy"),
+        ("start", 0, ()),
+        ("train", 0),
+        ("train", 1),
+        ("metrics", 1, 0),
+        ("train", 2),
+        ("metrics", 2, 1),
+        ("metrics", 3, 2),
+        ("end", 3, (0, 1, 2)),
+    ]
+
+
+def test_all_metrics_come_before_what_is_due():
+    _, events, _ = _fit(0, 3, due=[2])
+    assert events[1:7] == [
+        ("train", 0),
+        ("train", 1),
+        ("metrics", 1, 0),
+        ("metrics", 2, 1),
+        ("step", 2, (0, 1)),
+        ("train", 2),
     ]
 
 
 def test_a_run_goes_on_where_it_was():
-    state, events, left = _fit(7, 9, "xyz")
-    assert state == "sxy"
-    assert [event[2] for event in events if event[:2] == ("a", "step")] == [8, 9]
-    assert left == ["z"]  # No batch is taken that is not trained on.
+    state, events, taken = _fit(7, 9)
+    assert state == (7, 8)
+    assert [event[1] for event in events if event[0] == "metrics"] == [8, 9]
+    assert taken == [7, 8]  # No batch is taken that is not trained on.
 
 
 def test_a_finished_run_takes_no_step():
-    state, events, left = _fit(5, 5, "x")
-    assert state == "s"
-    assert [event[1:3] for event in events if event[0] == "a"] == [("start", 5), ("end", 5)]
-    assert left == ["x"]
+    state, events, taken = _fit(5, 5)
+    assert state == ()
+    assert events == [("start", 5, ()), ("end", 5, ())]
+    assert taken == []
 
 
 def test_an_error_in_a_callback_ends_the_run():
     class Failing(Callback):
-        def on_step(self, step, state, metrics):
+        def on_metrics(self, step, metrics):
             raise ValueError("diverged")
 
-    events = []
     with pytest.raises(ValueError, match="diverged"):
-        fit(
-            "s",
-            iter("xy"),
-            _train_step,
-            start_step=0,
-            num_steps=2,
-            callbacks=[Failing(), _Recorder("a", events)],
-        )
-    assert [event[1] for event in events] == ["start"]
+        _fit(0, 3, more=[Failing()])
+
+
+def test_a_stop_ends_the_run_before_its_time():
+    class Stopping(Callback):
+        def is_due(self, step):
+            return step == 2
+
+        def on_step(self, step, state):
+            raise Stop
+
+    state, events, _ = _fit(0, 9, more=[Stopping()])
+    assert state == (0, 1)
+    assert "end" not in [event[0] for event in events]
+
+
+@pytest.mark.parametrize("due", [[], [3], [4], [3, 4]])
+def test_a_roll_back_goes_on_behind_the_step(due):
+    """Step 3 is bad; step 4 has begun, or not, when that is known, and is made again."""
+
+    class RollingBack(Callback):
+        times = 0
+
+        def on_metrics(self, step, metrics):
+            if step == 3 and not self.times:
+                self.times += 1
+                raise RollBack(lambda state: ("saved",))
+
+    state, events, _ = _fit(0, 6, due=due, more=[RollingBack()])
+    assert state == ("saved", 3, 4, 5)
+    assert [event[1] for event in events if event[0] == "metrics"] == [1, 2, 3, 4, 5, 6]
+    steps = [event for event in events if event[0] == "step"]
+    assert steps == ([("step", 4, ("saved", 3))] if 4 in due else [])
+
+
+def test_metrics_become_numbers():
+    row = to_row({"loss": (12.0, 8.0), "lr": 1})
+    assert row == {"loss": 1.5, "lr": 1.0}
+    assert all(type(value) is float for value in row.values())
 
 
 @pytest.mark.parametrize(
@@ -93,6 +151,7 @@ def test_an_error_in_a_callback_ends_the_run():
         "eval_batches",
         "checkpoint_interval",
         "max_checkpoints",
+        "max_skipped_steps",
     ],
 )
 def test_counts_must_be_positive(field):
@@ -101,7 +160,15 @@ def test_counts_must_be_positive(field):
         TrainerConfig(**{field: 0})
 
 
-def test_the_seed_may_be_zero_but_not_negative():
-    assert TrainerConfig(seed=0).seed == 0
-    with pytest.raises(ValueError, match=r"trainer\.seed=-1: .* at least 0"):
-        TrainerConfig(seed=-1)
+@pytest.mark.parametrize(
+    "field", ["seed", "checkpoint_minutes", "keep_checkpoint_interval", "stall_seconds"]
+)
+def test_some_may_be_zero_but_not_negative(field):
+    assert getattr(TrainerConfig(**{field: 0}), field) == 0
+    with pytest.raises(ValueError, match=rf"trainer\.{field}=-1: .* at least 0"):
+        TrainerConfig(**{field: -1})
+
+
+def test_the_nan_policy_must_be_known():
+    with pytest.raises(ValueError, match="nan_policy='ignore' is unknown: .*stop, skip, rollback"):
+        TrainerConfig(nan_policy="ignore")

@@ -1,32 +1,104 @@
-"""Writes checkpoints."""
+"""Writes checkpoints, and stops the run when asked to."""
 
-from xlstm.common_types import Metrics, TrainState
-from xlstm.trainer.base.callback import Callback
+import time
+
+import jax
+
+from xlstm.common_types import TrainState
+from xlstm.trainer.base.callback import Callback, Stop
 from xlstm.trainer.base.checkpointing import Checkpointer
-from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.callbacks.metrics import fetch_metrics
+from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.process_requests import Request, Requests
 
 
 class CheckpointCallback(Callback):
-    """Writes a checkpoint every so many steps and at the end."""
+    """Writes a checkpoint every so many steps or minutes, when asked to, and at the end."""
 
-    def __init__(self, checkpointer: Checkpointer, throughput: Throughput, interval: int):
-        """Makes the callback; `throughput` is paused while a checkpoint holds training up."""
-        self._checkpointer, self._throughput, self._interval = checkpointer, throughput, interval
-        self._last_metrics: Metrics = {}
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        clock: Clock,
+        requests: Requests,
+        *,
+        interval: int,
+        minutes: float = 0.0,
+        best_interval: int = 0,
+    ):
+        """Makes the callback.
 
-    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Writes a checkpoint if its turn has come."""
-        self._last_metrics = metrics
-        if step % self._interval == 0:
-            with self._throughput.pause(state):
-                self._save(step, state)
+        Args:
+            checkpointer: What writes them.
+            clock: Is told when a checkpoint holds training up.
+            requests: Are told of their answers; a checkpoint is asked for when the minutes are
+                over.
+            interval: Steps between checkpoints.
+            minutes: Minutes between them; 0: any number.
+            best_interval: At multiples of it `set_val_loss` is called first, and there is a
+                checkpoint if the loss is the lowest so far; 0: never.
+        """
+        self._checkpointer, self._clock, self._requests = checkpointer, clock, requests
+        self._interval, self._seconds = interval, 60 * minutes
+        self._best_interval = best_interval
+        self._last_step: int | None = None
+        self._best_loss: float | None = None
+        self._last_time, self._has_asked = time.monotonic(), False
+        self._request = Request.NONE
+        self._val_losses: dict[int, float] = {}
+
+    def set_val_loss(self, step: int, val_loss: float) -> None:
+        """Tells the validation loss after a step, before `on_step`."""
+        self._val_losses = {step: val_loss}
+
+    def on_start(self, step: int, state: TrainState) -> None:
+        """Remembers what is there."""
+        self._last_step = self._checkpointer.latest_step()
+        self._best_loss = self._checkpointer.best_loss()
+
+    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Learns what the processes ask for; the first process looks at its clock for all."""
+        self._request = max(self._request, Request(int(metrics.get("request", Request.NONE))))
+        is_late = self._seconds and time.monotonic() - self._last_time > self._seconds
+        if is_late and not self._has_asked and jax.process_index() == 0:
+            self._has_asked = True
+            self._requests.ask(Request.CHECKPOINT)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint's turn may have come; raises OSError if the last one failed."""
+        self._checkpointer.check()
+        return self._is_wanted(step) or self._is_turn(step, self._best_interval)
+
+    def on_step(self, step: int, state: TrainState) -> None:
+        """Writes a checkpoint if its turn has come; raises Stop if that was asked for."""
+        if self._is_wanted(step) or self._is_best(step):
+            self._save(step, state)
+        if self._request == Request.STOP:
+            raise Stop
+        self._requests.answered(self._request)
+        self._request = Request.NONE
 
     def on_end(self, step: int, state: TrainState) -> None:
         """Writes the last checkpoint if it is not there."""
-        if self._checkpointer.latest_step() != step:
-            self._save(step, state)
+        self._save(step, state)
+
+    @staticmethod
+    def _is_turn(step: int, interval: int) -> bool:
+        return bool(interval) and step % interval == 0
+
+    def _is_wanted(self, step: int) -> bool:
+        return self._is_turn(step, self._interval) or self._request > Request.NONE
+
+    def _is_best(self, step: int) -> bool:
+        if not self._is_turn(step, self._best_interval) or step not in self._val_losses:
+            return False
+        return self._best_loss is None or self._val_losses[step] < self._best_loss
 
     def _save(self, step: int, state: TrainState) -> None:
-        fetch_metrics(step, self._last_metrics)  # Raises if they are not finite.
-        self._checkpointer.save(step, state)
+        if step == self._last_step:
+            return
+        val_loss = self._val_losses.get(step)
+        with self._clock.phase("checkpoint"):
+            self._checkpointer.save(step, state, val_loss)
+        if val_loss is not None:
+            self._best_loss = min(val_loss, self._best_loss or val_loss)
+        self._last_step = step
+        self._last_time, self._has_asked = time.monotonic(), False

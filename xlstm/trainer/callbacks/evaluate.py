@@ -1,55 +1,57 @@
 """Evaluates the model during training."""
 
-import math
 from collections.abc import Callable
 
-from xlstm.common_types import Metrics, TrainState
+from xlstm.common_types import TrainState
 from xlstm.trainer.base.callback import Callback
-from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.callbacks.metrics import fetch_metrics
-from xlstm.trainer.logger.base_logger import Loggers
+from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.logger.base_logger import Logger
 
 
 class EvaluateCallback(Callback):
-    """Logs the validation loss before the first step, every so many steps, and at the end."""
+    """Evaluates before the first step, every so many steps, and at the end."""
 
     def __init__(
         self,
-        evaluate: Callable[[TrainState], float],
-        loggers: Loggers,
-        throughput: Throughput,
+        evaluate: Callable[[TrainState], dict[str, float]],
+        logger: Logger,
+        clock: Clock,
         interval: int,
+        set_val_loss: Callable[[int, float], None] = lambda step, val_loss: None,
     ):
         """Makes the callback.
 
         Args:
-            evaluate: Computes the validation loss, in nats a token, from a state.
-            loggers: Where rows go.
-            throughput: The clock, paused during an evaluation.
+            evaluate: Computes `val_loss` and whatever else is to be logged.
+            logger: Where rows go.
+            clock: Is told of an evaluation.
             interval: Steps between evaluations.
+            set_val_loss: Is told the step and its `val_loss`.
         """
-        self._evaluate, self._loggers = evaluate, loggers
-        self._throughput, self._interval = throughput, interval
-        self._last = None
+        self._evaluate, self._logger, self._clock = evaluate, logger, clock
+        self._interval, self._set_val_loss = interval, set_val_loss
+        self._last: int | None = None
 
     def on_start(self, step: int, state: TrainState) -> None:
         """Evaluates the initial parameters; a run that goes on has done so already."""
         if step == 0:
-            self._log(step, state)
+            self.on_step(step, state)
         self._last = step
 
-    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Evaluates if its turn has come."""
-        if step % self._interval == 0:
-            self._log(step, state)
+    def is_due(self, step: int) -> bool:
+        """Whether the turn of an evaluation has come."""
+        return step % self._interval == 0
+
+    def on_step(self, step: int, state: TrainState) -> None:
+        """Evaluates and logs."""
+        with self._clock.phase("evaluation"):
+            row = self._evaluate(state)
+        self._logger.log(step, row)
+        self._last = step
+        if "val_loss" in row:
+            self._set_val_loss(step, row["val_loss"])
 
     def on_end(self, step: int, state: TrainState) -> None:
         """Evaluates the final parameters, unless that has just been done."""
         if self._last != step:
-            self._log(step, state)
-
-    def _log(self, step: int, state: TrainState) -> None:
-        with self._throughput.pause(state):
-            loss = fetch_metrics(step, {"val_loss": self._evaluate(state)})["val_loss"]
-        self._loggers.log(step, {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))})
-        self._last = step
+            self.on_step(step, state)

@@ -1,11 +1,10 @@
-import math
 import time
 
 import pytest
 
-from xlstm.trainer.base.throughput import Throughput
+from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.callbacks.evaluate import EvaluateCallback
-from xlstm.trainer.logger.base_logger import Logger, Loggers
+from xlstm.trainer.logger.base_logger import Logger
 
 
 class _Recorder(Logger):
@@ -18,14 +17,22 @@ class _Recorder(Logger):
 
 def _steps_evaluated(start_step, num_steps, interval):
     """Runs a training of which the state is the step; returns where it was evaluated."""
-    recorder = _Recorder()
-    callback = EvaluateCallback(float, Loggers([recorder]), Throughput(), interval)
+    recorder, told = _Recorder(), []
+    callback = EvaluateCallback(
+        lambda state: {"val_loss": float(state), "val_loss_wiki": 0.0},
+        recorder,
+        Clock(),
+        interval,
+        lambda *args: told.append(args),
+    )
     callback.on_start(start_step, start_step)
     for step in range(start_step + 1, num_steps + 1):
-        callback.on_step(step, step, {})
+        if callback.is_due(step):
+            callback.on_step(step, step)
     callback.on_end(num_steps, num_steps)
     for step, row in recorder.rows:
-        assert row["val_loss"] == step
+        assert row == {"val_loss": step, "val_loss_wiki": 0.0}
+    assert told == [(step, float(step)) for step, _ in recorder.rows]
     return [step for step, _ in recorder.rows]
 
 
@@ -48,32 +55,24 @@ def test_when(start_step, num_steps, interval, expected):
     assert _steps_evaluated(start_step, num_steps, interval) == expected
 
 
-@pytest.mark.parametrize("loss, perplexity", [(2.0, math.exp(2.0)), (1e6, math.exp(700))])
-def test_perplexity_is_finite(loss, perplexity):
-    recorder = _Recorder()
-    EvaluateCallback(lambda _: loss, Loggers([recorder]), Throughput(), 1).on_step(1, None, {})
-    assert recorder.rows == [(1, {"val_loss": loss, "val_perplexity": perplexity})]
-
-
-def test_the_clock_stands_still(monkeypatch):
+def test_the_time_is_no_training(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
 
     def evaluate(_):
         now[0] += 100.0
-        return 1.0
+        return {}
 
-    throughput = Throughput()
-    throughput.add(10)
-    now[0] += 1.0
-    EvaluateCallback(evaluate, Loggers([]), throughput, 1).on_step(1, None, {})
-    assert throughput.lap() == 10.0
+    EvaluateCallback(evaluate, _Recorder(), clock, 1).on_step(1, None)
+    assert clock.seconds()["evaluation"] == 100.0
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(loss):
+def test_an_error_is_not_logged():
+    def evaluate(_):
+        raise ValueError("the model has diverged")
+
     recorder = _Recorder()
-    callback = EvaluateCallback(lambda _: loss, Loggers([recorder]), Throughput(), 1)
-    with pytest.raises(ValueError, match="step 3 .*val_loss"):
-        callback.on_step(3, None, {})
-    assert recorder.rows == []  # It would be no JSON.
+    with pytest.raises(ValueError, match="diverged"):
+        EvaluateCallback(evaluate, recorder, Clock(), 1).on_step(3, None)
+    assert recorder.rows == []

@@ -1,50 +1,44 @@
-"""Brings metrics to the host and to the loggers."""
+"""Brings metrics to the loggers."""
 
 import math
+import resource
+import sys
+from collections.abc import Callable
 
 import jax
 
-from xlstm.common_types import Metrics, TrainState
+from xlstm.common_types import TrainState
 from xlstm.trainer.base.callback import Callback
-from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.logger.base_logger import Loggers
+from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.throughput import peak_flops
+from xlstm.trainer.logger.base_logger import Logger
 
-
-def fetch_metrics(step: int, metrics: Metrics) -> dict[str, float]:
-    """Waits for a step's metrics.
-
-    Args:
-        step: The step, for the message.
-        metrics: Scalars, or pairs (sum, count).
-
-    Returns:
-        The metrics as numbers; a pair becomes its mean.
-
-    Raises:
-        ValueError: If one of them is not finite.
-    """
-    row = {}
-    for name, value in jax.device_get(metrics).items():
-        row[name] = float(value[0] / value[1]) if isinstance(value, tuple) else float(value)
-    bad = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise ValueError(
-            f"training diverged at step {step} ({', '.join(bad)}): lower schedule.peak_lr or"
-            " optimizer.grad_clip_norm; checkpoints up to the step before are good"
-        )
-    return row
+# Metrics that say how the machine did, not the training: they differ when a run is repeated.
+SPEEDS = frozenset(
+    {
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "matmul_fraction",
+        "mfu",
+        "goodput",
+        "peak_memory",
+        "peak_device_memory",
+    }
+)
+# Of use to the trainer alone.
+_NOT_LOGGED = ("request", "skipped")
 
 
 class MetricsCallback(Callback):
-    """Logs the metrics and the speed of every so many steps."""
+    """Logs the metrics and the speed of every so many steps, and of every step that was skipped."""
 
     def __init__(
         self,
-        loggers: Loggers,
-        throughput: Throughput,
+        logger: Logger,
+        clock: Clock,
         *,
         interval: int,
-        tokens_per_step: int,
+        tokens_before: Callable[[int], int],
         flops_per_token: int,
         matmul_rate: float,
         constants: dict[str, float],
@@ -52,35 +46,64 @@ class MetricsCallback(Callback):
         """Makes the callback.
 
         Args:
-            loggers: Where rows go.
-            throughput: The clock, which other callbacks pause.
+            logger: Where rows go.
+            clock: The run's clock.
             interval: Steps between rows.
-            tokens_per_step: Tokens in a global batch.
+            tokens_before: The tokens that so many steps have seen.
             flops_per_token: Useful floating-point operations a token.
-            matmul_rate: What a dense matmul reaches, in operations a second.
+            matmul_rate: What a dense matmul reaches on all devices, in operations a second.
             constants: What else belongs into every row.
         """
-        self._loggers, self._throughput = loggers, throughput
-        self._interval, self._tokens_per_step = interval, tokens_per_step
-        self._matmul_fraction = flops_per_token / matmul_rate
+        self._logger, self._clock, self._interval = logger, clock, interval
+        self._tokens_before, self._flops_per_token = tokens_before, flops_per_token
+        self._rates = {"matmul_fraction": matmul_rate}
+        peak = peak_flops()
+        if peak:
+            self._rates["mfu"] = peak
         self._constants = constants
+        self._last_tokens, self._last_seconds = 0, 0.0
 
     def on_start(self, step: int, state: TrainState) -> None:
-        """Starts the clock."""
-        self._throughput.lap()
+        """Begins to count."""
+        self._last_tokens = self._tokens_before(step)
+        self._last_seconds = self._clock.training_seconds()
 
-    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Logs a row if its turn has come."""
-        self._throughput.add(self._tokens_per_step)
-        self._loggers.progress(step)
-        if step % self._interval:
+        self._logger.progress(step)
+        if step % self._interval == 0:
+            row = metrics | self._speed(step) | device_memory() | self._constants
+        elif metrics.get("skipped"):
+            row = metrics
+        else:
             return
-        row = fetch_metrics(step, metrics)
-        speed = self._throughput.lap()
-        row |= {
-            "tokens": step * self._tokens_per_step,
+        self._logger.log(
+            step,
+            {
+                name: value
+                for name, value in row.items()
+                # JSON has no numbers for what is not finite; `skipped_steps` tells of it.
+                if name not in _NOT_LOGGED and math.isfinite(value)
+            },
+        )
+
+    def _speed(self, step: int) -> dict[str, float]:
+        tokens, seconds = self._tokens_before(step), self._clock.training_seconds()
+        speed = (tokens - self._last_tokens) / max(seconds - self._last_seconds, 1e-9)
+        self._last_tokens, self._last_seconds = tokens, seconds
+        return {
+            "tokens": tokens,
             "tokens_per_second": speed,
-            "matmul_fraction": speed * self._matmul_fraction,
-            **self._constants,
+            "tokens_per_second_per_device": speed / jax.device_count(),
+            **{name: speed * self._flops_per_token / rate for name, rate in self._rates.items()},
+            "goodput": self._clock.goodput(),
         }
-        self._loggers.log(step, row)
+
+
+def device_memory() -> dict[str, float]:
+    """The most memory that has been in use, in GiB: of a device, or of the process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"peak_device_memory": stats["peak_bytes_in_use"] / 2**30}
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

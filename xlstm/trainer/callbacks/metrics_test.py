@@ -1,11 +1,13 @@
+import math
 import time
 
-import jax.numpy as jnp
+import jax
 import pytest
 
-from xlstm.trainer.base.throughput import Throughput
-from xlstm.trainer.callbacks.metrics import MetricsCallback, fetch_metrics
-from xlstm.trainer.logger.base_logger import Logger, Loggers
+from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.callbacks import metrics as metrics_module
+from xlstm.trainer.callbacks.metrics import MetricsCallback, device_memory
+from xlstm.trainer.logger.base_logger import Logger
 
 
 class _Recorder(Logger):
@@ -19,72 +21,66 @@ class _Recorder(Logger):
         self.steps.append(step)
 
 
-def test_pairs_become_means():
-    metrics = {
-        "loss": (jnp.float32(12.0), jnp.float32(8.0)),
-        "grad_norm": jnp.float32(0.5),
-        "lr": 1e-3,
-    }
-    row = fetch_metrics(3, metrics)
-    assert row == {"loss": 1.5, "grad_norm": 0.5, "lr": 1e-3}
-    assert all(type(value) is float for value in row.values())
-
-
-@pytest.mark.parametrize(
-    "metrics, named",
-    [
-        ({"loss": (jnp.float32(jnp.nan), jnp.float32(8.0)), "lr": 1.0}, ["loss=nan"]),
-        ({"loss": (jnp.float32(1.0), jnp.float32(1.0)), "grad_norm": jnp.inf}, ["grad_norm=inf"]),
-        ({"loss": jnp.float32(-jnp.inf), "grad_norm": jnp.nan}, ["loss=-inf", "grad_norm=nan"]),
-    ],
-)
-def test_metrics_that_are_not_finite_end_the_run(metrics, named):
-    with pytest.raises(ValueError, match="training diverged at step 17") as caught:
-        fetch_metrics(17, metrics)
-    for text in named:
-        assert text in str(caught.value)
-    assert "lr=" not in str(caught.value)
+def _callback(recorder, clock, interval=1):
+    return MetricsCallback(
+        recorder,
+        clock,
+        interval=interval,
+        tokens_before=lambda step: 100 * step,
+        flops_per_token=60,
+        matmul_rate=12_000.0,
+        constants={"bubble_fraction": 0.25},
+    )
 
 
 def test_rows_are_logged_with_speeds(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    recorder, throughput = _Recorder(), Throughput()
-    callback = MetricsCallback(
-        Loggers([recorder]),
-        throughput,
-        interval=2,
-        tokens_per_step=100,
-        flops_per_token=60,
-        matmul_rate=12_000.0,
-        constants={"bubble_fraction": 0.25},
-    )
-    now[0] = 1000.0  # Compiling and restoring, before the start.
+    monkeypatch.setattr(metrics_module, "peak_flops", lambda: 60_000.0)
+    recorder, clock = _Recorder(), Clock()
+    callback = _callback(recorder, clock, interval=2)
+    now[0] = 60.0  # Compiling and restoring, before the start.
     callback.on_start(4, None)
     for step in (5, 6, 7, 8, 9):
-        now[0] += 1.0
-        with throughput.pause(None):
-            now[0] += 10.0
-        callback.on_step(step, None, {"loss": (jnp.float32(step), jnp.float32(2.0))})
+        for phase, seconds in (("step", 0.75), ("data", 0.25), ("checkpoint", 10.0)):
+            with clock.phase(phase):
+                now[0] += seconds
+        callback.on_metrics(step, {"loss": step / 2, "skipped": 0.0, "request": 1.0})
     assert recorder.steps == [5, 6, 7, 8, 9]
-    same = {"tokens_per_second": 100.0, "matmul_fraction": 0.5, "bubble_fraction": 0.25}
-    assert recorder.rows == [
-        (6, {"loss": 3.0, "tokens": 600} | same),
-        (8, {"loss": 4.0, "tokens": 800} | same),
+    same = {
+        "tokens_per_second": 100.0,
+        "tokens_per_second_per_device": 100.0 / jax.device_count(),
+        "matmul_fraction": 0.5,
+        "mfu": 0.1,
+        "bubble_fraction": 0.25,
+    }
+    expected = [
+        (6, {"loss": 3.0, "tokens": 600, "goodput": 1.5 / 82} | same),
+        (8, {"loss": 4.0, "tokens": 800, "goodput": 3.0 / 104} | same),
     ]
+    for (step, row), (expected_step, expected_row) in zip(recorder.rows, expected, strict=True):
+        assert row.pop("peak_memory") > 0.01
+        assert (step, row) == (expected_step, pytest.approx(expected_row))
 
 
-def test_divergence_is_not_logged():
+def test_a_row_that_is_not_due_is_logged_if_its_step_was_left_out():
     recorder = _Recorder()
-    callback = MetricsCallback(
-        Loggers([recorder]),
-        Throughput(),
-        interval=1,
-        tokens_per_step=1,
-        flops_per_token=1,
-        matmul_rate=1.0,
-        constants={},
-    )
-    with pytest.raises(ValueError, match="diverged at step 1"):
-        callback.on_step(1, None, {"loss": jnp.float32(jnp.nan)})
-    assert recorder.rows == []
+    callback = _callback(recorder, Clock(), interval=10)
+    callback.on_start(0, None)
+    callback.on_metrics(1, {"loss": 2.0, "skipped": 0.0, "skipped_steps": 0.0})
+    callback.on_metrics(2, {"loss": math.nan, "skipped": 1.0, "skipped_steps": 1.0, "lr": 0.1})
+    assert recorder.rows == [(2, {"skipped_steps": 1.0, "lr": 0.1})]
+
+
+def test_rows_hold_finite_numbers_only():
+    recorder = _Recorder()
+    callback = _callback(recorder, Clock())
+    callback.on_start(0, None)
+    callback.on_metrics(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "skipped": 1.0})
+    ((_, row),) = recorder.rows
+    assert "loss" not in row and "grad_norm" not in row and row["lr"] == 0.1
+    assert all(map(math.isfinite, row.values()))
+
+
+def test_without_an_accelerator_it_is_the_memory_of_the_process():
+    assert 0.01 < device_memory()["peak_memory"] < 100

@@ -14,19 +14,21 @@ from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
 
 
-def _check_batch_size(config: RunConfig, mesh: Mesh) -> None:
+def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     minibatches = config.trainer.num_minibatches
     microbatches = config.mesh.count_microbatches(mesh.shape["pp"])
     of_microbatches = f" of {microbatches} micro-batches (mesh.num_microbatches)"
     parts = shards * minibatches * microbatches
-    if config.data.batch_size % parts:
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} does not divide into {shards} shares"
-            f" ({' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}) of {minibatches} minibatches"
-            f" (trainer.num_minibatches){of_microbatches if microbatches > 1 else ''}: a multiple"
-            f" of {parts} would"
-        )
+    ramp = [("ramp_batch_sizes", size) for size in config.data.ramp_batch_sizes]
+    for name, size in [("batch_size", config.data.batch_size), *ramp]:
+        if size % parts:
+            raise ValueError(
+                f"data.{name}={size} does not divide into {shards} shares"
+                f" ({' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}) of {minibatches}"
+                f" minibatches (trainer.num_minibatches)"
+                f"{of_microbatches if microbatches > 1 else ''}: a multiple of {parts} would"
+            )
 
 
 def _check_model(config: RunConfig, mesh: Mesh) -> None:
@@ -52,7 +54,7 @@ def create_run_mesh(config: RunConfig) -> Mesh:
     """Creates the mesh of a run; raises ValueError if the model or the batch does not fit on it."""
     mesh = create_mesh(config.mesh)
     _check_model(config, mesh)
-    _check_batch_size(config, mesh)
+    _check_batch_sizes(config, mesh)
     return mesh
 
 

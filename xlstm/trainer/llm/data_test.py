@@ -70,6 +70,14 @@ def test_a_batch_that_does_not_divide(batch_size, num_minibatches, sizes, shares
     assert ("micro-batches" in message) == ("pp" in sizes)
 
 
+def test_every_batch_size_of_a_ramp_divides():
+    data = DataConfig(batch_size=16, ramp_batch_sizes=(8, 12), ramp_steps=(1, 1))
+    with pytest.raises(ValueError, match="data.ramp_batch_sizes=12 does not divide into 8 shares"):
+        create_run_mesh(RunConfig(data=data))
+    fitting = dataclasses.replace(data, ramp_batch_sizes=(8, 16))
+    assert create_run_mesh(RunConfig(data=fitting)).size == 8
+
+
 @pytest.mark.parametrize(
     "sizes, model, message",
     [

@@ -1,12 +1,14 @@
 """The next-token loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree
 from xlstm.dataset.batch import Batch
 from xlstm.distributed.single_gpu import LossFn
+from xlstm.trainer.llm.gate_statistics import gate_moments
 
 
 def next_token_nll(
@@ -23,18 +25,27 @@ def next_token_nll(
     Returns:
         The sum over this device's targets that count, in nats, and their number; float32 scalars.
     """
+    return _apply(params, apply_fn, batch, dropout_keys)
+
+
+def _apply(
+    params: PyTree, apply_fn: Callable, batch: Batch, keys: PRNGKeyArray | None, **options: Any
+) -> Any:
     return apply_fn(
         {"params": params},
         batch.inputs,
         batch.targets,
         batch.targets_mask,
         batch.reset,
-        dropout_keys,
+        keys,
         method="next_token_nll",
+        **options,
     )
 
 
-def create_loss_fn(num_minibatches: int, num_targets: jax.Array) -> LossFn:
+def create_loss_fn(
+    num_minibatches: int, num_targets: jax.Array, *, gate_statistics: bool = False
+) -> LossFn:
     """Makes the loss of a minibatch.
 
     The loss is `nll * num_minibatches / num_targets`, so that its mean over the minibatches, summed
@@ -43,6 +54,7 @@ def create_loss_fn(num_minibatches: int, num_targets: jax.Array) -> LossFn:
     Args:
         num_minibatches: Number of minibatches that gradients are accumulated over.
         num_targets: Number of targets that count in the whole global batch.
+        gate_statistics: Whether there is a metric `gates` too, see `gate_moments`.
 
     Returns:
         A loss function for `xlstm.distributed.single_gpu`; its metric `loss` is (nll, targets).
@@ -55,7 +67,11 @@ def create_loss_fn(num_minibatches: int, num_targets: jax.Array) -> LossFn:
         rng: PRNGKeyArray,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         del rng  # Every example has a key of its own, which the mesh has no part in.
-        nll, count = next_token_nll(params, apply_fn, *batch)
-        return nll * num_minibatches / num_targets, ({"loss": (nll, count)}, None)
+        if gate_statistics:
+            sums, variables = _apply(params, apply_fn, *batch, mutable=["intermediates"])
+            metrics = {"loss": sums, "gates": gate_moments(variables)}
+        else:
+            metrics = {"loss": next_token_nll(params, apply_fn, *batch)}
+        return metrics["loss"][0] * num_minibatches / num_targets, (metrics, None)
 
     return loss_fn

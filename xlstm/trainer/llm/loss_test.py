@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from xlstm.dataset.batch import Batch
+from xlstm.models.xlstm_parallel.blocks.mlstm.moments import Moments
 from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
 
 _B, _T, _V = 2, 5, 7
@@ -69,4 +70,21 @@ def test_the_loss_is_normalised_by_the_targets_of_the_global_batch(num_minibatch
     nll, count = _expected(_params(), _batch())
     np.testing.assert_allclose(loss, nll * num_minibatches / 100, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], (nll, count), rtol=1e-6)
+    assert mutable is None
+
+
+def test_gate_statistics_come_with_the_loss():
+    moments = Moments(jnp.ones(3), jnp.arange(3.0), jnp.arange(3.0))
+
+    def apply_fn(*arguments, mutable, **options):
+        assert mutable == ["intermediates"]
+        layer = {"gate_moments": ({"igate": moments},)}
+        return _apply(*arguments, **options), {"intermediates": {"blocks": {"mlstm_layer": layer}}}
+
+    loss_fn = create_loss_fn(4, jnp.float32(100.0), gate_statistics=True)
+    loss, (metrics, mutable) = loss_fn(_params(), apply_fn, (_batch(), None), None)
+    nll, count = _expected(_params(), _batch())
+    np.testing.assert_allclose(loss, nll * 4 / 100, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], (nll, count), rtol=1e-6)
+    np.testing.assert_array_equal(metrics["gates"]["igate"], moments)
     assert mutable is None

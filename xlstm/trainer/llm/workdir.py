@@ -8,19 +8,20 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
 
 # What may differ when a run goes on: sections, or fields as `section.field`.
 _FREE_TO_CHANGE = {
     "mesh",
     "logger",
-    "trainer.num_steps",
-    "trainer.num_minibatches",
-    "trainer.eval_interval",
-    "trainer.checkpoint_interval",
-    "trainer.max_checkpoints",
-}
+    "data.validation_stores",
+    *(f"trainer.{field.name}" for field in dataclasses.fields(TrainerConfig)),
+} - {"trainer.seed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,22 @@ class Workdir:
         return os.path.join(self.path, "checkpoints")
 
     @property
+    def bad_batches(self) -> str:
+        """The folder of the batches whose gradients were not finite."""
+        return os.path.join(self.path, "bad_batches")
+
+    @property
+    def profile(self) -> str:
+        """The folder of the profiler's traces."""
+        return os.path.join(self.path, "profile")
+
+    @property
     def stdlib_store(self) -> str:
         """The token store of the built-in corpus."""
         return os.path.join(self.path, "stdlib")
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON gives it back: with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -90,7 +101,8 @@ def check_workdir(
 
     Raises:
         ValueError: If the folder belongs to a run whose configuration or corpus differs in more
-            than what may differ (`_FREE_TO_CHANGE`), or holds a run without a configuration.
+            than what may differ (`_FREE_TO_CHANGE`, and a schedule whose learning rates are the
+            same for the steps done), or holds a run without a configuration.
     """
     if not os.path.exists(workdir.config):
         if os.path.exists(workdir.checkpoints) or os.path.exists(workdir.metrics):
@@ -101,14 +113,17 @@ def check_workdir(
     with open(workdir.config, encoding="utf-8") as file:
         try:
             saved = json.load(file)
-            before, now = _flatten(saved["config"]), _flatten(_plain(config))
+            before, now = _flatten(saved["config"]), _flatten(plain_config(config))
             saved_corpora = saved["corpora"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{workdir.config} is not a configuration of ours") from None
+    free = _FREE_TO_CHANGE
+    if _same_so_far(workdir, saved["config"], config):
+        free = free | {"schedule"}
     differences = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not {name, name.split(".")[0]} & _FREE_TO_CHANGE
+        if before.get(name) != now.get(name) and not {name, name.split(".")[0]} & free
     ]
     if corpora is not None and saved_corpora != corpora:
         differences.append("the token stores hold other text")
@@ -120,9 +135,21 @@ def check_workdir(
         )
 
 
+def _same_so_far(workdir: Workdir, saved: dict[str, Any], config: RunConfig) -> bool:
+    """Whether the steps done had the learning rates that they would have now."""
+    try:
+        before = ScheduleConfig(**saved["schedule"])
+    except (TypeError, KeyError, ValueError):
+        return False
+    names = os.listdir(workdir.checkpoints) if os.path.isdir(workdir.checkpoints) else []
+    steps = np.arange(max((int(name) for name in names if name.isdigit()), default=0))
+    rates = [create_schedule(schedule)(steps) for schedule in (before, config.schedule)]
+    return bool(np.array_equal(*rates))
+
+
 def write_config(workdir: Workdir, config: RunConfig, corpora: list[str]) -> None:
     """Writes a run's configuration, and checksums of what it trains on, into its folder."""
-    content = {"config": _plain(config), "corpora": corpora}
+    content = {"config": plain_config(config), "corpora": corpora}
     write_atomically(workdir.config, json.dumps(content, indent=2) + "\n")
 
 

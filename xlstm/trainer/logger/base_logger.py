@@ -11,6 +11,11 @@ class LoggerConfig:
 
     interval: int = 10  # Steps between rows of metrics.
     tensorboard: bool = True  # Whether to write TensorBoard event files.
+    wandb: bool = False  # Whether to log to Weights & Biases; WANDB_MODE=offline keeps it here.
+    wandb_project: str = "xlstm"  # The project at Weights & Biases.
+    param_norms: bool = False  # Whether rows have the norms of every parameter and its gradient.
+    gate_statistics: bool = False  # Whether rows have statistics of every block's gates.
+    profile_steps: tuple[int, ...] = ()  # Steps to trace with JAX's profiler.
     sample_tokens: int = 400  # Tokens of sampled text at the end; 0 for none.
     sample_temperature: float = 0.8  # Divides the logits of the sample.
     sample_prompt: str = ""  # What the sampled text goes on from.
@@ -18,6 +23,8 @@ class LoggerConfig:
     def __post_init__(self):
         if self.interval < 1:
             raise ValueError(f"logger.interval={self.interval}: it must be at least 1")
+        if any(step < 1 for step in self.profile_steps):
+            raise ValueError(f"logger.profile_steps={self.profile_steps}: steps count from 1")
         if self.sample_tokens < 0 or self.sample_temperature < 0:
             raise ValueError(
                 f"logger.sample_tokens={self.sample_tokens} and logger.sample_temperature="

@@ -1,38 +1,22 @@
 """The loss curves as a picture."""
 
-import io
-
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.logger.base_logger import Logger
+from xlstm.trainer.logger.curves import draw_picture, read_curve
 from xlstm.trainer.logger.jsonl import read_rows
 
 
 def plot_losses(rows: list[dict[str, float]], path: str) -> None:
-    """Draws training and validation loss over steps.
+    """Draws training and validation losses over steps.
 
     Args:
         rows: Rows of a metrics file.
         path: The PNG file to write.
     """
-    # Imported here, since it takes a while and the first steps can do without.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label, style in (
-        ("loss", "training", {"linewidth": 0.8, "alpha": 0.7}),
-        ("val_loss", "validation", {"marker": "o", "markersize": 4}),
-    ):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    labels = {"loss": "training", "val_loss": "validation"}
+    for name in sorted({name for row in rows for name in row if name.startswith("val_loss_")}):
+        labels[name] = f"validation on {name.removeprefix('val_loss_')}"
+    curves = [read_curve(rows, name, label) for name, label in labels.items()]
+    draw_picture({"loss (nats per token)": curves}, path)
 
 
 class LossPlotLogger(Logger):

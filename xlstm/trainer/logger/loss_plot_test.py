@@ -16,7 +16,7 @@ _ROWS = [
 
 
 def _colours(path):
-    """The number of pixels of each of the two curves, and of everything that is not white."""
+    """The picture's shape, and the number of pixels of each of the first two curves."""
     picture = matplotlib.image.imread(path)[..., :3]
     colours = [
         np.sum(np.abs(picture - np.array(colour) / 255).max(-1) < 0.02)
@@ -41,6 +41,17 @@ def test_the_curves_are_in_the_picture(tmp_path):
         pictures[name] = _colours(str(tmp_path / name))[1]
     assert pictures["both"][1] > 100  # The validation curve is opaque, in the second colour,
     assert pictures["training"][1] == 0  # and not there without such rows.
+
+
+def test_every_validation_set_has_a_curve(tmp_path):
+    more = [{"step": step, "val_loss_code": 4.5, "val_loss_text": 5.0} for step in (0, 2)]
+    pictures = []
+    for name, rows in {"one": _ROWS, "three": [*_ROWS, *more]}.items():
+        plot_losses(rows, str(tmp_path / name))
+        picture = matplotlib.image.imread(tmp_path / name)[..., :3]
+        green, red = np.array([[44, 160, 44], [214, 39, 40]]) / 255
+        pictures.append([np.sum(np.abs(picture - x).max(-1) < 0.02) > 100 for x in (green, red)])
+    assert pictures == [[False, False], [True, True]]
 
 
 def test_the_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@ import os
 import struct
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from xlstm.trainer.logger.tensorboard import TensorBoardLogger
 
@@ -41,11 +41,27 @@ def test_every_metric_is_a_scalar(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("first_step", [1, 11])
-def test_what_is_done_again_is_purged(tmp_path, first_step):
-    logger = TensorBoardLogger(str(tmp_path), first_step)
-    logger.log(first_step, {"loss": 1.5})
+def _shown(directory):
+    """What TensorBoard shows: from the step of a START event on it forgets what was before."""
+    shown = []
+    for event in _events(directory):
+        if event.session_log.status == SessionLog.START:
+            shown = [scalar for scalar in shown if scalar[0] < event.step]
+        shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return shown
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 3])
+def test_a_run_that_goes_on_shows_no_step_twice(tmp_path, first_step):
+    logger = TensorBoardLogger(str(tmp_path), 0)
+    for step in range(6):
+        logger.log(step, {"loss": 1.0})
     logger.close()
-    # TensorBoard forgets older events from the step of a START event on.
-    starts = [event.step for event in _events(tmp_path) if event.session_log.status == 1]
-    assert starts == [first_step]
+    (first,) = tmp_path.iterdir()
+    first.rename(tmp_path / "events.0")  # Names have the time in seconds: too few to tell.
+    logger = TensorBoardLogger(str(tmp_path), first_step)
+    for step in range(first_step, 8):
+        logger.log(step, {"loss": 2.0})
+    logger.close()
+    losses = [1.0] * first_step + [2.0] * (8 - first_step)
+    assert _shown(tmp_path) == [(step, "loss", loss) for step, loss in enumerate(losses)]

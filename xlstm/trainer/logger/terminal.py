@@ -42,12 +42,15 @@ class TerminalLogger(Logger):
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Shows a row: evaluations as lines that stay, the rest in the bar."""
-        if "val_loss" in row:
+        for name in (key.removeprefix("val_loss") for key in row if key.startswith("val_loss")):
             self._console.print(
-                f"step {step:>7,}  validation loss {row['val_loss']:.4f}"
-                f"  perplexity {row['val_perplexity']:.2f}"
+                f"step {step:>7,}  validation loss {row['val_loss' + name]:.4f}"
+                f"  perplexity {row['val_perplexity' + name]:.2f}"
+                f"  bits per byte {row['val_bits_per_byte' + name]:.3f}"
+                f"{name and f'  ({name[1:]})'}"
             )
-            return
+        if "loss" not in row or "tokens_per_second" not in row:
+            return  # An evaluation, or a step that was left out.
         status = (
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
             f"  {row['matmul_fraction']:.0%} of matmul rate"

@@ -1,0 +1,73 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xlstm.trainer.base.signals import on_stop_signal
+
+
+def _wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks(number):
+    names = []
+    with on_stop_signal(names.append):
+        os.kill(os.getpid(), number)
+        _wait_until(lambda: names)
+    assert names == [number.name]
+
+
+def test_other_signals_do_nothing():
+    names, handled = [], []
+    before = signal.signal(signal.SIGUSR1, lambda *_: handled.append(1))
+    try:
+        with on_stop_signal(names.append):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            _wait_until(lambda: handled)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert names == []
+
+
+def test_afterwards_all_is_as_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with on_stop_signal(lambda name: None):
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# A computation in C that Python's own handlers cannot interrupt: they wait for its end.
+_STUCK = """
+import hashlib
+
+from xlstm.trainer.base.signals import on_stop_signal
+
+with on_stop_signal(lambda name: print(name, flush=True)):
+    print("begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_even_a_process_that_hangs(second):
+    process = subprocess.Popen([sys.executable, "-c", _STUCK], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begins\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "SIGTERM\n"
+        assert process.poll() is None
+        process.send_signal(second)
+        assert process.wait(timeout=20) == 128 + second
+    finally:
+        process.kill()
+        process.communicate()

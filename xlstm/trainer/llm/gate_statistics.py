@@ -1,0 +1,58 @@
+"""What the gates of every block do: means and standard deviations over the tokens of a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xlstm.common_types import PyTree
+from xlstm.distributed.mesh import axis_index, axis_size
+from xlstm.models.xlstm_parallel.blocks.mlstm.moments import Moments
+
+
+def gate_moments(variables: PyTree) -> dict[str, Moments]:
+    """Takes the gates' moments from what the model has sown, inside of `shard_map`.
+
+    Every token counts, with a target or without. Each device has its own heads, and the blocks of
+    its stage: so the sums over all devices, and over minibatches, are those of the global batch.
+
+    Args:
+        variables: The model's mutable variables, with the collection `intermediates`.
+
+    Returns:
+        Moments of the gates `igate`, `fgate` and `ogate`, see `mLSTMLayer`; each leaf has shape
+        `(num_blocks,)`, with zeros for the blocks of other stages.
+    """
+    (moments,) = variables["intermediates"]["blocks"]["mlstm_layer"]["gate_moments"]
+
+    def place(sown: jax.Array) -> jax.Array:
+        num_here = sown.shape[-1]  # Before it a pipeline has an axis of micro-batches.
+        here = jnp.sum(sown.reshape(-1, num_here), axis=0)
+        blocks = jnp.zeros(num_here * axis_size("pp"), here.dtype)
+        return lax.dynamic_update_slice(blocks, here, (axis_index("pp") * num_here,))
+
+    return jax.tree.map(place, moments)
+
+
+def gate_row(moments: dict[str, Moments]) -> dict[str, float]:
+    """Makes numbers to log of the moments of a step, on the host.
+
+    Means and deviations are over tokens and heads, of `ogate` over tokens and features: of the
+    input and forget gates' soft-capped pre-activations, and of how far the output gates are open,
+    0 to 1. Sums are in float32: a deviation below a thousandth of its mean is rounding.
+
+    Args:
+        moments: What `gate_moments` returned, summed over the devices.
+
+    Returns:
+        For each block, counted from 0, `igate_mean/0`, `igate_std/0`, and so on for every gate.
+    """
+    row = {}
+    for gate, sums in moments.items():
+        count, total, square = (np.asarray(leaf, np.float64) for leaf in sums)
+        mean = total / count
+        std = np.sqrt(np.maximum(square / count - mean**2, 0))
+        for block in range(len(mean)):
+            row[f"{gate}_mean/{block}"] = float(mean[block])
+            row[f"{gate}_std/{block}"] = float(std[block])
+    return row

@@ -1,0 +1,345 @@
+"""Opens a run: puts data, model, optimizer, mesh, callbacks and loggers together."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from xlstm.common_types import Metrics, PyTree, TrainState
+from xlstm.dataset.batch import Batch
+from xlstm.dataset.batch_sizes import rows_before
+from xlstm.dataset.pipeline import open_stores, train_batches
+from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.tokenizer import Tokenizer
+from xlstm.dataset.validation import open_validation_sets
+from xlstm.distributed.pipeline_parallel import bubble_fraction
+from xlstm.models.xlstm_parallel.flops import count_flops_per_token
+from xlstm.trainer.base.callback import Callback
+from xlstm.trainer.base.checkpointing import Checkpointer, discard_damaged, read_run_info
+from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.param_utils import tabulate_params
+from xlstm.trainer.base.process_requests import Request, Requests
+from xlstm.trainer.base.signals import on_stop_signal
+from xlstm.trainer.base.throughput import measure_matmul_rate
+from xlstm.trainer.base.trainer import fit, to_row
+from xlstm.trainer.base.watchdog import watchdog
+from xlstm.trainer.callbacks.bad_steps import BadStepsCallback
+from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
+from xlstm.trainer.callbacks.evaluate import EvaluateCallback
+from xlstm.trainer.callbacks.metrics import MetricsCallback
+from xlstm.trainer.callbacks.profiling import ProfileCallback
+from xlstm.trainer.llm.bad_batches import dump_batch
+from xlstm.trainer.llm.code_version import code_version
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.data import (
+    batch_share,
+    check_vocabulary,
+    corpus_checksums,
+    create_run_mesh,
+    global_batches,
+)
+from xlstm.trainer.llm.evaluation import create_evaluation
+from xlstm.trainer.llm.gate_statistics import gate_row
+from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.workdir import (
+    Workdir,
+    check_workdir,
+    own_workdir,
+    plain_config,
+    write_config,
+)
+from xlstm.trainer.logger.base_logger import Loggers
+from xlstm.trainer.logger.jsonl import JsonLinesLogger
+from xlstm.trainer.logger.loss_plot import LossPlotLogger
+from xlstm.trainer.logger.tensorboard import TensorBoardLogger
+from xlstm.trainer.logger.terminal import TerminalLogger
+from xlstm.trainer.logger.wandb_logger import WandbLogger, check_wandb
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is known of a run before its first step.
+
+    Attributes:
+        config: The configuration.
+        mesh: The mesh.
+        workdir: The run's folder.
+        stores: What it trains on.
+        corpora: Checksums of that.
+        console: Where the first process speaks.
+        clock: What the time is spent on.
+        requests: What this process asks of all.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    workdir: Workdir
+    stores: Sequence[TokenStore]
+    corpora: list[str]
+    console: Console
+    clock: Clock
+    requests: Requests
+
+    def say(self, text: str) -> None:
+        """Shows a text as it is."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def stop(self, signal_name: str) -> None:
+        """Asks all processes to stop."""
+        self.requests.ask(Request.STOP)
+        self.say(f"{signal_name}: saving a checkpoint and stopping; a second one stops at once")
+
+    @property
+    def bubble(self) -> float:
+        """The share of time for which pipeline stages are idle."""
+        stages = self.mesh.shape["pp"]
+        return bubble_fraction(stages, self.config.mesh.count_microbatches(stages))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run that is ready for its next step.
+
+    Attributes:
+        state: The state after `start_step` steps; `fit` consumes it.
+        start_step: Steps done before.
+        train_step: The training step, of state and batch.
+        batches_from: Makes the batches that follow so many steps.
+        checkpointer: What writes the checkpoints.
+        fit: Trains a state from one step to another, with everything beside the steps.
+        say: Shows a text to the user.
+        mesh: The mesh.
+        tokenizer: That of the data.
+    """
+
+    state: TrainState
+    start_step: int
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    batches_from: Callable[[int], Iterator[Batch]]
+    checkpointer: Checkpointer
+    fit: Callable[[TrainState, int, int], TrainState]
+    say: Callable[[str], None]
+    mesh: Mesh
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig, workdir_path: str, *, allow_config_change: bool = False
+) -> Iterator[OpenRun]:
+    """Opens a run's folder, and brings everything to where the run was.
+
+    Inside, the folder is this process's alone, and SIGTERM and SIGINT are wishes (`Stop`). At the
+    end everything is written.
+
+    Args:
+        config: What to do.
+        workdir_path: The run's folder; it is made if it is not there.
+        allow_config_change: Whether to go on with a run that began with another configuration.
+
+    Yields:
+        The run.
+
+    Raises:
+        ValueError: If the configuration does not fit itself, the devices, the data or the folder.
+        OSError: If something cannot be read or written.
+    """
+    run = _prepare(config, workdir_path, allow_config_change)
+    state, specs, train_step = create_language_model_run(config, run.mesh)
+    run.say(_describe(run, state))
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(own_workdir(run.workdir))
+        stack.enter_context(watchdog(run.clock, config.trainer.stall_seconds, run.say))
+        stack.enter_context(on_stop_signal(run.stop))
+        start_step = discard_damaged(run.workdir.checkpoints, report=run.say) or 0
+        checkpointer = stack.enter_context(_open_checkpointer(run))
+        if start_step:
+            state = checkpointer.restore(state)
+            _say_going_on(run, start_step)
+        if jax.process_index() == 0:
+            write_config(run.workdir, config, run.corpora)
+        loggers = _create_loggers(run, start_step)
+        stack.callback(loggers.close)
+        callbacks = _create_callbacks(run, state, specs, loggers, checkpointer)
+        batches_from = functools.partial(_batches_from, run)
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return train_step(state, batch, run.requests.current())
+
+        def fit_run(state: TrainState, start_step: int, num_steps: int) -> TrainState:
+            return fit(
+                state,
+                batches_from,
+                step,
+                start_step=start_step,
+                num_steps=num_steps,
+                callbacks=callbacks,
+                clock=run.clock,
+                to_row=_to_row,
+            )
+
+        tokenizer = run.stores[0].load_tokenizer()
+        yield OpenRun(
+            state,
+            start_step,
+            step,
+            batches_from,
+            checkpointer,
+            fit_run,
+            run.say,
+            run.mesh,
+            tokenizer,
+        )
+
+
+def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) -> _Run:
+    """Checks everything that can be checked before anything is made."""
+    clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
+    if config.logger.wandb and jax.process_index() == 0:
+        check_wandb()
+    check_workdir(workdir, config, allow_config_change=allow_config_change)
+    stores = open_stores(config.data, workdir.stdlib_store)
+    check_vocabulary(config, stores)
+    corpora = corpus_checksums(stores)
+    check_workdir(workdir, config, corpora, allow_config_change=allow_config_change)
+    console = Console(quiet=jax.process_index() != 0, highlight=False)
+    return _Run(config, mesh, workdir, stores, corpora, console, clock, Requests(mesh))
+
+
+def _describe(run: _Run, state: TrainState) -> str:
+    excluded = run.config.optimizer.weight_decay_exclude
+    text = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
+    if run.bubble:
+        text += f"\npipeline stages are idle for {run.bubble:.0%} of the time of the blocks"
+    return text
+
+
+def _open_checkpointer(run: _Run) -> Checkpointer:
+    trainer = run.config.trainer
+    return Checkpointer(
+        run.workdir.checkpoints,
+        max_to_keep=trainer.max_checkpoints,
+        keep_interval=trainer.keep_checkpoint_interval,
+        keep_best=trainer.keep_best_checkpoint,
+        run_info={
+            "config": plain_config(run.config),
+            "corpora": run.corpora,
+            "code": code_version(),
+            "mesh": dict(run.mesh.shape),
+        },
+    )
+
+
+def _say_going_on(run: _Run, step: int) -> None:
+    run.say(f"going on from step {step:,}, the last checkpoint in {run.workdir.path}")
+    before, now = read_run_info(run.workdir.checkpoints, step)["code"], code_version()
+    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now]
+    changes = [
+        text for name, text in zip(now, changes, strict=True) if before.get(name) != now[name]
+    ]
+    if changes:
+        run.say(f"other code wrote it: {'; '.join(changes)}")
+
+
+def _batches_from(run: _Run, step: int) -> Iterator[Batch]:
+    share = batch_share(run.mesh)
+    batches = train_batches(run.config.data, run.stores, start_step=step, **share)
+    return global_batches(batches, run.mesh)
+
+
+def _to_row(metrics: Metrics) -> dict[str, float]:
+    """See `to_row`; the statistics of the gates are numbers of every block."""
+    numbers = {name: value for name, value in metrics.items() if name != "gates"}
+    return to_row(numbers) | gate_row(metrics.get("gates", {}))
+
+
+def evaluated_params(state: TrainState) -> PyTree:
+    """The parameters to judge a model by: their moving average, if there is one."""
+    return state.params if state.params_ema is None else state.params_ema
+
+
+def _create_callbacks(
+    run: _Run,
+    state: TrainState,
+    specs: PyTree,
+    loggers: Loggers,
+    checkpointer: Checkpointer,
+) -> list[Callback]:
+    config, trainer = run.config, run.config.trainer
+    context_length = config.data.context_length
+    metrics = MetricsCallback(
+        loggers,
+        run.clock,
+        interval=config.logger.interval,
+        tokens_before=lambda step: rows_before(config.data, step) * context_length,
+        flops_per_token=count_flops_per_token(config.language_model, context_length),
+        matmul_rate=measure_matmul_rate(config.model.compute_dtype),
+        constants={"bubble_fraction": run.bubble} if run.bubble else {},
+    )
+    bad_steps = BadStepsCallback(
+        trainer.nan_policy,
+        trainer.max_skipped_steps,
+        dump_batch=functools.partial(dump_batch, config, run.stores, run.workdir.bad_batches),
+        roll_back=functools.partial(_roll_back, loggers, checkpointer),
+        report=run.say,
+    )
+    sets = open_validation_sets(config.data, run.stores)
+    # A checkpoint comes last: what a step has to say is written before the step counts as done.
+    checkpoint = CheckpointCallback(
+        checkpointer,
+        run.clock,
+        run.requests,
+        interval=trainer.checkpoint_interval,
+        minutes=trainer.checkpoint_minutes,
+        best_interval=trainer.eval_interval if trainer.keep_best_checkpoint and sets else 0,
+    )
+    evaluate = create_evaluation(run.mesh, specs.params, state.apply_fn, sets, trainer.eval_batches)
+    evaluation = EvaluateCallback(
+        lambda state: evaluate(evaluated_params(state)),
+        loggers,
+        run.clock,
+        trainer.eval_interval,
+        checkpoint.set_val_loss,
+    )
+    profile = ProfileCallback(run.workdir.profile, config.logger.profile_steps)
+    return [metrics, bad_steps, *([evaluation] if sets else []), checkpoint, profile]
+
+
+def _roll_back(
+    loggers: Loggers, checkpointer: Checkpointer, step: int, state: TrainState
+) -> TrainState:
+    """The last checkpoint's state, as if the steps since then had changed nothing."""
+    checkpointer.wait()
+    saved_step = checkpointer.latest_step()
+    if saved_step is None:
+        raise ValueError(f"step {step} cannot be rolled back: there is no checkpoint yet")
+    state = checkpointer.restore(state)
+    loggers.log(step, {"rolled_back_to": saved_step})
+    lost = step - saved_step
+    return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
+
+
+def _create_loggers(run: _Run, start_step: int) -> Loggers:
+    """Only the first process writes and shows anything."""
+    if jax.process_index() != 0:
+        return Loggers([])
+    workdir, config = run.workdir, run.config
+    first_step = start_step + 1 if start_step else 0  # A new run begins with an evaluation.
+    loggers = [
+        JsonLinesLogger(workdir.metrics, first_step),
+        LossPlotLogger(workdir.metrics, workdir.loss_plot),
+        TerminalLogger(run.console, start_step, config.trainer.num_steps),
+    ]
+    if config.logger.tensorboard:
+        loggers.append(TensorBoardLogger(workdir.tensorboard, first_step))
+    if config.logger.wandb:
+        project, name = config.logger.wandb_project, os.path.basename(workdir.path)
+        plain = plain_config(config)
+        loggers.append(WandbLogger(workdir.path, project, name, plain, workdir.metrics))
+    return Loggers(loggers)

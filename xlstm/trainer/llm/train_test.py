@@ -1,0 +1,206 @@
+"""Whole runs in one process: what is left out, and what may change when a run goes on."""
+
+import dataclasses
+import json
+import os
+
+# Compile quickly: every run compiles anew, and trains for a moment.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+import pytest
+
+from xlstm.dataset.config import DataConfig
+from xlstm.dataset.pipeline import open_stores, train_batches
+from xlstm.dataset.testing import write_store
+from xlstm.distributed.mesh import MeshConfig
+from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.llm import language_model
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.open_run import open_run
+from xlstm.trainer.llm.train import train_language_model
+from xlstm.trainer.logger.base_logger import LoggerConfig
+from xlstm.trainer.optimizer.schedule import ScheduleConfig
+
+_POISON = 7  # A byte that makes gradients NaN.
+_STEPS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Lets the runs share what does not differ."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A token store; one of its documents is poisoned."""
+    path = tmp_path_factory.mktemp("data") / "store"
+    documents = [f"x{i} = {i}\n" * 40 for i in range(40)]
+    documents[17] = "\x07" * 300
+    write_store(path, documents)
+    return str(path)
+
+
+def _config(store, **sections):
+    config = RunConfig(
+        model=ModelConfig(embedding_dim=16, num_blocks=1, num_heads=2),
+        mesh=MeshConfig(fsdp_min_weight_size=64),
+        data=DataConfig(
+            stores=(store,),
+            context_length=16,
+            batch_size=8,
+            validation_fraction=0.0,
+            seed=8,  # With this one, two of the batches are poisoned.
+        ),
+        schedule=ScheduleConfig(warmup_steps=2, decay="constant", decay_steps=8),
+        trainer=TrainerConfig(num_steps=_STEPS, checkpoint_interval=2, max_checkpoints=9),
+        logger=LoggerConfig(interval=1, tensorboard=False, sample_tokens=0),
+    )
+    for section, fields in sections.items():
+        changed = dataclasses.replace(getattr(config, section), **fields)
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def _rows(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _losses(workdir):
+    return {row["step"]: row["loss"] for row in _rows(workdir) if "loss" in row}
+
+
+def _last_state(config, workdir):
+    """What the run would go on from."""
+    with open_run(config, str(workdir)) as run:
+        assert run.start_step == config.trainer.num_steps
+        return jax.device_get(run.state)
+
+
+@pytest.fixture
+def poisonous(monkeypatch):
+    """Makes the gradient NaN if the batch holds the poison."""
+    create_loss_fn = language_model.create_loss_fn
+
+    def create(*args, **kwargs):
+        loss_fn = create_loss_fn(*args, **kwargs)
+
+        def poisoned(params, apply_fn, batch, rng):
+            loss, (metrics, mutable) = loss_fn(params, apply_fn, batch, rng)
+            poison = jax.numpy.where(jax.numpy.any(batch[0].inputs == _POISON), np.nan, 1.0)
+            nll, count = metrics["loss"]
+            return loss * poison, (metrics | {"loss": (nll * poison, count)}, mutable)
+
+        return poisoned
+
+    monkeypatch.setattr(language_model, "create_loss_fn", create)
+
+
+@pytest.fixture(scope="module")
+def bad_steps(store):
+    """The steps whose batches hold the poison."""
+    data = _config(store).data
+    batches = train_batches(data, open_stores(data, ""))
+    steps = [
+        step
+        for step, batch in zip(range(1, _STEPS + 1), batches, strict=False)
+        if (batch.inputs == _POISON).any()
+    ]
+    assert len(steps) > 1 and steps[-1] < _STEPS, steps
+    return steps
+
+
+def _assert_dumped(workdir, store, step):
+    """The batch of a bad step lies in the folder, with the documents that it came from."""
+    with np.load(workdir / "bad_batches" / f"step_{step}.npz") as batch:
+        rows = np.flatnonzero((batch["inputs"] == _POISON).any(axis=1))
+    origins = json.loads((workdir / "bad_batches" / f"step_{step}.json").read_text())
+    assert len(origins) == 8
+    for row in rows:
+        assert origins[row]["store"] == store
+        assert origins[row]["first_document"] <= 17 <= origins[row]["last_document"]
+
+
+def test_stop_names_the_batch_and_keeps_what_is_good(tmp_path, store, poisonous, bad_steps):
+    config = _config(store)
+    with pytest.raises(ValueError, match=f"training diverged at step {bad_steps[0]} ") as error:
+        train_language_model(config, str(tmp_path))
+    assert "documents" in str(error.value) and store in str(error.value)
+    _assert_dumped(tmp_path, store, bad_steps[0])
+    *good, bad = _rows(tmp_path)
+    assert [row["step"] for row in good] == list(range(1, bad_steps[0]))
+    assert bad["step"] == bad_steps[0] and bad["skipped_steps"] == 1 and "loss" not in bad
+    kept = [int(name) for name in os.listdir(tmp_path / "checkpoints")]
+    assert max(kept) == (bad_steps[0] - 1) // 2 * 2
+
+
+def test_skip_leaves_the_step_out_and_goes_on(tmp_path, store, poisonous, bad_steps, capsys):
+    config = _config(store, trainer={"nan_policy": "skip"})
+    train_language_model(config, str(tmp_path))
+    rows = _rows(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, _STEPS + 1))
+    for row in rows:
+        assert row["skipped_steps"] == sum(step <= row["step"] for step in bad_steps)
+        assert ("loss" in row) == (row["step"] not in bad_steps)
+    output = capsys.readouterr().out
+    for step in bad_steps:
+        _assert_dumped(tmp_path, store, step)
+        assert f"training diverged at step {step} " in output
+    state = _last_state(config, tmp_path)
+    assert state.skipped_steps == len(bad_steps)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_rollback_goes_on_behind_the_step_with_the_last_checkpoint(
+    tmp_path, store, poisonous, bad_steps
+):
+    config = _config(store, trainer={"nan_policy": "rollback"})
+    train_language_model(config, str(tmp_path))
+    rows = _rows(tmp_path)
+    returns = {row["step"]: row["rolled_back_to"] for row in rows if "rolled_back_to" in row}
+    # The checkpoint of the step before, or the one before that.
+    assert returns == {step: (step - 1) // 2 * 2 for step in bad_steps}
+    assert [row["step"] for row in rows if "loss" in row] == [
+        step for step in range(1, _STEPS + 1) if step not in bad_steps
+    ]
+    assert rows[-1]["skipped_steps"] == sum(step - saved for step, saved in returns.items())
+
+
+def test_too_many_bad_steps_in_a_row_stop_a_run(tmp_path, store, poisonous, bad_steps):
+    trainer = {"nan_policy": "skip", "max_skipped_steps": 1}
+    with pytest.raises(ValueError, match="the last of 1 such steps in a row"):
+        train_language_model(_config(store, trainer=trainer), str(tmp_path))
+
+
+def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store):
+    longer = {"decay_steps": 10, "cooldown_steps": 2}
+    features = {
+        "optimizer": {"ema_decay": 0.9},
+        "data": {"ramp_batch_sizes": (4,), "ramp_steps": (5,)},
+    }
+    short = _config(store, trainer={"num_steps": 6}, **features)
+    long = _config(store, schedule=longer, **features)
+    train_language_model(long, str(tmp_path / "whole"))
+    train_language_model(short, str(tmp_path / "parts"))
+    # Another checkpoint interval, too.
+    changed = dataclasses.replace(
+        long, trainer=dataclasses.replace(long.trainer, checkpoint_interval=5)
+    )
+    train_language_model(changed, str(tmp_path / "parts"))
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    states = [_last_state(long, tmp_path / name) for name in ("whole", "parts")]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tokens = [row["tokens"] for row in _rows(tmp_path / "parts")]
+    assert np.diff([0, *tokens]).tolist() == [64] * 5 + [128] * 7
+
+    # What would have changed the steps done is refused.
+    other = dataclasses.replace(long.schedule, peak_lr=1.0)
+    with pytest.raises(ValueError, match="schedule.peak_lr was 0.001, is 1.0"):
+        train_language_model(dataclasses.replace(long, schedule=other), str(tmp_path / "parts"))
