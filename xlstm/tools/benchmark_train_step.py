@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from xlstm.dataset.batch import Batch
+from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.param_utils import get_num_params
 from xlstm.trainer.base.throughput import measure_matmul_rate
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh, global_batches
-from xlstm.trainer.llm.train import create_language_model_run
+from xlstm.trainer.llm.language_model import create_language_model_run
 
 
 def _random_batch(config: RunConfig) -> Batch:
@@ -41,8 +42,7 @@ def time_train_step(
         advance: Called after the compilation and each timed step.
 
     Returns:
-        The figures, whose keys name the units. Useful operations are counted as 6 for each
-        parameter and token.
+        The figures, whose keys name the units.
     """
     mesh = create_run_mesh(config)
     state, _, train_step = create_language_model_run(config, mesh)
@@ -51,6 +51,7 @@ def time_train_step(
     compiled = train_step.lower(state, batch).compile()
     compile_time = time.perf_counter() - begin
     num_params = get_num_params(state.params)
+    flops = count_flops_per_token(config.language_model, config.data.context_length)
 
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
@@ -66,7 +67,7 @@ def time_train_step(
 
     median = float(np.median(times))
     tokens = config.data.batch_size * config.data.context_length
-    fractions = 6 * num_params * tokens / np.asarray(times) / np.asarray(rates)
+    fractions = flops * tokens / np.asarray(times) / np.asarray(rates)
     return {
         "parameters": num_params,
         "compile_s": compile_time,

@@ -31,7 +31,7 @@ from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.communication import Traffic, expected_traffic
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
-from xlstm.trainer.llm.train import create_language_model_run
+from xlstm.trainer.llm.language_model import create_language_model_run
 
 _CONFIG = define_config_flag()
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -23,8 +23,13 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 
 
 def _with_absolute_stores(config: RunConfig) -> RunConfig:
-    stores = tuple(name if name == STDLIB else resolve_path(name) for name in config.data.stores)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, stores=stores))
+    data = config.data
+    stores = tuple(name if name == STDLIB else resolve_path(name) for name in data.stores)
+    validation_stores = tuple(
+        f"{name}={resolve_path(path)}" for name, path in data.validation_paths.items()
+    )
+    data = dataclasses.replace(data, stores=stores, validation_stores=validation_stores)
+    return dataclasses.replace(config, data=data)
 
 
 def main(argv: list[str]) -> None:

@@ -151,6 +151,25 @@ def test_processes_train_the_same_and_when_one_is_killed_others_go_on(folder, on
     _assert_same(after, one_device)
 
 
+def test_a_process_that_is_asked_to_stop_stops_all(folder, one_device):
+    flags = ["--config.mesh.fsdp=2", "--config.mesh.tp=2", "--config.trainer.num_steps=100000"]
+    processes = _start_together(folder, "stopped", 2, *flags)
+    try:
+        _wait_for_step(folder / "stopped", 5)
+        processes[1].send_signal(signal.SIGTERM)
+        first, second = _finish(*processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert "stopped" not in second  # One process speaks for all.
+    step = int(re.search(r"stopped after step ([\d,]+), which is saved", first)[1].replace(",", ""))
+    losses = _losses(folder / "stopped")
+    assert losses[-1][0] == step and (folder / "stopped" / "checkpoints" / str(step)).is_dir()
+    _assert_same(
+        [loss for loss in losses if loss[0] <= 20], [x for x in one_device if x[0] <= step]
+    )
+
+
 def test_when_the_first_process_is_killed_the_other_ends_and_one_goes_on(folder, one_device):
     output, errors = _kill_one(folder, "first", victim=0)
     assert "loss" not in output

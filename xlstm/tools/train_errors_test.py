@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -146,8 +147,9 @@ def test_a_run_that_diverges_keeps_what_is_good(folder):
     text = (folder / "diverging" / "metrics.jsonl").read_text()
     rows = [json.loads(row) for row in text.splitlines()]
     assert "NaN" not in text and "Infinity" not in text
+    assert rows[-1]["skipped_steps"] == 1 and "grad_norm" not in rows[-1]
     kept = [int(path.name) for path in (folder / "diverging" / "checkpoints").iterdir()]
-    assert max(kept) == rows[-1]["step"]
+    assert max(kept) == rows[-1]["step"] - 1
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(folder):
@@ -172,3 +174,31 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder):
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert "going on from step 10" in output
+
+
+def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
+    process = _start(folder, "blocked", "--config.trainer.checkpoint_interval=5", num_steps=100_000)
+    checkpoints = folder / "blocked" / "checkpoints"
+    deadline = time.monotonic() + 100
+    while not list(checkpoints.glob("*/checksums.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    checkpoints.rename(folder / "blocked" / "good")
+    checkpoints.write_text("in the way")
+    begin = time.monotonic()
+    line = _error(process)
+    assert time.monotonic() - begin < 30
+    assert "a checkpoint cannot be written" in line and "Not a directory" in line
+    # What was whole still is.
+    checkpoints.unlink()
+    (folder / "blocked" / "good").rename(checkpoints)
+    steps = [int(path.parent.name) for path in checkpoints.glob("*/checksums.json")]
+    output, errors = _start(folder, "blocked").communicate(timeout=200)
+    assert f"going on from step {max(steps):,}" in output, errors
+
+
+def test_a_folder_that_cannot_be_written_at_all(folder):
+    before = _contents(folder / "run")
+    line = _error(_start(folder, folder / "run" / "config.json" / "inside"))
+    assert "Not a directory" in line
+    assert _contents(folder / "run") == before

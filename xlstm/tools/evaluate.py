@@ -1,0 +1,187 @@
+"""Evaluates a run's parameters, on its own validation sets or on others.
+
+    bazel run //xlstm/tools:evaluate -- --checkpoint=runs/mine
+    bazel run //xlstm/tools:evaluate -- --checkpoint=runs/mine/checkpoints/5000 \
+        --data=wiki=data/wiki,books=data/books --mesh=fsdp=8
+
+The run may be going on meanwhile; nothing in its folder is changed. If it keeps a moving average of
+the parameters, that is what is evaluated.
+"""
+
+import dataclasses
+import json
+import os
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from xlstm.dataset.pipeline import open_stores
+from xlstm.dataset.validation import ValidationSet, open_validation_sets
+from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.config import to_run_config
+from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
+from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.read_params import read_params
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
+from xlstm.trainer.llm.evaluation import create_evaluation
+from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.workdir import Workdir
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
+)
+_DATA = flags.DEFINE_list(
+    "data", None, "Token stores, as name=path or path [the run's validation sets, to their end]."
+)
+_MAX_BATCHES = flags.DEFINE_integer(
+    "max_batches", None, "Largest number of batches of each set [all].", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Rows in a batch [that of the run].", lower_bound=1
+)
+_CONTEXT_LENGTH = flags.DEFINE_integer(
+    "context_length", None, "Tokens in a row [the run's].", lower_bound=1
+)
+_MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh, such as fsdp=4,tp=2 [dp alone].")
+_JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
+
+
+def find_checkpoint(path: str) -> tuple[Workdir, int]:
+    """Finds a checkpoint by the folder of its run, or its own.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The run's folder and the step.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    parent, name = os.path.split(os.path.normpath(path))
+    if name.isdigit() and os.path.basename(parent) == "checkpoints":
+        return Workdir(os.path.dirname(parent)), int(name)
+    folder = CheckpointFolder(Workdir(path).checkpoints)
+    steps = [step for step in folder.steps() if folder.is_whole(step)]
+    if not steps:
+        raise ValueError(f"--checkpoint={path}: there is no checkpoint of a run")
+    return Workdir(path), steps[-1]
+
+
+def load_run_config(workdir: Workdir) -> RunConfig:
+    """Reads the configuration of a run; raises ValueError if it cannot."""
+    try:
+        with open(workdir.config, encoding="utf-8") as file:
+            return to_run_config(json.load(file)["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
+
+
+def _changed(config: RunConfig) -> RunConfig:
+    """The run's configuration with what the flags change."""
+    data, sizes = config.data, {"dp": -1, "fsdp": 1, "pp": 1, "tp": 1}
+    for entry in _MESH.value:
+        axis, _, size = entry.partition("=")
+        if axis not in sizes or not size.lstrip("-").isdigit():
+            raise ValueError(f"--mesh has {entry!r}: write sizes as fsdp=4,tp=2")
+        sizes[axis] = int(size)
+    if _DATA.value is not None:
+        named = [_named_store(entry) for entry in _DATA.value]
+        data = dataclasses.replace(data, validation_fraction=0.0, validation_stores=tuple(named))
+    data = dataclasses.replace(
+        data,
+        ramp_batch_sizes=(),
+        ramp_steps=(),
+        batch_size=_BATCH_SIZE.value or data.batch_size,
+        context_length=_CONTEXT_LENGTH.value or data.context_length,
+    )
+    trainer = dataclasses.replace(config.trainer, num_minibatches=1)
+    mesh = dataclasses.replace(config.mesh, **sizes)
+    return dataclasses.replace(config, data=data, trainer=trainer, mesh=mesh)
+
+
+def _named_store(entry: str) -> str:
+    name, equals, path = entry.partition("=")
+    if not equals:
+        name, path = os.path.basename(os.path.normpath(entry)), entry
+    return f"{name}={resolve_path(path)}"
+
+
+def _open_sets(config: RunConfig, workdir: Workdir) -> list[ValidationSet]:
+    held_out = config.data.validation_fraction > 0
+    stores = open_stores(config.data, workdir.stdlib_store) if held_out else []
+    check_vocabulary(config, stores)
+    sets = open_validation_sets(config.data, stores)
+    if not sets:
+        raise ValueError("the run has no validation sets: name token stores by --data")
+    return sets
+
+
+def evaluate_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> dict[str, float]:
+    """Evaluates a checkpoint on all validation sets of a configuration.
+
+    Args:
+        config: The configuration.
+        workdir: The run's folder.
+        step: The checkpoint's step.
+
+    Returns:
+        See `create_evaluation`.
+    """
+    mesh, sets = create_run_mesh(config), _open_sets(config, workdir)
+    state, specs, _ = create_language_model_run(config, mesh, abstract=True)
+    params = read_params(workdir.checkpoints, step, state.params)
+    columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
+    console = Console(stderr=True, quiet=jax.process_index() != 0)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("batches", total=None)
+        evaluate = create_evaluation(
+            mesh,
+            specs.params,
+            state.apply_fn,
+            sets,
+            _MAX_BATCHES.value,
+            on_batch=lambda: progress.advance(task),
+        )
+        return evaluate(params)
+
+
+def _table(row: dict[str, float], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("set", "nats a token", "perplexity", "bits a byte"):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for name in [key.removeprefix("val_loss") for key in row if key.startswith("val_loss")]:
+        table.add_row(
+            name.removeprefix("_") or "held out",
+            f"{row['val_loss' + name]:.4f}",
+            f"{row['val_perplexity' + name]:,.2f}",
+            f"{row['val_bits_per_byte' + name]:.4f}",
+        )
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates as the flags say, and prints a table."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not _CHECKPOINT.value:
+        raise ValueError("--checkpoint is missing: name the folder of a run")
+    json_path = _JSON.value and resolve_path(_JSON.value)
+    workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
+    config = _changed(load_run_config(workdir))
+    initialize_devices()
+    with ending_together():
+        row = evaluate_checkpoint(config, workdir, step)
+        if jax.process_index() == 0:
+            if json_path:
+                write_atomically(json_path, json.dumps({"step": step} | row, indent=2) + "\n")
+            Console().print(_table(row, f"step {step:,} of {workdir.path}"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""A run's checkpoints, evaluated as a user of the tool does."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from xlstm.dataset.testing import write_store
+from xlstm.tools import evaluate
+from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.trainer.llm.train import train_language_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where token stores lie, and a run with a moving average of its parameters."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for name in ("store", "wiki"):
+        write_store(folder / name, [f"{name}{i} = {i}\n" * 40 for i in range(30)])
+    config = to_run_config(load_config(config_path("smoke", "")))
+    data = dataclasses.replace(
+        config.data,
+        stores=(str(folder / "store"),),
+        validation_stores=(f"wiki={folder / 'wiki'}",),
+        validation_fraction=0.1,
+        context_length=16,
+    )
+    config = dataclasses.replace(
+        config,
+        data=data,
+        optimizer=dataclasses.replace(config.optimizer, ema_decay=0.5),
+        trainer=dataclasses.replace(config.trainer, eval_batches=10_000),
+        logger=dataclasses.replace(config.logger, sample_tokens=0, tensorboard=False),
+    )
+    train_language_model(config, str(folder / "run"))
+    return folder
+
+
+def _start(folder, *flags):
+    env = os.environ | {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", evaluate.__name__, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+
+
+def _logged(folder, step):
+    """What the run itself found after a step."""
+    with open(folder / "run" / "metrics.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    (row,) = [row for row in rows if row["step"] == step and "val_loss" in row]
+    return row
+
+
+def test_it_finds_what_the_run_found(folder):
+    flags = "--checkpoint=run", "--json=found.json", "--simulate_devices=4", "--mesh=fsdp=2,tp=2"
+    process = _start(folder, *flags)
+    early = _start(folder, "--checkpoint=run/checkpoints/10", "--data=wiki", "--json=early.json")
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "step 20 of" in output and "held out" in output and "wiki" in output
+    found = json.loads((folder / "found.json").read_text())
+    assert found == pytest.approx(_logged(folder, 20), rel=1e-5)
+    for suffix in ("", "_wiki"):
+        # All text is of one-byte characters; only the markers of documents have no bytes.
+        bits = found[f"val_loss{suffix}"] / math.log(2)
+        assert bits < found[f"val_bits_per_byte{suffix}"] < 1.01 * bits
+
+    output, errors = early.communicate(timeout=200)
+    assert early.returncode == 0, errors
+    found = json.loads((folder / "early.json").read_text())
+    expected = {name: x for name, x in _logged(folder, 10).items() if "wiki" in name}
+    assert found == pytest.approx({"step": 10} | expected, rel=1e-5)
+
+
+def test_bad_input_is_one_line_and_status_2(folder):
+    tokens = next((folder / "run" / "checkpoints" / "10").rglob("d/*"))
+    content = tokens.read_bytes()
+    tokens.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    cases = {
+        "is missing": [],
+        "no checkpoint of a run": ["--checkpoint=store"],
+        "there is no checkpoint of step 7": ["--checkpoint=run/checkpoints/7"],
+        "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
+        "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
+        "write sizes as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
+    }
+    for first, second in zip(*[iter(cases)] * 2, strict=True):  # Two at a time.
+        processes = {text: _start(folder, *cases[text]) for text in (first, second)}
+        for text, process in processes.items():
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 2, errors
+            assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+            assert text in errors
+    tokens.write_bytes(content)

@@ -1,0 +1,111 @@
+"""The tool as a user calls it: one call for each case is enough, so most share two of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+
+from xlstm.tools import plot
+
+
+def _write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of two runs, one of them with a torn last line, and of some that are none."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [{"step": 0, "val_loss": 5.5}]
+    for step in range(10, 1010, 10):
+        rows.append({"step": step, "loss": 5 - step / 500, "tokens_per_second": 1000.0 + step})
+    rows += [{"step": 500, "val_loss": 3.25}, {"step": 1000, "val_loss": 4.0, "val_loss_code": 2.0}]
+    _write(folder / "a" / "metrics.jsonl", rows)
+    _write(folder / "b" / "metrics.jsonl", rows[1:51])
+    with open(folder / "b" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 510, "lo')
+    _write(folder / "no_rows" / "metrics.jsonl", [])
+    _write(folder / "no_numbers" / "metrics.jsonl", [{"step": 1, "loss": float("nan")}])
+    (folder / "no_run").mkdir()
+    return folder
+
+
+def _plot(folder, *words):
+    env = os.environ | {"BUILD_WORKING_DIRECTORY": str(folder), "COLUMNS": "100"}
+    command = [sys.executable, "-m", plot.__name__, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def drawn(folder):
+    result = _plot(folder, "a", "b/metrics.jsonl", "a/", "--smooth=100")
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_the_losses_of_all_runs_are_drawn_in_the_terminal(drawn):
+    titles = [line.strip() for line in drawn.splitlines() if line.strip() in ("loss", "val_loss")]
+    assert titles == ["loss", "val_loss"]
+    legends = [line.split() for line in drawn.splitlines() if line.startswith("* ")]
+    assert legends == [["*", "a", "+", "b"], ["*", "a"]]  # One has no validation loss.
+
+
+def test_a_table_says_how_the_runs_do(drawn):
+    lines = [line.split() for line in drawn.splitlines()]
+    assert ["a", "1,000", "3.0000", "3.2500", "500", "1,505"] in lines
+    assert ["b", "500", "4.0000", "1,255"] in lines
+
+
+def test_the_picture_lies_where_the_user_called(folder, drawn):
+    assert drawn.splitlines()[-1] == f"the picture is {folder / 'curves.png'}"
+    assert matplotlib.image.imread(folder / "curves.png").ndim == 3
+
+
+def test_metrics_and_the_picture_can_be_chosen(folder, monkeypatch):
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(folder))
+    runs = plot.read_runs(["a", "b"])
+    assert plot.choose_metrics(runs, None) == ["loss", "val_loss"]
+    assert plot.choose_metrics({"b": runs["b"]}, None) == ["loss"]
+    chosen = ["val_loss_code", "loss", "val_loss_code"]
+    assert plot.choose_metrics(runs, chosen) == ["val_loss_code", "loss"]
+
+
+@pytest.mark.parametrize(
+    "names, metrics, message",
+    [
+        (["c"], None, r"there is no .*c: expected the folder of a run, or its metrics\.jsonl"),
+        (["a", "no_run"], None, r"there is no .*no_run.metrics\.jsonl"),
+        (["no_rows"], None, r"no_rows.metrics\.jsonl has no rows yet"),
+        (["no_numbers"], None, "nothing to draw in no_numbers"),
+        (
+            ["b", "a"],
+            ["los", "loss"],
+            "^--metrics=los: expected some of loss, tokens_per_second, val_loss, val_loss_code$",
+        ),
+        (["b"], [], "^--metrics=: expected some of loss, tokens_per_second$"),
+    ],
+)
+def test_bad_input_is_named(folder, monkeypatch, names, metrics, message):
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(folder))
+    with pytest.raises(ValueError, match=message):
+        plot.choose_metrics(plot.read_runs(names), metrics)
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ([], "name one run or several"),
+        (["a", "--output=none/x.png"], "--output=none/x.png: expected a file in a folder"),
+    ],
+    ids=["no run", "no folder"],
+)
+def test_bad_input_is_one_line_and_status_2(folder, words, named):
+    result = _plot(folder, *words)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and named in line
+    assert result.stdout == ""
