@@ -8,6 +8,7 @@ from xlstm.dataset.config import DataConfig
 from xlstm.dataset.pipeline import batch_origins, open_stores, train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
+    config_for,
     write_letter_store,
     write_store,
     write_tokenizer_json,
@@ -21,12 +22,6 @@ FIELDS = ("inputs", "targets", "targets_mask", "reset")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return write_letter_store(tmp_path_factory.mktemp("data") / "store")
-
-
-def config_for(*stores, **fields):
-    defaults = {"context_length": 16, "batch_size": 8, "validation_fraction": 0.2}
-    paths = tuple(store.path for store in stores)
-    return DataConfig(stores=paths, **{**defaults, **fields})
 
 
 def take(count, batches):

@@ -1,11 +1,13 @@
 """Small tokenizers and stores for tests."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from xlstm.dataset.batch import Batch
+from xlstm.dataset.config import DataConfig
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import TokenStoreWriter, encode_documents
 from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
@@ -68,6 +70,12 @@ def write_letter_store(path: str, first: int = 1, documents: int = 60, seed: int
     """
     lengths = np.random.default_rng(seed).integers(5, 40, documents)
     return write_store(path, [chr(first + i) * int(n) for i, n in enumerate(lengths)])
+
+
+def config_for(*stores: TokenStore, **fields: Any) -> DataConfig:
+    """Returns a configuration of small batches from some stores, with other fields as given."""
+    defaults = {"context_length": 16, "batch_size": 8, "validation_fraction": 0.2}
+    return DataConfig(stores=tuple(store.path for store in stores), **{**defaults, **fields})
 
 
 def letters(batches: Iterable[Batch]) -> set[int]:

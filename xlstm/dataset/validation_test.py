@@ -7,6 +7,7 @@ from xlstm.dataset.config import DataConfig
 from xlstm.dataset.pipeline import train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
+    config_for,
     letters,
     write_letter_store,
     write_store,
@@ -21,12 +22,6 @@ TEXTS = ["hello wörld", "日本語 hello", "plain", "naïve 🙂 world", "\N{EU
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return write_letter_store(tmp_path_factory.mktemp("data") / "store")
-
-
-def config_for(*stores, **fields):
-    defaults = {"context_length": 16, "batch_size": 8, "validation_fraction": 0.2}
-    paths = tuple(store.path for store in stores)
-    return DataConfig(stores=paths, **{**defaults, **fields})
 
 
 def held_out(config, *stores):

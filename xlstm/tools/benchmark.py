@@ -16,7 +16,6 @@ from `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the pre-activations of the
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +37,7 @@ from xlstm.tools.benchmark_candidates import (
     parse_shape,
 )
 from xlstm.tools.benchmark_train_step import time_train_step
-from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
 from xlstm.trainer.base.files import write_atomically
@@ -77,9 +76,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     _refuse_flags_of_the_other_mode()
     config = to_run_config(_CONFIG.value)
-    json_path = _JSON.value and resolve_path(_JSON.value)
-    if json_path and (os.path.isdir(json_path) or not os.path.isdir(os.path.dirname(json_path))):
-        raise ValueError(f"--json={_JSON.value}: expected a file in a folder that exists")
+    json_path = output_path("json", _JSON.value)
     if _TRAIN_STEP.value:
         processes.initialize_devices()
     rows = _time_train_step(config) if _TRAIN_STEP.value else _time_backends(config)

@@ -12,6 +12,25 @@ def resolve_path(path: str) -> str:
     return os.path.abspath(os.path.join(os.environ.get("BUILD_WORKING_DIRECTORY", ""), path))
 
 
+def output_path(flag: str, value: str | None) -> str | None:
+    """Resolves the path of a file to write at the end, so that a bad one is told at the start.
+
+    Args:
+        flag: The name of the flag.
+        value: Its value; None or empty for no file.
+
+    Returns:
+        The absolute path, or the value if there is to be no file.
+
+    Raises:
+        ValueError: If it is a folder, or in a folder that does not exist.
+    """
+    path = value and resolve_path(value)
+    if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path))):
+        raise ValueError(f"--{flag}={value}: expected a file in a folder that exists")
+    return path
+
+
 def run(
     main: Callable[[list[str]], None],
     prepare_words: Callable[[list[str]], list[str]] = list,

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from xlstm.dataset.pipeline import open_stores
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
-from xlstm.tools.command_line import resolve_path, run
+from xlstm.distributed.mesh import MESH_AXES
+from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
@@ -31,6 +32,7 @@ from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.workdir import Workdir
+from xlstm.trainer.logger.base_logger import validation_suffixes
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
@@ -66,8 +68,7 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
     parent, name = os.path.split(os.path.normpath(path))
     if name.isdigit() and os.path.basename(parent) == "checkpoints":
         return Workdir(os.path.dirname(parent)), int(name)
-    folder = CheckpointFolder(Workdir(path).checkpoints)
-    steps = [step for step in folder.steps() if folder.is_whole(step)]
+    steps = CheckpointFolder(Workdir(path).checkpoints).whole_steps()
     if not steps:
         raise ValueError(f"--checkpoint={path}: there is no checkpoint of a run")
     return Workdir(path), steps[-1]
@@ -84,7 +85,7 @@ def load_run_config(workdir: Workdir) -> RunConfig:
 
 def _changed(config: RunConfig) -> RunConfig:
     """The run's configuration with what the flags change."""
-    data, sizes = config.data, {"dp": -1, "fsdp": 1, "pp": 1, "tp": 1}
+    data, sizes = config.data, dict.fromkeys(MESH_AXES, 1) | {"dp": -1}
     for entry in _MESH.value:
         axis, _, size = entry.partition("=")
         if axis not in sizes or not size.lstrip("-").isdigit():
@@ -155,12 +156,12 @@ def _table(row: dict[str, float], title: str) -> Table:
     table = Table(title=title)
     for column in ("set", "nats a token", "perplexity", "bits a byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
-    for name in [key.removeprefix("val_loss") for key in row if key.startswith("val_loss")]:
+    for suffix in validation_suffixes(row):
         table.add_row(
-            name.removeprefix("_") or "held out",
-            f"{row['val_loss' + name]:.4f}",
-            f"{row['val_perplexity' + name]:,.2f}",
-            f"{row['val_bits_per_byte' + name]:.4f}",
+            suffix.removeprefix("_") or "held out",
+            f"{row['val_loss' + suffix]:.4f}",
+            f"{row['val_perplexity' + suffix]:,.2f}",
+            f"{row['val_bits_per_byte' + suffix]:.4f}",
         )
     return table
 
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not _CHECKPOINT.value:
         raise ValueError("--checkpoint is missing: name the folder of a run")
-    json_path = _JSON.value and resolve_path(_JSON.value)
+    json_path = output_path("json", _JSON.value)
     workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
     config = _changed(load_run_config(workdir))
     initialize_devices()

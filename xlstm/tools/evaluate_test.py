@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.tools import evaluate
 from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.testing import start_tool
 from xlstm.trainer.llm.train import train_language_model
 
 
@@ -41,14 +39,8 @@ def folder(tmp_path_factory):
 
 
 def _start(folder, *flags):
-    env = os.environ | {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": ""}
-    return subprocess.Popen(
-        [sys.executable, "-m", evaluate.__name__, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
+    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": ""}
+    return start_tool(evaluate, *flags, env=env)
 
 
 def _logged(folder, step):

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.terminal_plot import draw_in_terminal
 from xlstm.trainer.logger.curves import draw_picture, read_curve, smooth
 from xlstm.trainer.logger.jsonl import read_rows
@@ -126,9 +126,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("name one run or several: plot runs/a runs/b")
     runs = read_runs(argv[1:])
     metrics = choose_metrics(runs, _METRICS.value)
-    output = _OUTPUT.value and resolve_path(_OUTPUT.value)
-    if output and (os.path.isdir(output) or not os.path.isdir(os.path.dirname(output))):
-        raise ValueError(f"--output={_OUTPUT.value}: expected a file in a folder that exists")
+    output = output_path("output", _OUTPUT.value)
 
     panels = {
         metric: [read_curve(rows, metric, label) for label, rows in runs.items()]

@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.tools import train
+from xlstm.tools.testing import start_tool
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +32,8 @@ def _start(folder, workdir, *flags):
         *flags,
     ]
     # Compile quickly. No devices but those that the flags ask for.
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen(
-        [sys.executable, "-m", train.__name__, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=env,
-    )
+    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return start_tool(train, *words, env=env)
 
 
 def _finish(*processes):

@@ -4,14 +4,13 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.tools import train
+from xlstm.tools.testing import start_tool
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +39,14 @@ def _start(folder, workdir, *flags, num_steps=10, **kwargs):
         "--config.logger.sample_tokens=0",
         *flags,
     ]
-    env = os.environ | {
+    env = {
         # The numbers do not matter here, so compile quickly, and but once.
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "BUILD_WORKING_DIRECTORY": str(folder),
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", train.__name__, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-        **kwargs,
-    )
+    return start_tool(train, *words, env=env, **kwargs)
 
 
 def _error(process):

@@ -1,16 +1,14 @@
 """Runs of the tool as a user starts it, in processes of their own."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.tools import train
+from xlstm.tools.testing import start_tool
 from xlstm.trainer.callbacks.metrics import SPEEDS
 
 _NUM_STEPS = 100
@@ -29,7 +27,7 @@ def start(folder):
     words = ["def", "return", "self", "x", "=", "(", ")\n"]
     write_store(folder / "store", [" ".join(rng.choices(words, k=200)) for _ in range(50)])
     # Most of a run's time is compiling: the runs share what does not differ.
-    env = os.environ | {
+    env = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "BUILD_WORKING_DIRECTORY": str(folder),
@@ -46,14 +44,7 @@ def start(folder):
             "--config.logger.sample_tokens=8",
             *flags,
         ]
-        return subprocess.Popen(
-            [sys.executable, "-m", train.__name__, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=env,
-        )
+        return start_tool(train, *words, env=env)
 
     return start
 

@@ -65,13 +65,17 @@ class CheckpointFolder:
         """The steps of all checkpoints, whole or not, in ascending order."""
         return sorted(int(name) for name in self._names() if name.isdigit())
 
+    def whole_steps(self) -> list[int]:
+        """The steps of the whole checkpoints, in ascending order."""
+        return [step for step in self.steps() if self.is_whole(step)]
+
     def is_whole(self, step: int) -> bool:
         """Whether a checkpoint was written to its end, its checksums being the end."""
         return has_checksums(self.of_step(step))
 
     def val_losses(self) -> dict[int, float | None]:
         """Validation losses by step, of the whole checkpoints."""
-        return {step: self._val_loss(step) for step in self.steps() if self.is_whole(step)}
+        return {step: self._val_loss(step) for step in self.whole_steps()}
 
     def run_info(self, step: int) -> dict[str, Any]:
         """What `complete` was told of the run."""

@@ -56,6 +56,15 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
+def restore_arguments(target: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
+    """Asks Orbax for some of the arrays of a checkpoint, by name, placed as the target says."""
+    return ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+
+
 def read_run_info(directory: str, step: int) -> dict[str, Any]:
     """The `run_info` of the run that wrote a checkpoint.
 
@@ -202,12 +211,7 @@ class Checkpointer:
         target = arrays_to_read(wanted, self._orbax.metadata(path).item_metadata.tree)
         for array in like_arrays.values():
             array.delete()
-        arguments = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        arrays = self._orbax.restore(path, args=arguments)
+        arrays = self._orbax.restore(path, args=restore_arguments(target))
         return with_arrays(like, fill_average(wanted, arrays))
 
     def _arrays_path(self, step: int) -> str:

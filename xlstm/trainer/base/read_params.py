@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from xlstm.common_types import PyTree
 from xlstm.trainer.base.checkpoint_arrays import arrays_to_read
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
-from xlstm.trainer.base.checkpointing import ITEM, reported
+from xlstm.trainer.base.checkpointing import ITEM, reported, restore_arguments
 from xlstm.trainer.base.checksums import find_damage
 from xlstm.trainer.base.param_utils import path_name, reboxed, unboxed
 
@@ -43,10 +43,5 @@ def read_params(directory: str, step: int, like: PyTree) -> PyTree:
         wanted = {f"{prefix}.{path_name(key)}": leaf for key, leaf in leaves}
         saved = {name: x for name, x in saved.items() if name.startswith(f"{prefix}.")}
         target = arrays_to_read(wanted, saved)
-        arguments = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        arrays = checkpointer.restore(path, args=arguments)
+        arrays = checkpointer.restore(path, args=restore_arguments(target))
     return reboxed(jax.tree.unflatten(structure, [arrays[name] for name in wanted]), like)

@@ -71,6 +71,7 @@ class _Run:
         workdir: The run's folder.
         stores: What it trains on.
         corpora: Checksums of that.
+        code: The version of the code that runs.
         console: Where the first process speaks.
         clock: What the time is spent on.
         requests: What this process asks of all.
@@ -81,6 +82,7 @@ class _Run:
     workdir: Workdir
     stores: Sequence[TokenStore]
     corpora: list[str]
+    code: dict[str, str]
     console: Console
     clock: Clock
     requests: Requests
@@ -184,17 +186,16 @@ def open_run(
                 to_row=_to_row,
             )
 
-        tokenizer = run.stores[0].load_tokenizer()
         yield OpenRun(
-            state,
-            start_step,
-            step,
-            batches_from,
-            checkpointer,
-            fit_run,
-            run.say,
-            run.mesh,
-            tokenizer,
+            state=state,
+            start_step=start_step,
+            train_step=step,
+            batches_from=batches_from,
+            checkpointer=checkpointer,
+            fit=fit_run,
+            say=run.say,
+            mesh=run.mesh,
+            tokenizer=run.stores[0].load_tokenizer(),
         )
 
 
@@ -209,7 +210,17 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     corpora = corpus_checksums(stores)
     check_workdir(workdir, config, corpora, allow_config_change=allow_config_change)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
-    return _Run(config, mesh, workdir, stores, corpora, console, clock, Requests(mesh))
+    return _Run(
+        config=config,
+        mesh=mesh,
+        workdir=workdir,
+        stores=stores,
+        corpora=corpora,
+        code=code_version(),
+        console=console,
+        clock=clock,
+        requests=Requests(mesh),
+    )
 
 
 def _describe(run: _Run, state: TrainState) -> str:
@@ -230,7 +241,7 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
         run_info={
             "config": plain_config(run.config),
             "corpora": run.corpora,
-            "code": code_version(),
+            "code": run.code,
             "mesh": dict(run.mesh.shape),
         },
     )
@@ -238,10 +249,11 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
 
 def _say_going_on(run: _Run, step: int) -> None:
     run.say(f"going on from step {step:,}, the last checkpoint in {run.workdir.path}")
-    before, now = read_run_info(run.workdir.checkpoints, step)["code"], code_version()
-    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now]
+    before = read_run_info(run.workdir.checkpoints, step)["code"]
     changes = [
-        text for name, text in zip(now, changes, strict=True) if before.get(name) != now[name]
+        f"{name} was {before.get(name)}, is {version}"
+        for name, version in run.code.items()
+        if before.get(name) != version
     ]
     if changes:
         run.say(f"other code wrote it: {'; '.join(changes)}")

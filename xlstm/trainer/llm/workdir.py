@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
@@ -141,8 +142,7 @@ def _same_so_far(workdir: Workdir, saved: dict[str, Any], config: RunConfig) -> 
         before = ScheduleConfig(**saved["schedule"])
     except (TypeError, KeyError, ValueError):
         return False
-    names = os.listdir(workdir.checkpoints) if os.path.isdir(workdir.checkpoints) else []
-    steps = np.arange(max((int(name) for name in names if name.isdigit()), default=0))
+    steps = np.arange(max(CheckpointFolder(workdir.checkpoints).steps(), default=0))
     rates = [create_schedule(schedule)(steps) for schedule in (before, config.schedule)]
     return bool(np.array_equal(*rates))
 

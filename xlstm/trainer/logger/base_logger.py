@@ -32,6 +32,11 @@ class LoggerConfig:
             )
 
 
+def validation_suffixes(row: dict[str, float]) -> list[str]:
+    """What stands behind `val_loss` in a row: for each set `_<name>`, nothing for the held-out."""
+    return [key.removeprefix("val_loss") for key in row if key.startswith("val_loss")]
+
+
 class Logger:
     """Does nothing; a logger overrides what it needs."""
 

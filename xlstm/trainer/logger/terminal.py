@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from xlstm.trainer.logger.base_logger import Logger
+from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -42,12 +42,12 @@ class TerminalLogger(Logger):
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Shows a row: evaluations as lines that stay, the rest in the bar."""
-        for name in (key.removeprefix("val_loss") for key in row if key.startswith("val_loss")):
+        for suffix in validation_suffixes(row):
             self._console.print(
-                f"step {step:>7,}  validation loss {row['val_loss' + name]:.4f}"
-                f"  perplexity {row['val_perplexity' + name]:.2f}"
-                f"  bits per byte {row['val_bits_per_byte' + name]:.3f}"
-                f"{name and f'  ({name[1:]})'}"
+                f"step {step:>7,}  validation loss {row['val_loss' + suffix]:.4f}"
+                f"  perplexity {row['val_perplexity' + suffix]:.2f}"
+                f"  bits per byte {row['val_bits_per_byte' + suffix]:.3f}"
+                f"{suffix and f'  ({suffix[1:]})'}"
             )
         if "loss" not in row or "tokens_per_second" not in row:
             return  # An evaluation, or a step that was left out.
