@@ -22,6 +22,7 @@ class ValidationSet:
 
     Attributes:
         name: Tells the set from the others; empty for the one held out of the training stores.
+        tokenizer: What its documents were encoded with.
     """
 
     def __init__(self, name: str, windows: JoinedWindows, tokenizer: Tokenizer, config: DataConfig):
@@ -35,7 +36,7 @@ class ValidationSet:
         """
         self.name = name
         self._windows = windows
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._batch_size = config.batch_size
         self._width = config.context_length + 1
         self._order = np.argsort(scatter(len(windows)), kind="stable")
@@ -60,7 +61,7 @@ class ValidationSet:
             ValueError: The batch cannot be divided.
         """
         rows = rows_per_shard(self._batch_size, shard_index, shard_count)
-        numbers, eod_id = self._numbers(max_batches), self._tokenizer.eod_id
+        numbers, eod_id = self._numbers(max_batches), self.tokenizer.eod_id
 
         def generate() -> Iterator[Batch]:
             for first in range(0, numbers.size, self._batch_size):
@@ -83,7 +84,7 @@ class ValidationSet:
         if numbers.size not in self._num_bytes:
             # The first token of a window is no target.
             self._num_bytes[numbers.size] = sum(
-                self._tokenizer.count_bytes(self._windows[number][1:]) for number in numbers
+                self.tokenizer.count_bytes(self._windows[number][1:]) for number in numbers
             )
         return self._num_bytes[numbers.size]
 

@@ -35,7 +35,9 @@ def _measured_config(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, validation_fraction=0.0, validation_stores=()),
-        trainer=dataclasses.replace(config.trainer, checkpoint_interval=_CHECKPOINT_INTERVAL),
+        trainer=dataclasses.replace(
+            config.trainer, checkpoint_interval=_CHECKPOINT_INTERVAL, keep_best_checkpoint=False
+        ),
         logger=dataclasses.replace(config.logger, interval=1),
     )
 

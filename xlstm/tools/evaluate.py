@@ -25,10 +25,11 @@ from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
+from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
+from xlstm.trainer.llm.data import create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.workdir import Workdir
@@ -66,12 +67,13 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
         ValueError: If there is none.
     """
     parent, name = os.path.split(os.path.normpath(path))
-    if name.isdigit() and os.path.basename(parent) == "checkpoints":
-        return Workdir(os.path.dirname(parent)), int(name)
-    steps = CheckpointFolder(Workdir(path).checkpoints).whole_steps()
-    if not steps:
-        raise ValueError(f"--checkpoint={path}: there is no checkpoint of a run")
-    return Workdir(path), steps[-1]
+    is_step = name.isdigit() and os.path.basename(parent) == "checkpoints"
+    workdir = Workdir(os.path.dirname(parent) if is_step else path)
+    steps = CheckpointFolder(workdir.checkpoints).whole_steps()
+    wanted = int(name) if is_step else max(steps, default=None)
+    if wanted not in steps:
+        raise ValueError(f"--checkpoint={path}: there is no whole checkpoint of a run")
+    return workdir, wanted
 
 
 def load_run_config(workdir: Workdir) -> RunConfig:
@@ -113,13 +115,19 @@ def _named_store(entry: str) -> str:
     return f"{name}={resolve_path(path)}"
 
 
-def _open_sets(config: RunConfig, workdir: Workdir) -> list[ValidationSet]:
+def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[ValidationSet]:
     held_out = config.data.validation_fraction > 0
     stores = open_stores(config.data, workdir.stdlib_store) if held_out else []
-    check_vocabulary(config, stores)
     sets = open_validation_sets(config.data, stores)
     if not sets:
         raise ValueError("the run has no validation sets: name token stores by --data")
+    # All sets have the same one.
+    found, known = sets[0].tokenizer.fingerprint, read_run_info(workdir.checkpoints, step)
+    if found != known["tokenizer"]:
+        raise ValueError(
+            f"the data was encoded with another tokenizer ({found}) than what the run was trained"
+            f" on ({known['tokenizer']}): prepare it with that one"
+        )
     return sets
 
 
@@ -134,7 +142,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> dict[
     Returns:
         See `create_evaluation`.
     """
-    mesh, sets = create_run_mesh(config), _open_sets(config, workdir)
+    mesh, sets = create_run_mesh(config), _open_sets(config, workdir, step)
     state, specs, _ = create_language_model_run(config, mesh, abstract=True)
     params = read_params(workdir.checkpoints, step, state.params)
     columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()

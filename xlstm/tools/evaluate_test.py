@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from xlstm.dataset.testing import write_store
+from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.tools import evaluate
 from xlstm.tools.config import config_path, load_config, to_run_config
 from xlstm.tools.testing import start_tool
@@ -35,6 +36,8 @@ def folder(tmp_path_factory):
         logger=dataclasses.replace(config.logger, sample_tokens=0, tensorboard=False),
     )
     train_language_model(config, str(folder / "run"))
+    words = write_tokenizer_json(str(folder / "tokenizer.json"), words=["wiki"])
+    write_store(folder / "foreign", ["wiki = 1\n" * 40] * 30, load_tokenizer(words))
     return folder
 
 
@@ -78,14 +81,16 @@ def test_bad_input_is_one_line_and_status_2(folder):
     tokens.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     cases = {
         "is missing": [],
-        "no checkpoint of a run": ["--checkpoint=store"],
-        "there is no checkpoint of step 7": ["--checkpoint=run/checkpoints/7"],
+        "store: there is no whole checkpoint of a run": ["--checkpoint=store"],
+        "7: there is no whole checkpoint of a run": ["--checkpoint=run/checkpoints/7"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
+        "encoded with another tokenizer": ["--checkpoint=run", "--data=foreign"],
         "write sizes as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
     }
-    for first, second in zip(*[iter(cases)] * 2, strict=True):  # Two at a time.
-        processes = {text: _start(folder, *cases[text]) for text in (first, second)}
+    texts = list(cases)
+    for two in (texts[i : i + 2] for i in range(0, len(texts), 2)):  # Most of it is importing.
+        processes = {text: _start(folder, *cases[text]) for text in two}
         for text, process in processes.items():
             _, errors = process.communicate(timeout=200)
             assert process.returncode == 2, errors

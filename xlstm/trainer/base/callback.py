@@ -35,4 +35,7 @@ class Callback:
         """Called after a step that is due, when all metrics up to it have been handed out."""
 
     def on_end(self, step: int, state: TrainState) -> None:
-        """Called after the last step."""
+        """Called after the last step; not after `Stop` or an error."""
+
+    def close(self) -> None:
+        """Called once, when there will be no more steps, whatever the reason."""

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: one folder a step, which counts once its checksums are there.
+"""The folder of a run's checkpoints: one folder a step, which has another name while it is written.
 
 Only the first process changes anything here.
 """
@@ -14,6 +14,20 @@ from xlstm.trainer.base.checksums import has_checksums, write_checksums
 from xlstm.trainer.base.files import write_atomically
 
 _RUN_INFO = "run_info.json"
+_UNFINISHED, _REMOVED = ".unfinished", ".removed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What is known of a checkpoint without reading its arrays.
+
+    Attributes:
+        val_loss: The validation loss after its step, if it is known.
+        for_ever: Whether it is never removed; so it stays when a run's configuration changes.
+    """
+
+    val_loss: float | None = None
+    for_ever: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +36,7 @@ class Retention:
 
     Attributes:
         max_to_keep: The last so many.
-        keep_interval: Those of steps that it divides, for ever; 0 for none.
+        keep_interval: Those of steps that it divides are kept for ever; 0 for none.
         keep_best: Whether the one with the lowest validation loss is kept, too.
     """
 
@@ -30,21 +44,24 @@ class Retention:
     keep_interval: int = 0
     keep_best: bool = False
 
-    def kept(self, val_losses: Mapping[int, float | None]) -> dict[int, float | None]:
-        """Chooses among checkpoints, given as validation losses by step."""
-        kept = set(sorted(val_losses)[-self.max_to_keep :])
-        if self.keep_interval:
-            kept |= {step for step in val_losses if step % self.keep_interval == 0}
-        best = best_step(val_losses)
+    def is_for_ever(self, step: int) -> bool:
+        """Whether a checkpoint that is written now is kept for ever."""
+        return self.keep_interval > 0 and step % self.keep_interval == 0
+
+    def kept(self, saved: Mapping[int, Saved]) -> dict[int, Saved]:
+        """Chooses among checkpoints, given by step."""
+        kept = set(sorted(saved)[-self.max_to_keep :])
+        kept |= {step for step in saved if saved[step].for_ever}
+        best = best_step(saved)
         if self.keep_best and best is not None:
             kept.add(best)
-        return {step: val_losses[step] for step in sorted(kept)}
+        return {step: saved[step] for step in sorted(kept)}
 
 
-def best_step(val_losses: Mapping[int, float | None]) -> int | None:
+def best_step(saved: Mapping[int, Saved]) -> int | None:
     """The step with the lowest validation loss, the first of several; None if no loss is known."""
-    known = [step for step in sorted(val_losses) if val_losses[step] is not None]
-    return min(known, key=val_losses.__getitem__, default=None)
+    known = [step for step in sorted(saved) if saved[step].val_loss is not None]
+    return min(known, key=lambda step: saved[step].val_loss, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,56 +78,69 @@ class CheckpointFolder:
         """The folder of a checkpoint."""
         return os.path.join(self.path, str(step))
 
+    def unfinished(self, step: int) -> str:
+        """The folder of a checkpoint that is being written."""
+        return self.of_step(step) + _UNFINISHED
+
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, whole or not, in ascending order."""
+        """The steps of all checkpoints, damaged ones too, in ascending order."""
         return sorted(int(name) for name in self._names() if name.isdigit())
 
     def whole_steps(self) -> list[int]:
-        """The steps of the whole checkpoints, in ascending order."""
-        return [step for step in self.steps() if self.is_whole(step)]
+        """The steps of the checkpoints that have checksums, in ascending order."""
+        return [step for step in self.steps() if has_checksums(self.of_step(step))]
 
-    def is_whole(self, step: int) -> bool:
-        """Whether a checkpoint was written to its end, its checksums being the end."""
-        return has_checksums(self.of_step(step))
-
-    def val_losses(self) -> dict[int, float | None]:
-        """Validation losses by step, of the whole checkpoints."""
-        return {step: self._val_loss(step) for step in self.whole_steps()}
+    def saved(self) -> dict[int, Saved]:
+        """What is known of the checkpoints that have checksums, by step."""
+        return {step: self._saved(step) for step in self.whole_steps()}
 
     def run_info(self, step: int) -> dict[str, Any]:
         """What `complete` was told of the run."""
         return self._read(step)["run"]
 
-    def make(self, step: int) -> None:
-        """Makes the empty folder of a checkpoint; one that is there is removed."""
-        self.remove([step])
-        os.makedirs(self.of_step(step))
+    def begin(self, step: int) -> None:
+        """Makes the empty folder of a checkpoint to be written."""
+        path = self.unfinished(step)
+        if os.path.exists(path):
+            shutil.rmtree(path)
+        os.makedirs(path)
 
-    def complete(self, step: int, run_info: dict[str, Any], val_loss: float | None) -> None:
-        """Makes a checkpoint whose arrays are written a whole one.
+    def complete(self, step: int, run_info: dict[str, Any], saved: Saved) -> None:
+        """Makes a checkpoint of what is written; one of that step that is there is replaced.
 
         Args:
             step: Its step.
             run_info: What is to be known of the run; JSON must be able to hold it.
-            val_loss: The validation loss after that step, if it is known.
+            saved: What is to be known of the checkpoint.
         """
-        path = os.path.join(self.of_step(step), _RUN_INFO)
-        write_atomically(path, json.dumps({"val_loss": val_loss, "run": run_info}, indent=1))
-        write_checksums(self.of_step(step))
+        path = self.unfinished(step)
+        content = dataclasses.asdict(saved) | {"run": run_info}
+        write_atomically(os.path.join(path, _RUN_INFO), json.dumps(content, indent=1))
+        write_checksums(path)
+        self.remove([step])
+        os.rename(path, self.of_step(step))
 
     def remove(self, steps: Iterable[int]) -> None:
         """Removes checkpoints; if this is interrupted, what is left is no checkpoint any more."""
         for path in (self.of_step(step) for step in steps):
             if os.path.exists(path):  # Somebody may have taken it away.
-                os.rename(path, f"{path}.removed")
-                shutil.rmtree(f"{path}.removed")
+                os.rename(path, path + _REMOVED)
+                shutil.rmtree(path + _REMOVED)
 
-    def remove_leftovers(self) -> None:
-        """Removes what a killed run left half written or half removed; its name has a suffix."""
+    def remove_leftovers(self) -> list[int]:
+        """Removes what a killed run left half written or half removed.
+
+        Returns:
+            The steps of those that were half written.
+        """
+        unfinished = []
         for name in self._names():
             stem, point, _ = name.partition(".")
             if point and stem.isdigit():
                 shutil.rmtree(os.path.join(self.path, name))
+                if name.endswith(_UNFINISHED):
+                    unfinished.append(int(stem))
+        return sorted(unfinished)
 
     def set_aside(self, step: int) -> str:
         """Moves a checkpoint out of the way, and returns to where."""
@@ -130,11 +160,12 @@ class CheckpointFolder:
         except FileNotFoundError:
             return []
 
-    def _val_loss(self, step: int) -> float | None:
+    def _saved(self, step: int) -> Saved:
         try:
-            return self._read(step)["val_loss"]
+            info = self._read(step)
+            return Saved(info["val_loss"], info["for_ever"])
         except (OSError, ValueError, KeyError, TypeError):
-            return None  # It is damaged, and so it is not the best.
+            return Saved()  # It is damaged, and so it is not the best.
 
     def _read(self, step: int) -> dict[str, Any]:
         with open(os.path.join(self.of_step(step), _RUN_INFO), encoding="utf-8") as file:

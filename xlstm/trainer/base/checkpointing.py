@@ -5,7 +5,7 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import jax
@@ -18,7 +18,7 @@ from xlstm.trainer.base.checkpoint_arrays import (
     named_arrays,
     with_arrays,
 )
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Retention, best_step
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Retention, Saved, best_step
 from xlstm.trainer.base.checksums import find_damage
 from xlstm.trainer.base.first_process import from_first_process, wait_for_all
 
@@ -79,59 +79,13 @@ def read_run_info(directory: str, step: int) -> dict[str, Any]:
         return CheckpointFolder(directory).run_info(step)
 
 
-def discard_damaged(directory: str, report: Callable[[str], None]) -> int | None:
-    """Finds the last checkpoint whose every byte is as it was written; to be called at a start.
-
-    Newer ones that are damaged, or that the run was still writing when it was killed, are moved to
-    `damaged_checkpoints` beside the folder. In a run of several processes the first one does this,
-    and all are told.
-
-    Args:
-        directory: The folder of a run's checkpoints; it need not be there.
-        report: Takes each sentence about what was found; it is called in the first process only.
-
-    Returns:
-        The step of that checkpoint; None if there was none at all.
-
-    Raises:
-        OSError: If all checkpoints are damaged, which stay where they are, or something cannot be
-            read or moved.
-    """
-    return from_first_process(lambda: _discard_damaged(CheckpointFolder(directory), report))
-
-
-def _discard_damaged(folder: CheckpointFolder, report: Callable[[str], None]) -> int | None:
-    with reported(f"the checkpoints in {folder.path} cannot be checked"):
-        folder.remove_leftovers()
-        steps = folder.steps()
-        if steps and not folder.is_whole(steps[-1]):
-            unfinished = steps.pop()
-            place = folder.set_aside(unfinished)
-            report(f"the checkpoint of step {unfinished} was not finished: it is moved to {place}")
-        damages: dict[int, str] = {}
-        while steps and (damage := find_damage(folder.of_step(steps[-1]))):
-            damages[steps.pop()] = damage
-    if damages and not steps:
-        listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
-        raise OSError(
-            f"every checkpoint in {folder.path} is damaged ({listed}): repair one, or take the"
-            " folder away to begin anew"
-        )
-    with reported(f"a damaged checkpoint in {folder.path} cannot be moved away"):
-        for step, damage in damages.items():
-            report(
-                f"the checkpoint of step {step} is damaged ({damage}): it is moved to"
-                f" {folder.set_aside(step)}, and that of step {steps[-1]} is used"
-            )
-    return steps[-1] if steps else None
-
-
 class Checkpointer:
     """Writes checkpoints in the background, and reads those that are whole.
 
     A checkpoint counts once the checksums of all its files are written; only then are older ones
     removed. After a failure in the background every method but `latest_step` and `best_loss`
-    raises.
+    raises. In a run of several processes every one has its own and calls the same methods; the
+    first one speaks and changes files that belong to none.
     """
 
     def __init__(
@@ -142,42 +96,89 @@ class Checkpointer:
         keep_interval: int = 0,
         keep_best: bool = False,
         run_info: dict[str, Any] | None = None,
+        report: Callable[[str], None] = lambda text: None,
     ):
         """Opens the folder of a run's checkpoints, and makes it if it is not there.
 
         Args:
             directory: The folder.
             max_to_keep: The last so many checkpoints are kept.
-            keep_interval: Those of steps that it divides are kept, too; 0 for none.
+            keep_interval: Those of steps that it divides are kept for ever; 0 for none.
             keep_best: Whether that with the lowest validation loss is kept, too.
             run_info: What is to be known of the run, saved with each; JSON must be able to hold it.
+            report: Takes sentences for the user, from any thread, in the first process only.
 
         Raises:
             OSError: If the folder cannot be used.
         """
         self._folder = CheckpointFolder(directory)
         self._retention = Retention(max_to_keep, keep_interval, keep_best)
-        self._run_info = run_info or {}
+        self._run_info, self._report = run_info or {}, report
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         with reported(f"the checkpoints in {directory} cannot be opened"):
-            self._val_losses = dict(from_first_process(self._open))
+            self._saved = self._open_folder()
             # Folders are made at once: if they cannot be, Orbax's threads would wait for them.
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             self._orbax = ocp.AsyncCheckpointer(_array_handler(), async_options=options)
 
-    def _open(self) -> list[tuple[int, float | None]]:
-        os.makedirs(self._folder.path, exist_ok=True)
-        return list(self._folder.val_losses().items())
+    def _open_folder(self) -> dict[int, Saved]:
+        """Makes the folder, or finds what is in it; every process keeps the same books."""
+
+        def read() -> list[tuple[int, float | None, bool]]:
+            os.makedirs(self._folder.path, exist_ok=True)
+            return [(step, x.val_loss, x.for_ever) for step, x in self._folder.saved().items()]
+
+        return {step: Saved(*values) for step, *values in from_first_process(read)}
+
+    def discard_damaged(self) -> int | None:
+        """Reads every byte of the newest checkpoints, until one is as it was written.
+
+        Newer ones that are damaged are moved to `damaged_checkpoints` beside the folder. What a
+        killed run was still writing is removed.
+
+        Returns:
+            The step of that checkpoint, now the last one; None if there was none at all.
+
+        Raises:
+            OSError: If all checkpoints are damaged, which stay where they are, or something cannot
+                be read or moved.
+        """
+        self.wait()
+        step = from_first_process(self._discard_damaged)
+        self._saved = self._open_folder()
+        return step
+
+    def _discard_damaged(self) -> int | None:
+        folder = self._folder
+        with reported(f"the checkpoints in {folder.path} cannot be checked"):
+            for unfinished in folder.remove_leftovers():
+                self._report(f"the checkpoint of step {unfinished} was not finished: it is removed")
+            steps, damages = folder.steps(), {}
+            while steps and (damage := find_damage(folder.of_step(steps[-1]))):
+                damages[steps.pop()] = damage
+        if damages and not steps:
+            listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
+            raise OSError(
+                f"every checkpoint in {folder.path} is damaged ({listed}): repair one, or take the"
+                " folder away to begin anew"
+            )
+        with reported(f"a damaged checkpoint in {folder.path} cannot be moved away"):
+            for step, damage in damages.items():
+                self._report(
+                    f"the checkpoint of step {step} is damaged ({damage}): it is moved to"
+                    f" {folder.set_aside(step)}, and that of step {steps[-1]} is used"
+                )
+        return steps[-1] if steps else None
 
     def latest_step(self) -> int | None:
         """The step of the last whole checkpoint; None if there is none."""
-        return max(self._val_losses, default=None)
+        return max(self._saved, default=None)
 
     def best_loss(self) -> float | None:
         """The lowest validation loss of the whole checkpoints; None if none is known."""
-        step = best_step(self._val_losses)
-        return None if step is None else self._val_losses[step]
+        step = best_step(self._saved)
+        return None if step is None else self._saved[step].val_loss
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Reads a checkpoint.
@@ -196,11 +197,11 @@ class Checkpointer:
         """
         self.wait()
         found = self.latest_step() if step is None else step
-        if found not in self._val_losses:
+        if found not in self._saved:
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise OSError(f"there is {which} in {self._folder.path}")
         with reported(f"the checkpoint of step {found} in {self._folder.path} cannot be read"):
-            return self._restore(like, self._arrays_path(found))
+            return self._restore(like, self._arrays_path(self._folder.of_step(found)))
 
     def _restore(self, like: TrainState, path: str) -> TrainState:
         like_arrays = named_arrays(like)
@@ -214,8 +215,9 @@ class Checkpointer:
         arrays = self._orbax.restore(path, args=restore_arguments(target))
         return with_arrays(like, fill_average(wanted, arrays))
 
-    def _arrays_path(self, step: int) -> str:
-        return os.path.join(os.path.abspath(self._folder.of_step(step)), ITEM)
+    @staticmethod
+    def _arrays_path(folder: str) -> str:
+        return os.path.join(os.path.abspath(folder), ITEM)
 
     def save(self, step: int, state: TrainState, val_loss: float | None = None) -> None:
         """Begins to write a checkpoint; training may go on at once.
@@ -233,32 +235,38 @@ class Checkpointer:
         self.wait()
         with self._writing():
             if jax.process_index() == 0:
-                self._folder.make(step)
+                self._folder.begin(step)
             arrays = ocp.args.PyTreeSave(named_arrays(state))
-            self._orbax.save(self._arrays_path(step), args=arrays)
+            self._orbax.save(self._arrays_path(self._folder.unfinished(step)), args=arrays)
         is_known = val_loss is not None and math.isfinite(val_loss)
-        self._thread = threading.Thread(
-            target=self._finish, args=(step, float(val_loss) if is_known else None)
-        )
+        saved = Saved(float(val_loss) if is_known else None, self._retention.is_for_ever(step))
+        self._thread = threading.Thread(target=self._finish, args=(step, saved))
         self._thread.start()
 
-    def _finish(self, step: int, val_loss: float | None) -> None:
+    def _finish(self, step: int, saved: Saved) -> None:
         """What is to be done in the background once Orbax has begun."""
         try:
             self._orbax.wait_until_finished()
             is_first_process = jax.process_index() == 0
             try:
                 if is_first_process:
-                    self._folder.complete(step, self._run_info, val_loss)
+                    self._folder.complete(step, self._run_info, saved)
             finally:
                 wait_for_all(f"checksums_{step}")
-            known = self._val_losses | {step: val_loss}
+            known = self._saved | {step: saved}
             # Every process keeps the same books; replaced at once, so that no lock is needed.
-            self._val_losses = self._retention.kept(known)
+            self._saved = self._retention.kept(known)
             if is_first_process:
-                self._folder.remove(known.keys() - self._val_losses.keys())
+                self._remove(known.keys() - self._saved.keys())
         except Exception as error:  # As above; it is raised where the training sees it.
             self._error = error
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        """Removes old checkpoints; that one stays is no reason to end a run."""
+        try:
+            self._folder.remove(steps)
+        except OSError as error:
+            self._report(f"an old checkpoint cannot be removed ({error})")
 
     def check(self) -> None:
         """Raises OSError if a checkpoint could not be written; costs next to nothing."""

@@ -18,7 +18,7 @@ import pytest
 
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.base import checkpoint_folder
-from xlstm.trainer.base.checkpointing import Checkpointer, discard_damaged, read_run_info
+from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
 from xlstm.trainer.base.checksums import write_checksums
 from xlstm.trainer.base.param_utils import reboxed, unboxed
 from xlstm.trainer.base.train_state import create_train_state
@@ -126,6 +126,13 @@ def _wait_for_error(checkpointer):
     return str(caught.value)
 
 
+def _discard_damaged(directory, report=pytest.fail):
+    with Checkpointer(str(directory), report=report) as checkpointer:
+        found = checkpointer.discard_damaged()
+        assert checkpointer.latest_step() == found
+    return found
+
+
 @pytest.fixture
 def like():
     return _create(seed=1)
@@ -196,24 +203,38 @@ def test_what_is_kept(tmp_path, like):
         checkpointer.wait()
         assert (checkpointer.latest_step(), checkpointer.best_loss()) == (8, 1.5)
     assert _steps(tmp_path) == {4, 7, 8}
-    # A checkpoint may be written again.
+    # A checkpoint may be written again. What was to be kept for ever stays without the wish, too.
     with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
         checkpointer.save(8, _donating_step(_create()))
         assert int(checkpointer.restore(_create()).step) == 1
-    assert discard_damaged(str(tmp_path), pytest.fail) == 8
-    assert _steps(tmp_path) == {8}
+    assert _discard_damaged(tmp_path) == 8
+    assert _steps(tmp_path) == {4, 8}
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    reports = []
+    monkeypatch.setattr(checkpoint_folder.shutil, "rmtree", fail)
+    _write(tmp_path, 1, 2, max_to_keep=1, report=reports.append)
+    assert len(reports) == 1
+    assert re.search("an old checkpoint cannot be removed .*Permission denied", reports[0])
+    monkeypatch.undo()
+    assert _discard_damaged(tmp_path) == 2
+    assert _steps(tmp_path) == {2}
 
 
 def test_nothing_is_removed_before_a_newer_one_is_whole(tmp_path, monkeypatch):
     seen = []
 
     def write(folder):
-        seen.append(_steps(tmp_path))
+        seen.append({int(name) for name in os.listdir(tmp_path) if name.isdigit()})
         write_checksums(folder)
 
     monkeypatch.setattr(checkpoint_folder, "write_checksums", write)
     _write(tmp_path, 1, 2, 3, max_to_keep=1)
-    assert seen == [{1}, {1, 2}, {2, 3}]
+    assert seen == [set(), {1}, {2}]
     assert _steps(tmp_path) == {3}
 
 
@@ -225,7 +246,7 @@ def test_what_is_known_of_the_run(tmp_path):
 
 
 def test_without_checkpoints(tmp_path, like):
-    assert discard_damaged(str(tmp_path / "none"), pytest.fail) is None
+    assert _discard_damaged(tmp_path / "none") is None
     with Checkpointer(str(tmp_path / "none")) as checkpointer:
         assert checkpointer.latest_step() is None
         assert checkpointer.best_loss() is None
@@ -235,16 +256,21 @@ def test_without_checkpoints(tmp_path, like):
 
 def test_what_a_killed_run_left_unfinished_does_not_count(tmp_path):
     _write(tmp_path, 1, 2, 3, max_to_keep=3)
-    shutil.copytree(tmp_path / "1", tmp_path / "4.orbax-checkpoint-tmp")
     shutil.move(tmp_path / "1", tmp_path / "1.removed")
-    os.remove(tmp_path / "3" / "checksums.json")
+    shutil.move(tmp_path / "3", tmp_path / "3.unfinished")
     with Checkpointer(str(tmp_path)) as checkpointer:
         assert checkpointer.latest_step() == 2
     reports = []
-    assert discard_damaged(str(tmp_path), reports.append) == 2
-    assert "the checkpoint of step 3 was not finished: it is moved to " in reports[0]
+    assert _discard_damaged(tmp_path, reports.append) == 2
+    assert reports == ["the checkpoint of step 3 was not finished: it is removed"]
     assert _steps(tmp_path) == {2}
-    assert (tmp_path.parent / "damaged_checkpoints" / "3").is_dir()
+    assert not (tmp_path.parent / "damaged_checkpoints").exists()
+
+
+def test_a_run_that_was_killed_in_its_first_checkpoint_begins_anew(tmp_path):
+    _write(tmp_path, 1)
+    shutil.move(tmp_path / "1", tmp_path / "1.unfinished")
+    assert _discard_damaged(tmp_path, lambda text: None) is None
 
 
 def test_every_flipped_byte_is_found(tmp_path):
@@ -255,9 +281,9 @@ def test_every_flipped_byte_is_found(tmp_path):
             _flip(path, position)
             name = os.path.relpath(path, tmp_path / "1")
             with pytest.raises(OSError, match=f"every .* damaged .step 1: {name} has other bytes"):
-                discard_damaged(str(tmp_path), pytest.fail)
+                _discard_damaged(tmp_path)
             _flip(path, position)
-    assert discard_damaged(str(tmp_path), pytest.fail) == 1
+    assert _discard_damaged(tmp_path) == 1
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path, like):
@@ -268,7 +294,7 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, like):
     os.remove(directory / "2" / "checksums.json")
     (tmp_path / "damaged_checkpoints" / "3").mkdir(parents=True)
     reports = []
-    assert discard_damaged(str(directory), reports.append) == 1
+    assert _discard_damaged(directory, reports.append) == 1
     aside = tmp_path / "damaged_checkpoints"
     patterns = [
         rf"the checkpoint of step 4 is damaged \(state/\S+ has 1,000 bytes, not the [\d,]+ that "
@@ -285,7 +311,7 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, like):
     _flip(_biggest_file(directory), 0)
     for _ in range(2):
         with pytest.raises(OSError, match="every checkpoint in .* is damaged .*begin anew"):
-            discard_damaged(str(directory), pytest.fail)
+            _discard_damaged(directory)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
@@ -349,8 +375,8 @@ def test_a_full_disk_is_told_at_once_and_the_last_checkpoint_stays(tmp_path, lik
             call()
     assert checkpointer.latest_step() == 1
     reports = []
-    assert discard_damaged(str(tmp_path), reports.append) == 1
-    assert "the checkpoint of step 2 was not finished: it is moved to " in reports[0]
+    assert _discard_damaged(tmp_path, reports.append) == 1
+    assert reports == ["the checkpoint of step 2 was not finished: it is removed"]
     assert _steps(tmp_path) == {1}
     with Checkpointer(str(tmp_path)) as checkpointer:
         _assert_same(checkpointer.restore(like), arrays[1])
@@ -366,10 +392,8 @@ def test_a_checkpoint_without_checksums_does_not_count(tmp_path, monkeypatch):
     checkpointer.save(2, _create())
     assert _wait_for_error(checkpointer).endswith("No space left on device")
     assert checkpointer.latest_step() == 1
-    assert _steps(tmp_path) == {1, 2}
-    reports = []
-    assert discard_damaged(str(tmp_path), reports.append) == 1
-    assert len(reports) == 1
+    assert _discard_damaged(tmp_path, lambda text: None) == 1
+    assert _steps(tmp_path) == {1}
 
 
 def test_an_error_in_the_block_is_told_and_not_one_from_closing(tmp_path):

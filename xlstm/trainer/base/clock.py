@@ -35,13 +35,17 @@ class Clock:
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now
 
+    def tick(self) -> None:
+        """Says that a phase that takes its time has not come to a halt."""
+        self._enter(self._phase)
+
     def current(self) -> tuple[str, float]:
         """The phase, and how many seconds ago anything was heard of the run; from any thread."""
         return self._phase, time.perf_counter() - self._since
 
     def seconds(self) -> dict[str, float]:
         """The seconds of each phase so far."""
-        self._enter(self._phase)
+        self.tick()
         return dict(self._seconds)
 
     def training_seconds(self) -> float:

@@ -47,6 +47,16 @@ def test_of_phases_in_each_other_the_inner_one_counts(now):
     assert clock.seconds() == {"start": 0, "evaluation": 2, "data": 5, "other": 0}
 
 
+def test_a_tick_is_a_sign_of_life_and_costs_no_time(now):
+    clock = Clock()
+    with clock.phase("evaluation"):
+        now[0] += 5
+        clock.tick()
+        now[0] += 1
+        assert clock.current() == ("evaluation", 1)
+    assert clock.seconds()["evaluation"] == 6
+
+
 def test_a_phase_ends_with_an_error(now):
     clock = Clock()
     with pytest.raises(KeyError), clock.phase("step"):

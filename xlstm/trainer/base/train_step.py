@@ -24,7 +24,7 @@ def create_train_step(
     state_specs: PyTree,
     create_loss_fn: Callable[[int, jax.Array], LossFn],
     count_targets: Callable[[PyTree], jax.Array],
-    update: Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]],
+    update: Callable[[TrainState, PyTree, jax.Array, jax.Array], tuple[TrainState, Metrics]],
     num_minibatches: int,
     norms_per_param: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -38,8 +38,8 @@ def create_train_step(
             on the step and on the example's place in the global batch alone. It returns what this
             device contributes: loss and metrics are summed over all devices of the mesh.
         count_targets: Counts the targets in a batch.
-        update: Makes the next state of a state, gradients and their global norm, see
-            `update_state`.
+        update: Makes the next state of a state, gradients, their global norm and the sum of the
+            losses, see `update_state`.
         num_minibatches: Number of minibatches that each device's share of a batch is cut into.
         norms_per_param: Whether the norms of single parameters are metrics too.
 
@@ -88,7 +88,8 @@ def create_train_step(
         state: TrainState, batch: PyTree, requests: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = compute_gradients(state.replace(**without), batch, requests)
-        state, update_metrics = update(state, grads, metrics["grad_norm"])
+        total_loss, _ = metrics["loss"]
+        state, update_metrics = update(state, grads, metrics["grad_norm"], total_loss)
         return state, metrics | update_metrics
 
     return train_step

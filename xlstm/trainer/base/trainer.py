@@ -26,7 +26,8 @@ class TrainerConfig:
     checkpoint_minutes: float = 0.0  # A checkpoint also after so many minutes; 0: by steps alone.
     max_checkpoints: int = 2  # The last so many checkpoints are kept.
     keep_checkpoint_interval: int = 0  # Checkpoints of its multiples are kept for ever; 0: none.
-    keep_best_checkpoint: bool = False  # Whether that with the lowest validation loss is kept too.
+    keep_best_checkpoint: bool = False  # Whether that with the lowest validation loss is kept too:
+    # the loss of the held-out set or, without one, of the first of data.validation_stores.
     nan_policy: str = "stop"  # After a gradient that is not finite: stop; skip (leave its step
     # out); or rollback (go on behind it with the parameters of the last checkpoint).
     max_skipped_steps: int = 20  # So many steps left out in a row stop the run.
@@ -111,7 +112,9 @@ def fit(
                 except RollBack as rollback:
                     pending.clear()
                     state, step = rollback.restore(state), done
-                    batches, due = batches_from(step), []
+                    batches = batches_from(step)
+                    # What is due after the step that is left out has not been done yet.
+                    due = [callback for callback in callbacks if callback.is_due(step)]
             for callback in due:
                 callback.on_step(step, state)
     except Stop:

@@ -133,7 +133,9 @@ def test_a_roll_back_goes_on_behind_the_step(due):
     assert state == ("saved", 3, 4, 5)
     assert [event[1] for event in events if event[0] == "metrics"] == [1, 2, 3, 4, 5, 6]
     steps = [event for event in events if event[0] == "step"]
-    assert steps == ([("step", 4, ("saved", 3))] if 4 in due else [])
+    # What is due after the bad step has the state that is gone on with.
+    expected = {3: ("step", 3, ("saved",)), 4: ("step", 4, ("saved", 3))}
+    assert steps == [expected[step] for step in due]
 
 
 def test_metrics_become_numbers():

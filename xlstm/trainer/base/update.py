@@ -14,6 +14,7 @@ def update_state(
     state: TrainState,
     grads: PyTree,
     grad_norm: jax.Array,
+    loss: jax.Array,
     *,
     schedule: optax.Schedule,
     grad_clip_norm: float,
@@ -23,22 +24,25 @@ def update_state(
     """Makes one step of the optimizer: `params -= lr * direction(clipped gradient)`.
 
     The arrays are global, and the compiler divides the work as they are divided: so whatever the
-    optimizer does with a parameter is exact on every mesh. A step whose gradient norm is not
-    finite, or too large, counts as done but leaves parameters and optimizer as they are.
+    optimizer does with a parameter is exact on every mesh. A step whose gradient norm or loss is
+    not finite, or whose norm is too large, counts as done but leaves parameters and optimizer as
+    they are.
 
     Args:
         state: The state before, outside of `shard_map`.
         grads: Gradients, boxed like the parameters.
         grad_norm: Their global norm, a float32 scalar.
+        loss: The loss, or its sum, a float32 scalar.
         schedule: Learning rate as a function of the steps done before.
         grad_clip_norm: The gradient is scaled down to this norm.
         max_grad_norm_ratio: A norm above so many times its moving average is too large; 0: none is.
-        ema_decay: Decay of the moving average of the parameters, if the state has one.
+        ema_decay: Decay of the moving average of the parameters, if the state has one. It begins
+            smaller, `(1 + step) / (10 + step)`, so that the initial parameters are soon forgotten.
 
     Returns:
         The state after, and the metrics `lr`, `skipped` (1 or 0) and `skipped_steps` (so far).
     """
-    mean, is_good = state.grad_norm_mean, jnp.isfinite(grad_norm)
+    mean, is_good = state.grad_norm_mean, jnp.isfinite(grad_norm) & jnp.isfinite(loss)
     # What counts for the average is limited: of many large norms in a row the last are no outliers.
     counted = grad_norm
     if max_grad_norm_ratio:
@@ -62,8 +66,11 @@ def update_state(
     )
     params_ema = state.params_ema
     if params_ema is not None:
-        before = unboxed(params_ema)
-        moved = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, before, params)
+        before, decay = (
+            unboxed(params_ema),
+            jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)),
+        )
+        moved = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, before, params)
         params_ema = reboxed(choose(moved, before), params_ema)
     state = state.replace(
         step=state.step + 1,

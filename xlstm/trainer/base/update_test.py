@@ -40,11 +40,12 @@ def _grads(scale=1.0, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames=("clip", "ratio", "decay"))
-def _update(state, grads, clip=1e9, ratio=0.0, decay=0.0):
+def _update(state, grads, clip=1e9, ratio=0.0, decay=0.0, loss=1.0):
     return update_state(
         state,
         grads,
         optax.tree.norm(grads),
+        jnp.float32(loss),
         schedule=_schedule,
         grad_clip_norm=clip,
         max_grad_norm_ratio=ratio,
@@ -78,6 +79,14 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(bad):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, field), getattr(before, field))
     assert after.step == 2 and after.skipped_steps == 1
     assert metrics["skipped"] == metrics["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_so_does_a_loss_that_is_not_finite(bad):
+    before = _state()
+    after, metrics = _update(before, _grads(), loss=bad)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    assert metrics["skipped"] == 1
 
 
 def test_the_learning_rate_is_that_of_the_step_after_skipped_ones_too():
@@ -117,10 +126,12 @@ def test_without_a_ratio_no_outlier_is_skipped():
 
 def test_the_average_follows_the_parameters():
     state, average = _state(with_ema=True), {name: np.float64(x) for name, x in _PARAMS.items()}
-    for seed in range(4):
-        state, _ = _update(state, _grads(seed=seed), decay=0.8)
+    # It begins with the mean of few steps.
+    for seed, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]):
+        state, _ = _update(state, _grads(seed=seed), decay=0.3)
         for name in average:
-            average[name] = 0.8 * average[name] + 0.2 * np.asarray(state.params[name], np.float64)
+            now = np.asarray(state.params[name], np.float64)
+            average[name] = decay * average[name] + (1 - decay) * now
             np.testing.assert_allclose(state.params_ema[name], average[name], rtol=1e-5, atol=1e-7)
 
 

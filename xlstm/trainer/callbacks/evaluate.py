@@ -5,7 +5,7 @@ from collections.abc import Callable
 from xlstm.common_types import TrainState
 from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.logger.base_logger import Logger
+from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 
 
 class EvaluateCallback(Callback):
@@ -22,11 +22,12 @@ class EvaluateCallback(Callback):
         """Makes the callback.
 
         Args:
-            evaluate: Computes `val_loss` and whatever else is to be logged.
+            evaluate: Computes what is to be logged: for each validation set its loss, `val_loss` or
+                `val_loss_<name>`, and more.
             logger: Where rows go.
             clock: Is told of an evaluation.
             interval: Steps between evaluations.
-            set_val_loss: Is told the step and its `val_loss`.
+            set_val_loss: Is told the step and the loss of the first set.
         """
         self._evaluate, self._logger, self._clock = evaluate, logger, clock
         self._interval, self._set_val_loss = interval, set_val_loss
@@ -46,10 +47,9 @@ class EvaluateCallback(Callback):
         """Evaluates and logs."""
         with self._clock.phase("evaluation"):
             row = self._evaluate(state)
-        self._logger.log(step, row)
+            self._logger.log(step, row)
         self._last = step
-        if "val_loss" in row:
-            self._set_val_loss(step, row["val_loss"])
+        self._set_val_loss(step, row[f"val_loss{validation_suffixes(row)[0]}"])
 
     def on_end(self, step: int, state: TrainState) -> None:
         """Evaluates the final parameters, unless that has just been done."""

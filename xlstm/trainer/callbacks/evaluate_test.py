@@ -62,10 +62,26 @@ def test_the_time_is_no_training(monkeypatch):
 
     def evaluate(_):
         now[0] += 100.0
-        return {}
+        return {"val_loss": 1.0}
 
-    EvaluateCallback(evaluate, _Recorder(), clock, 1).on_step(1, None)
-    assert clock.seconds()["evaluation"] == 100.0
+    class Slow(Logger):
+        def log(self, step, row):
+            now[0] += 10.0
+
+    EvaluateCallback(evaluate, Slow(), clock, 1).on_step(1, None)
+    assert clock.seconds()["evaluation"] == 110.0
+
+
+def test_without_a_held_out_set_the_first_named_one_decides():
+    told = []
+    EvaluateCallback(
+        lambda state: {"val_loss_wiki": 2.0, "val_perplexity_wiki": 7.4, "val_loss_books": 3.0},
+        _Recorder(),
+        Clock(),
+        1,
+        lambda *args: told.append(args),
+    ).on_step(4, None)
+    assert told == [(4, 2.0)]
 
 
 def test_an_error_is_not_logged():

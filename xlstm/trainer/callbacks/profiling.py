@@ -31,13 +31,13 @@ class ProfileCallback(Callback):
     def on_step(self, step: int, state: TrainState) -> None:
         """Ends and begins traces when the step's work is done."""
         jax.block_until_ready(state)
-        if self._is_tracing:
-            jax.profiler.stop_trace()
+        self.close()
         self._is_tracing = step + 1 in self._steps
         if self._is_tracing:
             jax.profiler.start_trace(os.path.join(self._directory, f"step_{step + 1}"))
 
-    def on_end(self, step: int, state: TrainState) -> None:
-        """Ends a trace that is still going on."""
+    def close(self) -> None:
+        """Ends a trace that is still going on, so that what it has is written."""
         if self._is_tracing:
             jax.profiler.stop_trace()
+            self._is_tracing = False

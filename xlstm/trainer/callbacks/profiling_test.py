@@ -11,7 +11,7 @@ def _train(directory, steps, start_step, num_steps):
         state = jax.jit(jnp.sin)(state)
         if callback.is_due(step):
             callback.on_step(step, state)
-    callback.on_end(num_steps, state)
+    callback.close()
     return sorted(path.name for path in directory.glob("*"))
 
 

@@ -25,6 +25,14 @@ class RunConfig:
     trainer: TrainerConfig = TrainerConfig()
     logger: LoggerConfig = LoggerConfig()
 
+    def __post_init__(self):
+        has_validation_set = self.data.validation_fraction > 0 or self.data.validation_stores
+        if self.trainer.keep_best_checkpoint and not has_validation_set:
+            raise ValueError(
+                "trainer.keep_best_checkpoint=True needs a validation loss: set"
+                " data.validation_fraction or data.validation_stores"
+            )
+
     @property
     def language_model(self) -> LanguageModelConfig:
         """The part that the model is made from."""

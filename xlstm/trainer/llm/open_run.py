@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -20,7 +21,7 @@ from xlstm.dataset.validation import open_validation_sets
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.callback import Callback
-from xlstm.trainer.base.checkpointing import Checkpointer, discard_damaged, read_run_info
+from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.process_requests import Request, Requests
@@ -157,18 +158,22 @@ def open_run(
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(own_workdir(run.workdir))
-        stack.enter_context(watchdog(run.clock, config.trainer.stall_seconds, run.say))
+        stack.enter_context(watchdog(run.clock, config.trainer.stall_seconds, _warn))
         stack.enter_context(on_stop_signal(run.stop))
-        start_step = discard_damaged(run.workdir.checkpoints, report=run.say) or 0
         checkpointer = stack.enter_context(_open_checkpointer(run))
+        with run.clock.phase("checkpoint"):
+            start_step = checkpointer.discard_damaged() or 0
+            if start_step:
+                state = checkpointer.restore(state)
         if start_step:
-            state = checkpointer.restore(state)
             _say_going_on(run, start_step)
         if jax.process_index() == 0:
             write_config(run.workdir, config, run.corpora)
         loggers = _create_loggers(run, start_step)
         stack.callback(loggers.close)
         callbacks = _create_callbacks(run, state, specs, loggers, checkpointer)
+        for callback in callbacks:
+            stack.callback(callback.close)
         batches_from = functools.partial(_batches_from, run)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -223,6 +228,12 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     )
 
 
+def _warn(text: str) -> None:
+    """Shows what is the matter with this process, which need not be the first."""
+    place = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"{place}: {text}", file=sys.stderr, flush=True)
+
+
 def _describe(run: _Run, state: TrainState) -> str:
     excluded = run.config.optimizer.weight_decay_exclude
     text = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
@@ -241,9 +252,11 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
         run_info={
             "config": plain_config(run.config),
             "corpora": run.corpora,
+            "tokenizer": run.stores[0].meta.fingerprint,
             "code": run.code,
             "mesh": dict(run.mesh.shape),
         },
+        report=run.say,
     )
 
 
@@ -298,7 +311,7 @@ def _create_callbacks(
         trainer.nan_policy,
         trainer.max_skipped_steps,
         dump_batch=functools.partial(dump_batch, config, run.stores, run.workdir.bad_batches),
-        roll_back=functools.partial(_roll_back, loggers, checkpointer),
+        roll_back=functools.partial(_roll_back, run, loggers, checkpointer),
         report=run.say,
     )
     sets = open_validation_sets(config.data, run.stores)
@@ -309,9 +322,16 @@ def _create_callbacks(
         run.requests,
         interval=trainer.checkpoint_interval,
         minutes=trainer.checkpoint_minutes,
-        best_interval=trainer.eval_interval if trainer.keep_best_checkpoint and sets else 0,
+        best_interval=trainer.eval_interval if trainer.keep_best_checkpoint else 0,
     )
-    evaluate = create_evaluation(run.mesh, specs.params, state.apply_fn, sets, trainer.eval_batches)
+    evaluate = create_evaluation(
+        run.mesh,
+        specs.params,
+        state.apply_fn,
+        sets,
+        trainer.eval_batches,
+        on_batch=run.clock.tick,
+    )
     evaluation = EvaluateCallback(
         lambda state: evaluate(evaluated_params(state)),
         loggers,
@@ -324,14 +344,14 @@ def _create_callbacks(
 
 
 def _roll_back(
-    loggers: Loggers, checkpointer: Checkpointer, step: int, state: TrainState
+    run: _Run, loggers: Loggers, checkpointer: Checkpointer, step: int, state: TrainState
 ) -> TrainState:
     """The last checkpoint's state, as if the steps since then had changed nothing."""
-    checkpointer.wait()
-    saved_step = checkpointer.latest_step()
-    if saved_step is None:
-        raise ValueError(f"step {step} cannot be rolled back: there is no checkpoint yet")
-    state = checkpointer.restore(state)
+    with run.clock.phase("checkpoint"):
+        saved_step = checkpointer.discard_damaged()
+        if saved_step is None:
+            raise ValueError(f"step {step} cannot be rolled back: there is no checkpoint yet")
+        state = checkpointer.restore(state)
     loggers.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
     return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)

@@ -16,8 +16,10 @@ from xlstm.dataset.pipeline import open_stores, train_batches
 from xlstm.dataset.testing import write_store
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm import language_model
+from xlstm.trainer.llm import open_run as open_run_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.open_run import open_run
 from xlstm.trainer.llm.train import train_language_model
@@ -170,6 +172,49 @@ def test_rollback_goes_on_behind_the_step_with_the_last_checkpoint(
         step for step in range(1, _STEPS + 1) if step not in bad_steps
     ]
     assert rows[-1]["skipped_steps"] == sum(step - saved for step, saved in returns.items())
+
+
+def test_a_run_that_is_killed_after_a_rollback_ends_as_one_that_is_not(
+    tmp_path, store, poisonous, bad_steps, monkeypatch
+):
+    """It is rolled back again, and to the same checkpoint."""
+    trainer = {"nan_policy": "rollback", "checkpoint_interval": 3}
+    config, to_row = _config(store, trainer=trainer), open_run_module._to_row
+    train_language_model(config, str(tmp_path / "whole"))
+    num_rows = 0
+
+    def killed(metrics):
+        nonlocal num_rows
+        num_rows += 1
+        if num_rows == bad_steps[0] + 2:
+            raise ZeroDivisionError
+        return to_row(metrics)
+
+    monkeypatch.setattr(open_run_module, "_to_row", killed)
+    with pytest.raises(ZeroDivisionError):
+        train_language_model(config, str(tmp_path / "parts"))
+    assert "rolled_back_to" in str(_rows(tmp_path / "parts"))
+    train_language_model(config, str(tmp_path / "parts"))
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    states = [_last_state(config, tmp_path / name) for name in ("whole", "parts")]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_rollback_takes_no_damaged_checkpoint(tmp_path, store, poisonous, bad_steps, monkeypatch):
+    newest, discard_damaged = (bad_steps[1] - 1) // 2 * 2, Checkpointer.discard_damaged
+
+    def damage_first(checkpointer):
+        checkpointer.wait()
+        for path in (tmp_path / "checkpoints" / str(newest)).rglob("d/*"):
+            path.write_bytes(path.read_bytes()[:-1])
+        return discard_damaged(checkpointer)
+
+    monkeypatch.setattr(Checkpointer, "discard_damaged", damage_first)
+    train_language_model(_config(store, trainer={"nan_policy": "rollback"}), str(tmp_path))
+    returns = {r["step"]: r["rolled_back_to"] for r in _rows(tmp_path) if "rolled_back_to" in r}
+    assert returns[bad_steps[1]] == newest - 2
+    assert os.listdir(tmp_path / "damaged_checkpoints") == [str(newest)]
 
 
 def test_too_many_bad_steps_in_a_row_stop_a_run(tmp_path, store, poisonous, bad_steps):

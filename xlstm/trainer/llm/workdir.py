@@ -106,7 +106,8 @@ def check_workdir(
             same for the steps done), or holds a run without a configuration.
     """
     if not os.path.exists(workdir.config):
-        if os.path.exists(workdir.checkpoints) or os.path.exists(workdir.metrics):
+        # The folder of checkpoints may be there, if the first start was killed early.
+        if CheckpointFolder(workdir.checkpoints).steps() or os.path.exists(workdir.metrics):
             raise ValueError(
                 f"{workdir.path} holds a run without its config.json: choose another --workdir"
             )

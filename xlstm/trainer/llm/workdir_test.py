@@ -176,12 +176,17 @@ def test_binary_garbage_is_refused(claimed):
         _claim(claimed, RunConfig())
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/10"])
 def test_a_run_without_its_configuration_is_refused(tmp_path, left):
-    (tmp_path / left).mkdir()
+    (tmp_path / left).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"a run without its config\.json"):
         _claim(Workdir(str(tmp_path)), RunConfig(), allow=True)
-    assert os.listdir(tmp_path) == [left]
+    assert os.listdir(tmp_path) == [left.split("/")[0]]
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_begins_anew(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    _claim(Workdir(str(tmp_path)), RunConfig())
 
 
 def test_other_files_in_the_folder_do_not_matter(tmp_path):

@@ -1,6 +1,6 @@
 """The loss curves as a picture."""
 
-from xlstm.trainer.logger.base_logger import Logger
+from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 from xlstm.trainer.logger.curves import draw_picture, read_curve
 from xlstm.trainer.logger.jsonl import read_rows
 
@@ -28,7 +28,7 @@ class LossPlotLogger(Logger):
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Draws anew when there is a validation loss."""
-        if "val_loss" in row and step > 0:
+        if validation_suffixes(row) and step > 0:
             self.close()
 
     def close(self) -> None:

@@ -86,5 +86,8 @@ def test_the_logger_draws_after_evaluations(tmp_path):
     assert plot.read_bytes() == first
     log(2, {"val_loss": 1.0})
     assert plot.read_bytes() != first
+    first = plot.read_bytes()
+    log(3, {"val_loss_wiki": 2.0})
+    assert plot.read_bytes() != first
     rows.close()
     logger.close()
