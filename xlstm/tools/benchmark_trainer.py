@@ -2,81 +2,114 @@
 
     bazel run //xlstm/tools:benchmark_trainer -- --config.data.batch_size=10
 
-Stretches of a real run (reading data, a row of metrics after every step into all loggers, a
-checkpoint every 20 steps, written to the end within the stretch) take turns with a bare loop over
-the same compiled step and a batch that is there. Evaluation is left out.
+Stretches of one real run (reading data, a row of metrics after every step into all loggers, and in
+the middle of each stretch a checkpoint, written to the end within it) take turns with a bare loop
+over the same compiled step and a batch that is there. Evaluation is left out. Each stretch is
+compared with the mean of the bare loops before and after it, so that a machine that gets slower or
+faster meanwhile does less harm.
 """
 
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from xlstm.common_types import TrainState
 from xlstm.tools.command_line import run
 from xlstm.tools.config import to_run_config
 from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
+from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.open_run import OpenRun, open_run
 
 _CONFIG = define_config_flag()
-_STRETCHES = flags.DEFINE_integer("stretches", 6, "Stretches of each kind.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 40, "Steps in a stretch.", lower_bound=1)
-_CHECKPOINT_INTERVAL = 20
+_STRETCHES = flags.DEFINE_integer("stretches", 12, "Stretches of the run.", lower_bound=1)
+_STEPS = 20  # In a stretch of either kind, and between checkpoints.
 
 
-def _measured_config(config: RunConfig) -> RunConfig:
+def measured_config(config: RunConfig, num_stretches: int) -> RunConfig:
     """Logs every step, writes checkpoints often, and does not evaluate."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, validation_fraction=0.0, validation_stores=()),
         trainer=dataclasses.replace(
-            config.trainer, checkpoint_interval=_CHECKPOINT_INTERVAL, keep_best_checkpoint=False
+            config.trainer,
+            num_steps=num_stretches * _STEPS + _STEPS // 2,
+            checkpoint_interval=_STEPS,
+            keep_best_checkpoint=False,
         ),
         logger=dataclasses.replace(config.logger, interval=1),
     )
 
 
-def _time_stretches(opened: OpenRun, num_stretches: int, num_steps: int) -> tuple[list, list]:
-    """Seconds a step of each stretch: of the bare loop, and of the trainer."""
-    state, step = opened.state, 0
-    bare, trained = [], []
-    batch = next(opened.batches_from(0))
-    # The first stretches compile, and are not counted.
-    for _ in track(range(num_stretches + 1), "stretches", console=Console(stderr=True)):
-        begin = time.perf_counter()
-        for _ in range(num_steps):
-            state, _ = opened.train_step(state, batch)
+class _BareLoops(Callback):
+    """Ends a stretch of the run half-way between checkpoints, and times a bare loop."""
+
+    def __init__(self, opened: OpenRun, on_stretch: Callable[[], None]):
+        self._opened, self._on_stretch = opened, on_stretch
+        self._state = jax.tree.map(jnp.copy, opened.state)
+        self._batch = next(opened.batches_from(0))
+        self.bare, self.trained = [], []  # Seconds a step.
+
+    def is_due(self, step: int) -> bool:
+        return step % _STEPS == _STEPS // 2
+
+    def on_step(self, step: int, state: TrainState) -> None:
         jax.block_until_ready(state)
-        bare.append((time.perf_counter() - begin) / num_steps)
+        self._opened.checkpointer.wait()
+        if step > _STEPS:  # What is before compiles.
+            self.trained.append((time.perf_counter() - self._begin) / _STEPS)
         begin = time.perf_counter()
-        state = opened.fit(state, step, step + num_steps)
-        opened.checkpointer.wait()
-        trained.append((time.perf_counter() - begin) / num_steps)
-        step += num_steps
-    return bare[1:], trained[1:]
+        for _ in range(_STEPS):
+            self._state, _ = self._opened.train_step(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        self.bare.append((time.perf_counter() - begin) / _STEPS)
+        self._on_stretch()
+        self._begin = time.perf_counter()
+
+
+def measure(opened: OpenRun, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Times stretches of a run, and bare loops.
+
+    Args:
+        opened: The run.
+        num_steps: Its length.
+
+    Returns:
+        Seconds a step of the bare loops that lie around each stretch (their mean), and of the
+        stretches, both (number of stretches,).
+    """
+    columns = TextColumn("stretches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("stretches", total=num_steps // _STEPS + 1)
+        loops = _BareLoops(opened, lambda: progress.advance(task))
+        opened.fit(opened.state, 0, num_steps, loops)
+    bare = np.array(loops.bare)
+    return (bare[:-1] + bare[1:]) / 2, np.array(loops.trained)
 
 
 def main(argv: list[str]) -> None:
     """Measures and prints."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = _measured_config(to_run_config(_CONFIG.value))
+    config = measured_config(to_run_config(_CONFIG.value), _STRETCHES.value)
     with tempfile.TemporaryDirectory() as folder, open_run(config, folder) as opened:
-        bare, trained = _time_stretches(opened, _STRETCHES.value, _STEPS.value)
+        bare, trained = measure(opened, config.trainer.num_steps)
     table = Table(title=f"{config_name()} on {jax.devices()[0].device_kind}")
     for column in ("", "bare loop", "trainer", "overhead"):
         table.add_column(column, justify="right")
-    for name, choose in (("median", np.median), ("fastest", np.min)):
-        one, other = choose(bare), choose(trained)
-        table.add_row(
-            name, f"{1e3 * one:.1f} ms", f"{1e3 * other:.1f} ms", f"{other / one - 1:.1%}"
-        )
+    overheads = trained / bare - 1
+    for name, quantile in (("lower quartile", 0.25), ("median", 0.5), ("upper quartile", 0.75)):
+        times = [f"{1e3 * np.quantile(seconds, quantile):.1f} ms" for seconds in (bare, trained)]
+        table.add_row(name, *times, f"{np.quantile(overheads, quantile):.1%}")
     Console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -76,14 +77,13 @@ def _fail(message: str) -> None:
 
 def _hide_late_writes() -> None:
     """Keeps TensorStore from a traceback for each write under way when a checkpoint failed."""
-    print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
 
     def is_late_write(error: object) -> bool:
         return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
-    sys.excepthook = lambda kind, error, trace: (
-        None if is_late_write(error) else print_exception(kind, error, trace)
-    )
-    sys.unraisablehook = lambda args: (
-        None if is_late_write(args.exc_value) else print_unraisable(args)
-    )
+    def but_late_writes(hook: Callable, error_of: Callable) -> Callable:
+        return lambda *args: None if is_late_write(error_of(*args)) else hook(*args)
+
+    sys.excepthook = but_late_writes(sys.excepthook, lambda kind, error, trace: error)
+    sys.unraisablehook = but_late_writes(sys.unraisablehook, lambda args: args.exc_value)
+    threading.excepthook = but_late_writes(threading.excepthook, lambda args: args.exc_value)

@@ -232,7 +232,9 @@ class Soak:
     def _check_stop(self, name: str, status: int) -> None:
         found = re.search(r"stopped after step ([\d,]+)", self._log(name))
         if "SIGTERM: saving" not in self._log(name):
-            return  # It came before training had begun, or when it was over.
+            # It came before training had begun, or when it was over.
+            self._check(status in (0, -signal.SIGTERM), f"{name} ended with status {status}")
+            return
         self._check(status == 0, f"{name} stopped with status {status}")
         if found:
             step = int(found[1].replace(",", ""))

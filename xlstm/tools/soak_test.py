@@ -1,5 +1,6 @@
 """A small part of the soak; `bazel run //xlstm/tools:soak` is the whole."""
 
+import json
 import pathlib
 import random
 import shutil
@@ -14,7 +15,7 @@ _CONFIG = SoakConfig(num_steps=300, checkpoint_interval=10, steps_between_injuri
 @pytest.fixture(scope="module")
 def soak(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak")
-    return Soak(str(folder), _CONFIG, random.Random())
+    return Soak(str(folder), _CONFIG, random.Random(0))
 
 
 def test_a_run_that_is_hurt_ends_as_one_that_is_not(soak):
@@ -34,7 +35,7 @@ def test_the_soak_notices_what_is_wrong(soak):
     for wrong in (
         rows[:-5] + rows[-4:],
         rows[:50] + rows[49:],
-        rows[:-1] + [rows[-1].replace("4", "5")],
+        rows[:-1] + [json.dumps(json.loads(rows[-1]) | {"val_loss": 5.0}) + "\n"],
     ):
         metrics.write_text("".join(wrong))
         with pytest.raises(AssertionError, match="copy"):

@@ -114,7 +114,8 @@ class OpenRun:
         train_step: The training step, of state and batch.
         batches_from: Makes the batches that follow so many steps.
         checkpointer: What writes the checkpoints.
-        fit: Trains a state from one step to another, with everything beside the steps.
+        fit: Trains a state from one step to another, with everything beside the steps, and with
+            further callbacks.
         say: Shows a text to the user.
         mesh: The mesh.
         tokenizer: That of the data.
@@ -125,7 +126,7 @@ class OpenRun:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     batches_from: Callable[[int], Iterator[Batch]]
     checkpointer: Checkpointer
-    fit: Callable[[TrainState, int, int], TrainState]
+    fit: Callable[..., TrainState]
     say: Callable[[str], None]
     mesh: Mesh
     tokenizer: Tokenizer
@@ -179,14 +180,16 @@ def open_run(
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             return train_step(state, batch, run.requests.current())
 
-        def fit_run(state: TrainState, start_step: int, num_steps: int) -> TrainState:
+        def fit_run(
+            state: TrainState, start_step: int, num_steps: int, *more_callbacks: Callback
+        ) -> TrainState:
             return fit(
                 state,
                 batches_from,
                 step,
                 start_step=start_step,
                 num_steps=num_steps,
-                callbacks=callbacks,
+                callbacks=[*callbacks, *more_callbacks],
                 clock=run.clock,
                 to_row=_to_row,
             )

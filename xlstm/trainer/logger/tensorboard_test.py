@@ -1,5 +1,6 @@
 import os
 import struct
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -39,6 +40,17 @@ def test_every_metric_is_a_scalar(tmp_path):
         (1, "val_loss", 2.25),
         (2, "loss", 2.0),
     ]
+
+
+def test_of_a_run_that_is_killed_all_but_the_last_second_is_there(tmp_path):
+    logger = TensorBoardLogger(str(tmp_path), 0)
+    for step in range(3):
+        logger.log(step, {"loss": 1.0})
+    deadline = time.monotonic() + 20
+    while len(_scalars(tmp_path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(_scalars(tmp_path)) == 3
+    logger.close()
 
 
 def _shown(directory):
