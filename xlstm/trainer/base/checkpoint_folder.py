@@ -106,10 +106,10 @@ class CheckpointFolder:
         os.makedirs(path)
 
     def complete(self, step: int, run_info: dict[str, Any], saved: Saved) -> None:
-        """Makes a checkpoint of what is written; one of that step that is there is replaced.
+        """Makes a checkpoint of what is written.
 
         Args:
-            step: Its step.
+            step: Its step, of which there is no checkpoint yet.
             run_info: What is to be known of the run; JSON must be able to hold it.
             saved: What is to be known of the checkpoint.
         """
@@ -117,7 +117,6 @@ class CheckpointFolder:
         content = dataclasses.asdict(saved) | {"run": run_info}
         write_atomically(os.path.join(path, _RUN_INFO), json.dumps(content, indent=1))
         write_checksums(path)
-        self.remove([step])
         os.rename(path, self.of_step(step))
 
     def remove(self, steps: Iterable[int]) -> None:

@@ -62,13 +62,20 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_what_is_being_written_does_not_count(folder):
     folder.begin(200)
-    folder.begin(100)
+    folder.begin(300)
     assert folder.steps() == folder.whole_steps() == [9, 10, 100]
-    folder.begin(100)  # Begun again after a failure.
-    folder.complete(100, {}, Saved(1.0))
-    assert folder.saved()[100] == Saved(1.0)
+    folder.begin(300)  # Begun again after a failure.
+    folder.complete(300, {}, Saved(1.0))
+    assert folder.saved()[300] == Saved(1.0)
     assert folder.remove_leftovers() == [200]
-    assert folder.steps() == [9, 10, 100]
+    assert folder.steps() == [9, 10, 100, 300]
+
+
+def test_no_checkpoint_is_written_over(folder):
+    folder.begin(100)
+    with pytest.raises(OSError):
+        folder.complete(100, {}, Saved(1.0))
+    assert folder.saved()[100] == Saved(2.0)
 
 
 def test_without_checksums_nothing_is_known(folder, tmp_path):

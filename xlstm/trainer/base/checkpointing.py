@@ -222,10 +222,10 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, val_loss: float | None = None) -> None:
         """Begins to write a checkpoint; training may go on at once.
 
-        It waits for the one before it. A checkpoint of that step that is there is replaced.
+        It waits for the one before it.
 
         Args:
-            step: Its step.
+            step: Its step, of which there is no checkpoint yet.
             state: The state after that step.
             val_loss: Its validation loss, if it is known; one that is not a finite number is not.
 
