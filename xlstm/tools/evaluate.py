@@ -27,6 +27,7 @@ from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
@@ -69,7 +70,8 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
     parent, name = os.path.split(os.path.normpath(path))
     is_step = name.isdigit() and os.path.basename(parent) == "checkpoints"
     workdir = Workdir(os.path.dirname(parent) if is_step else path)
-    steps = CheckpointFolder(workdir.checkpoints).whole_steps()
+    # The run may be going on: all processes must choose the same.
+    steps = from_first_process(CheckpointFolder(workdir.checkpoints).whole_steps)
     wanted = int(name) if is_step else max(steps, default=None)
     if wanted not in steps:
         raise ValueError(f"--checkpoint={path}: there is no whole checkpoint of a run")
@@ -181,10 +183,10 @@ def main(argv: list[str]) -> None:
     if not _CHECKPOINT.value:
         raise ValueError("--checkpoint is missing: name the folder of a run")
     json_path = output_path("json", _JSON.value)
-    workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
-    config = _changed(load_run_config(workdir))
     initialize_devices()
     with ending_together():
+        workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
+        config = _changed(load_run_config(workdir))
         row = evaluate_checkpoint(config, workdir, step)
         if jax.process_index() == 0:
             if json_path:

@@ -129,7 +129,8 @@ class Soak:
             "--config.data.context_length=16",
             f"--config.trainer.num_steps={config.num_steps}",
             f"--config.trainer.checkpoint_interval={config.checkpoint_interval}",
-            f"--config.trainer.eval_interval={5 * config.checkpoint_interval}",
+            # No divisor of the length: there is an evaluation at the end alone.
+            f"--config.trainer.eval_interval={7 * config.checkpoint_interval}",
             "--config.trainer.max_checkpoints=3",
             "--config.logger.sample_tokens=0",
         ]

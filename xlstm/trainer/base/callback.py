@@ -6,7 +6,10 @@ from xlstm.common_types import TrainState
 
 
 class RollBack(Exception):
-    """Raised by `Callback.on_metrics`: training goes on after that step, from another state."""
+    """Raised by `Callback.on_metrics`: training goes on after that step, from another state.
+
+    Callbacks after that one do not hear of the step's metrics.
+    """
 
     def __init__(self, restore: Callable[[TrainState], TrainState]):
         """Takes what makes the state after the step of the one that there is, which it consumes."""
@@ -35,7 +38,7 @@ class Callback:
         """Called after a step that is due, when all metrics up to it have been handed out."""
 
     def on_end(self, step: int, state: TrainState) -> None:
-        """Called after the last step; not after `Stop` or an error."""
+        """Called after the last step, behind its `on_step`; not after `Stop` or an error."""
 
     def close(self) -> None:
-        """Called once, when there will be no more steps, whatever the reason."""
+        """Called once by whoever made it, when there will be no more steps, whatever the reason."""

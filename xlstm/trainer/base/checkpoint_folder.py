@@ -134,11 +134,11 @@ class CheckpointFolder:
         """
         unfinished = []
         for name in self._names():
-            stem, point, _ = name.partition(".")
-            if point and stem.isdigit():
+            step, suffix = os.path.splitext(name)
+            if step.isdigit() and suffix in (_UNFINISHED, _REMOVED):
                 shutil.rmtree(os.path.join(self.path, name))
-                if name.endswith(_UNFINISHED):
-                    unfinished.append(int(stem))
+                if suffix == _UNFINISHED:
+                    unfinished.append(int(step))
         return sorted(unfinished)
 
     def set_aside(self, step: int) -> str:

@@ -32,9 +32,8 @@ def test_what_is_kept(retention, expected):
 
 
 def test_what_is_kept_for_ever():
-    assert [step for step in range(1, 9) if Retention(1, keep_interval=3).is_for_ever(step)] == [
-        *(3, 6)
-    ]
+    retention = Retention(1, keep_interval=3)
+    assert [step for step in range(1, 9) if retention.is_for_ever(step)] == [3, 6]
     assert not Retention(1).is_for_ever(3)
 
 
@@ -95,9 +94,11 @@ def test_removing(folder, tmp_path):
     assert folder.steps() == [10, 100]
     for name in ("9.removed", "11.unfinished"):
         (tmp_path / "checkpoints" / name / "deep").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "notes.txt").write_text("somebody's")
+    foreign = ["10.backup", "2024.txt", "notes.txt"]
+    for name in foreign:
+        (tmp_path / "checkpoints" / name).write_text("somebody's")
     assert folder.remove_leftovers() == [11]
-    assert _names(tmp_path / "checkpoints") == ["10", "100", "notes.txt"]
+    assert _names(tmp_path / "checkpoints") == sorted(["10", "100", *foreign])
 
 
 def test_setting_aside(folder, tmp_path):

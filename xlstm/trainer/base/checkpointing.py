@@ -30,6 +30,8 @@ def reported(what: str) -> Iterator[None]:
     """Turns whatever storage raises into one OSError that says what failed."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # The other processes are to blame, not storage.
+        raise
     except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
         raise OSError(f"{what}: {_reason(error)}") from error
 
@@ -152,8 +154,7 @@ class Checkpointer:
     def _discard_damaged(self) -> int | None:
         folder = self._folder
         with reported(f"the checkpoints in {folder.path} cannot be checked"):
-            for unfinished in folder.remove_leftovers():
-                self._report(f"the checkpoint of step {unfinished} was not finished: it is removed")
+            self._remove_leftovers()
             steps, damages = folder.steps(), {}
             while steps and (damage := find_damage(folder.of_step(steps[-1]))):
                 damages[steps.pop()] = damage
@@ -170,6 +171,13 @@ class Checkpointer:
                     f" {folder.set_aside(step)}, and that of step {steps[-1]} is used"
                 )
         return steps[-1] if steps else None
+
+    def _remove_leftovers(self) -> None:
+        try:
+            for step in self._folder.remove_leftovers():
+                self._report(f"the checkpoint of step {step} was not finished: it is removed")
+        except OSError as error:  # They do not count, so they do no harm.
+            self._report(f"what is left of a checkpoint cannot be removed ({error})")
 
     def latest_step(self) -> int | None:
         """The step of the last whole checkpoint; None if there is none."""
@@ -307,10 +315,7 @@ class Checkpointer:
         self, error_type: type | None, error: BaseException | None, traceback: object
     ) -> None:
         """Closes; after an error in the block, that one is told and not another from here."""
-        reasons = (error, getattr(error, "__cause__", None))
-        if jax.process_count() > 1 and any(
-            isinstance(reason, jax.errors.JaxRuntimeError) for reason in reasons
-        ):
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
             return  # Another process may have ended: what is being written will never be whole.
         with contextlib.suppress(OSError) if error_type else contextlib.nullcontext():
             self.close()

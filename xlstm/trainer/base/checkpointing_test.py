@@ -219,6 +219,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(tmp_path,
     _write(tmp_path, 1, 2, max_to_keep=1, report=reports.append)
     assert len(reports) == 1
     assert re.search("an old checkpoint cannot be removed .*Permission denied", reports[0])
+    assert _discard_damaged(tmp_path, reports.append) == 2
+    assert re.search("what is left of a checkpoint cannot be removed .*denied", reports[1])
     monkeypatch.undo()
     assert _discard_damaged(tmp_path) == 2
     assert _steps(tmp_path) == {2}

@@ -115,10 +115,11 @@ def fit(
                     batches = batches_from(step)
                     # What is due after the step that is left out has not been done yet.
                     due = [callback for callback in callbacks if callback.is_due(step)]
-            for callback in due:
-                callback.on_step(step, state)
+            for callback in callbacks:
+                if callback in due:
+                    callback.on_step(step, state)
+                if step == num_steps:
+                    callback.on_end(step, state)
     except Stop:
-        return state
-    for callback in callbacks:
-        callback.on_end(step, state)
+        pass
     return state

@@ -81,6 +81,17 @@ def test_all_metrics_come_before_what_is_due():
     ]
 
 
+def test_each_callback_ends_before_the_next_one_is_called_for_the_last_step():
+    first, second = [], []
+
+    class Second(_Recorder):
+        def on_step(self, step, state):
+            second.append(("step", [event[0] for event in first if event[1] == 3]))
+
+    _fit(0, 3, more=[_Recorder(first), Second([], due=[3])])
+    assert second == [("step", ["metrics", "end"])]
+
+
 def test_a_run_goes_on_where_it_was():
     state, events, taken = _fit(7, 9)
     assert state == (7, 8)
@@ -91,7 +102,7 @@ def test_a_run_goes_on_where_it_was():
 def test_a_finished_run_takes_no_step():
     state, events, taken = _fit(5, 5)
     assert state == ()
-    assert events == [("start", 5, ()), ("end", 5, ())]
+    assert events == [("start", 5, ())]
     assert taken == []
 
 

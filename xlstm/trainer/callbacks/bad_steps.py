@@ -18,7 +18,7 @@ class BadStepsCallback(Callback):
       bad step: no batch since that checkpoint is used again.
 
     Under each the batch is dumped and named. Steps left out in a row, also for a gradient norm that
-    was too large, end the run when they are too many.
+    was too large, end the run when they are too many; they are counted since its last start.
     """
 
     def __init__(

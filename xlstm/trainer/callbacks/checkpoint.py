@@ -40,7 +40,6 @@ class CheckpointCallback(Callback):
         self._interval, self._seconds = interval, 60 * minutes
         self._best_interval = best_interval
         self._last_step: int | None = None
-        self._best_loss: float | None = None
         self._last_time, self._has_asked = time.monotonic(), False
         self._request = Request.NONE
         self._val_losses: dict[int, float] = {}
@@ -52,7 +51,6 @@ class CheckpointCallback(Callback):
     def on_start(self, step: int, state: TrainState) -> None:
         """Remembers what is there."""
         self._last_step = self._checkpointer.latest_step()
-        self._best_loss = self._checkpointer.best_loss()
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Learns what the processes ask for; the first process looks at its clock for all."""
@@ -73,7 +71,6 @@ class CheckpointCallback(Callback):
             self._save(step, state)
         if self._request == Request.STOP:
             raise Stop
-        self._requests.answered(self._request)
         self._request = Request.NONE
 
     def on_end(self, step: int, state: TrainState) -> None:
@@ -90,15 +87,16 @@ class CheckpointCallback(Callback):
     def _is_best(self, step: int) -> bool:
         if not self._is_turn(step, self._best_interval) or step not in self._val_losses:
             return False
-        return self._best_loss is None or self._val_losses[step] < self._best_loss
+        self._checkpointer.wait()
+        best = self._checkpointer.best_loss()
+        return best is None or self._val_losses[step] < best
 
     def _save(self, step: int, state: TrainState) -> None:
+        self._requests.answered(Request.CHECKPOINT)
         if step == self._last_step:
             return
         val_loss = self._val_losses.get(step)
         with self._clock.phase("checkpoint"):
             self._checkpointer.save(step, state, val_loss)
-        if val_loss is not None:
-            self._best_loss = min(val_loss, self._best_loss or val_loss)
         self._last_step = step
         self._last_time, self._has_asked = time.monotonic(), False

@@ -148,6 +148,14 @@ def test_after_some_minutes_there_is_one(train, monkeypatch):
     assert train(0, 17, 100, minutes=1.0) == [8, 16, 17]
 
 
+def test_minutes_count_from_the_last_checkpoint_whatever_its_reason(train, monkeypatch):
+    times = iter(range(0, 10_000, 20))
+    clock = types.SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr(checkpoint, "time", clock)
+    # They are over when step 5 has begun, which has a checkpoint anyway; and again at step 10.
+    assert train(0, 11, 5, minutes=1.0) == [5, 10, 11]
+
+
 def test_the_best_is_kept(train):
     losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 1.9}
     assert train(0, 9, 100, val_losses=losses, best_interval=2, keep_best=True) == [2, 4, 8, 9]

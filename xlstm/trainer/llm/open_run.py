@@ -171,10 +171,10 @@ def open_run(
         if jax.process_index() == 0:
             write_config(run.workdir, config, run.corpora)
         loggers = _create_loggers(run, start_step)
-        stack.callback(loggers.close)
+        stack.enter_context(_closing(loggers))
         callbacks = _create_callbacks(run, state, specs, loggers, checkpointer)
         for callback in callbacks:
-            stack.callback(callback.close)
+            stack.enter_context(_closing(callback))
         batches_from = functools.partial(_batches_from, run)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -235,6 +235,18 @@ def _warn(text: str) -> None:
     """Shows what is the matter with this process, which need not be the first."""
     place = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"{place}: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _closing(thing: Callback | Loggers) -> Iterator[None]:
+    """Closes at the end; after an error, that one is told and not another from closing."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            thing.close()
+        raise
+    thing.close()
 
 
 def _describe(run: _Run, state: TrainState) -> str:

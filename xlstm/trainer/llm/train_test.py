@@ -174,7 +174,7 @@ def test_rollback_goes_on_behind_the_step_with_the_last_checkpoint(
     assert rows[-1]["skipped_steps"] == sum(step - saved for step, saved in returns.items())
 
 
-def test_a_run_that_is_killed_after_a_rollback_ends_as_one_that_is_not(
+def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
     tmp_path, store, poisonous, bad_steps, monkeypatch
 ):
     """It is rolled back again, and to the same checkpoint."""
@@ -183,14 +183,14 @@ def test_a_run_that_is_killed_after_a_rollback_ends_as_one_that_is_not(
     train_language_model(config, str(tmp_path / "whole"))
     num_rows = 0
 
-    def killed(metrics):
+    def failing(metrics):
         nonlocal num_rows
         num_rows += 1
         if num_rows == bad_steps[0] + 2:
             raise ZeroDivisionError
         return to_row(metrics)
 
-    monkeypatch.setattr(open_run_module, "_to_row", killed)
+    monkeypatch.setattr(open_run_module, "_to_row", failing)
     with pytest.raises(ZeroDivisionError):
         train_language_model(config, str(tmp_path / "parts"))
     assert "rolled_back_to" in str(_rows(tmp_path / "parts"))
