@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
+
 import pytest
 
 from xlstm.dataset.config import DataConfig
@@ -55,7 +59,7 @@ def test_the_tool_prints_tables():
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": "", "COLUMNS": "120"},
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA_FLAGS, "COLUMNS": "120"},
         check=True,
     )
     lines = [line.split() for line in process.stdout.splitlines()]

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from xlstm.dataset.testing import write_store
-from xlstm.tools import train
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.tools import diverging_train, train
 from xlstm.tools.testing import start_tool
 
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _start(folder, workdir, *flags):
+def _start(folder, workdir, *flags, tool=train):
     words = [
         f"--workdir={folder / workdir}",
         "--config=smoke",
@@ -32,8 +33,8 @@ def _start(folder, workdir, *flags):
         *flags,
     ]
     # Compile quickly. No devices but those that the flags ask for.
-    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return start_tool(train, *words, env=env)
+    env = {"XLA_FLAGS": QUICK_XLA_FLAGS}
+    return start_tool(tool, *words, env=env)
 
 
 def _finish(*processes):
@@ -81,18 +82,18 @@ def test_simulated_devices_train_the_same(folder, one_device):
     assert {round(row["bubble_fraction"], 3) for row in rows if "loss" in row} == {0.333}
 
 
-def _start_together(folder, workdir, num_processes, *flags):
-    """Starts the processes of a run, each with two devices."""
+def _start_together(folder, workdir, num_processes, *flags, devices_each=2, tool=train):
+    """Starts the processes of a run."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
     together = [
-        "--simulate_devices=2",
+        f"--simulate_devices={devices_each}",
         f"--coordinator_address=localhost:{port}",
         f"--num_processes={num_processes}",
     ]
     return [
-        _start(folder, workdir, *together, f"--process_id={index}", *flags)
+        _start(folder, workdir, *together, f"--process_id={index}", *flags, tool=tool)
         for index in range(num_processes)
     ]
 
@@ -110,9 +111,10 @@ def _wait_for_step(workdir, step):
 
 def _kill_one(folder, workdir, victim):
     """Trains in two processes, kills one of them after step 13, and waits for the other."""
-    # Weights are cut over the processes.
-    flags = ["--config.mesh.fsdp=2", "--config.mesh.tp=2", "--config.trainer.num_steps=100000"]
-    processes = _start_together(folder, workdir, 2, *flags)
+    # Weights are cut over the processes. A second device of the one that is left could wait for its
+    # first until a timeout.
+    flags = ["--config.mesh.fsdp=2", "--config.trainer.num_steps=100000"]
+    processes = _start_together(folder, workdir, 2, *flags, devices_each=1)
     try:
         _wait_for_step(folder / workdir, 13)
         processes[victim].send_signal(signal.SIGKILL)
@@ -134,7 +136,7 @@ def test_processes_train_the_same_and_when_one_is_killed_others_go_on(folder, on
     assert before[-1][0] >= 13
     _assert_same(before, one_device[: len(before)])
 
-    # Twice as many processes; stages and replicas over them.
+    # Twice as many processes, of two devices; stages and replicas over them.
     sizes = ["--config.mesh.pp=2", "--config.mesh.tp=2"]
     first, *others = _finish(*_start_together(folder, "some", 4, *sizes))
     assert re.search("going on from step [12]0", first)
@@ -160,6 +162,29 @@ def test_a_process_that_is_asked_to_stop_stops_all(folder, one_device):
     _assert_same(
         [loss for loss in losses if loss[0] <= 20], [x for x in one_device if x[0] <= step]
     )
+
+
+def test_processes_roll_back_together(folder):
+    flags = [
+        "--config.trainer.nan_policy=rollback",
+        "--config.trainer.checkpoint_interval=5",
+        "--config.trainer.keep_best_checkpoint",
+        "--config.trainer.max_checkpoints=1",
+    ]
+    _finish(_start(folder, "alone", *flags, tool=diverging_train))
+    together = ["--config.mesh.fsdp=2", *flags]
+    first, second = _finish(
+        *_start_together(folder, "both", 2, *together, devices_each=1, tool=diverging_train)
+    )
+    assert "training diverged at step 13 " in first and "diverged" not in second
+    for name in ("alone", "both"):
+        with open(folder / name / "metrics.jsonl", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        returns = {x["step"]: x["rolled_back_to"] for x in rows if "rolled_back_to" in x}
+        assert returns == {13: 10, 17: 15}
+        assert rows[-1]["step"] == 20
+        assert os.listdir(folder / name / "checkpoints") == ["20"]  # The last is the best.
+    _assert_same(_losses(folder / "both"), _losses(folder / "alone"))
 
 
 def test_when_the_first_process_is_killed_the_other_ends_and_one_goes_on(folder, one_device):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from xlstm.dataset.testing import write_store
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing import start_tool
 
@@ -41,7 +42,7 @@ def _start(folder, workdir, *flags, num_steps=10, **kwargs):
     ]
     env = {
         # The numbers do not matter here, so compile quickly, and but once.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "BUILD_WORKING_DIRECTORY": str(folder),

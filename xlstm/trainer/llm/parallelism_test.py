@@ -8,8 +8,10 @@ import dataclasses
 import functools
 import os
 
-# Compile quickly: there are many programs here, and each runs for a moment.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+
+# There are many programs here, and each runs for a moment.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import jax
 import numpy as np

@@ -15,6 +15,10 @@ NAMES = ("fwbw", "parallel_stabilized", "recurrent")
 HEADS = 2
 
 
+def jit(function):
+    return jax.jit(function, compiler_options=testing.QUICK_COMPILATION)
+
+
 def cell_of(name, chunk_size=0, stabilize_correctly=True):
     """Returns the backend as a function of the arguments that we differentiate for."""
     backend = create_backend(BackendConfig(name, chunk_size, stabilize_correctly))
@@ -64,7 +68,7 @@ def test_outputs_states_and_gradients(name, time):
 def test_no_state_is_the_zero_state_and_no_reset_resets_nowhere(name):
     arguments = testing.random_arguments(0, (HEADS,), 9, with_state=False)
     backend = create_backend(BackendConfig(name, 4))
-    h = jax.jit(lambda *args: backend.apply({}, *args))(*arguments[:5])
+    h = jit(lambda *args: backend.apply({}, *args))(*arguments[:5])
     expected, *_ = testing.oracle(arguments, np.zeros((HEADS, 9), bool), stabilize_correctly=True)
     assert testing.relative_error(h, expected) < 3e-5
 
@@ -127,7 +131,7 @@ def test_bfloat16_inputs(name):
     arguments = testing.random_arguments(5, (HEADS,), 33)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arguments[:3])
     arguments = arguments._replace(q=q, k=k, v=v)
-    h, state = jax.jit(cell_of(name, 16))(arguments, None)
+    h, state = jit(cell_of(name, 16))(arguments, None)
     expected, expected_state, _ = testing.oracle(
         arguments, np.zeros((HEADS, 33), bool), stabilize_correctly=True
     )
@@ -144,7 +148,7 @@ def test_works_in_double_precision(name):
         arguments = testing.random_arguments(6, (HEADS,), 10)
         arguments = jax.tree.map(lambda x: x.astype(np.float64), arguments)
         reset = np.broadcast_to(np.arange(10) == 4, (HEADS, 10))
-        h, state = jax.jit(cell_of(name, 4))(arguments, reset)
+        h, state = jit(cell_of(name, 4))(arguments, reset)
         expected, expected_state, _ = testing.oracle(arguments, reset, stabilize_correctly=True)
         assert h.dtype == np.float64
         assert_trees_close((h, tuple(state)), (expected, expected_state), tolerance=1e-12)
