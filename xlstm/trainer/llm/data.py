@@ -107,9 +107,6 @@ def global_batches(local_batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch
     """Places each process's rows on its devices, as its part of a global batch."""
     sharding, num_shares = NamedSharding(mesh, BATCH_SPEC), batch_share(mesh)["shard_count"]
 
-    def place(rows: np.ndarray) -> jax.Array:
-        shape = (num_shares * rows.shape[0], *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, rows, shape)
-
     for batch in local_batches:
-        yield jax.tree.map(place, batch)
+        shapes = jax.tree.map(lambda rows: (num_shares * len(rows), *rows.shape[1:]), batch)
+        yield jax.make_array_from_process_local_data(sharding, batch, shapes)
