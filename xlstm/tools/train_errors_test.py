@@ -75,6 +75,10 @@ _BAD_INPUT = {
         "data.batch_size=8 does not divide into 3 shares",
     ),
     "no store": (["--config.data.stores=/no/store"], "no token store at /no/store"),
+    "no validation store": (
+        ["--config.data.validation_stores=('wiki=/no/wiki',)"],
+        "no token store at /no/wiki",
+    ),
     "truncated": (["--config.data.stores=FOLDER/truncated"], "truncated or damaged: tokens.bin"),
     "unreadable": (["--config.data.stores=FOLDER/unreadable"], "unreadable: meta.json"),
     "vocabulary": (["--config.model.vocab_size=100"], "only model.vocab_size=100"),
@@ -108,7 +112,7 @@ def test_bad_input_is_one_line_and_status_2(errors_of_bad_input, name):
 
 
 def test_bad_input_leaves_no_folder(folder):
-    for process in [_start_with(folder, "new", name) for name in ("mesh", "truncated")]:
+    for process in [_start_with(folder, "new", name) for name in ("mesh", "no validation store")]:
         _error(process)
     assert not (folder / "new").exists()
 

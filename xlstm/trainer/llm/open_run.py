@@ -17,7 +17,7 @@ from xlstm.dataset.batch_sizes import rows_before
 from xlstm.dataset.pipeline import open_stores, train_batches
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import Tokenizer
-from xlstm.dataset.validation import open_validation_sets
+from xlstm.dataset.validation import ValidationSet, open_validation_sets
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.callback import Callback
@@ -71,6 +71,7 @@ class _Run:
         mesh: The mesh.
         workdir: The run's folder.
         stores: What it trains on.
+        validation_sets: What it validates on.
         corpora: Checksums of that.
         code: The version of the code that runs.
         console: Where the first process speaks.
@@ -82,6 +83,7 @@ class _Run:
     mesh: Mesh
     workdir: Workdir
     stores: Sequence[TokenStore]
+    validation_sets: Sequence[ValidationSet]
     corpora: list[str]
     code: dict[str, str]
     console: Console
@@ -223,6 +225,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         mesh=mesh,
         workdir=workdir,
         stores=stores,
+        validation_sets=open_validation_sets(config.data, stores),
         corpora=corpora,
         code=code_version(),
         console=console,
@@ -329,7 +332,6 @@ def _create_callbacks(
         roll_back=functools.partial(_roll_back, run, loggers, checkpointer),
         report=run.say,
     )
-    sets = open_validation_sets(config.data, run.stores)
     # A checkpoint comes last: what a step has to say is written before the step counts as done.
     checkpoint = CheckpointCallback(
         checkpointer,
@@ -343,7 +345,7 @@ def _create_callbacks(
         run.mesh,
         specs.params,
         state.apply_fn,
-        sets,
+        run.validation_sets,
         trainer.eval_batches,
         on_batch=run.clock.tick,
     )
@@ -355,7 +357,7 @@ def _create_callbacks(
         checkpoint.set_val_loss,
     )
     profile = ProfileCallback(run.workdir.profile, config.logger.profile_steps)
-    return [metrics, bad_steps, *([evaluation] if sets else []), checkpoint, profile]
+    return [metrics, bad_steps, *([evaluation] if run.validation_sets else []), checkpoint, profile]
 
 
 def _roll_back(
