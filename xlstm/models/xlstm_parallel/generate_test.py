@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.testing import QUICK_COMPILATION
 from xlstm.models.xlstm_parallel.generate import sample_tokens
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 CONFIG = small_config()
 PARAMS = lively_params(CONFIG, jax.random.key(1))

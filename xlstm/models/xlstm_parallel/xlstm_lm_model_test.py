@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.testing import QUICK_COMPILATION
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state, xLSTMLMModel
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 

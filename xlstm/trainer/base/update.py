@@ -66,10 +66,8 @@ def update_state(
     )
     params_ema = state.params_ema
     if params_ema is not None:
-        before, decay = (
-            unboxed(params_ema),
-            jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)),
-        )
+        before = unboxed(params_ema)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         moved = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, before, params)
         params_ema = reboxed(choose(moved, before), params_ema)
     state = state.replace(

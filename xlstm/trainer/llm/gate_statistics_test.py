@@ -14,9 +14,9 @@ from xlstm.distributed.data_parallel import shard_parameters, sum_gradients
 from xlstm.distributed.mesh import BATCH_AXES, MeshConfig, create_mesh
 from xlstm.distributed.single_gpu import accumulate_gradients
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.testing import QUICK_COMPILATION
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
 from xlstm.trainer.llm.gate_statistics import gate_moments, gate_row
 from xlstm.trainer.llm.loss import create_loss_fn
 

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 
-# Compile quickly: every run compiles anew, and trains for a moment.
+# Compile quickly: every run compiles anew, and trains for a moment. Without fusion emitters, as in
+# QUICK_XLA_FLAGS, another schedule would round the last bit of an update otherwise.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax

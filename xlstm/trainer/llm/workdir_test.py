@@ -187,6 +187,7 @@ def test_a_run_without_its_configuration_is_refused(tmp_path, left):
 def test_a_run_that_was_killed_before_it_wrote_anything_begins_anew(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     _claim(Workdir(str(tmp_path)), RunConfig())
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json"]
 
 
 def test_other_files_in_the_folder_do_not_matter(tmp_path):

@@ -10,13 +10,14 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     BackendConfig,
     create_backend,
 )
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 NAMES = ("fwbw", "parallel_stabilized", "recurrent")
 HEADS = 2
 
 
 def jit(function):
-    return jax.jit(function, compiler_options=testing.QUICK_COMPILATION)
+    return jax.jit(function, compiler_options=QUICK_COMPILATION)
 
 
 def cell_of(name, chunk_size=0, stabilize_correctly=True):

@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     BackendConfig,
     create_backend,
 )
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 TIME, QK_DIM, V_DIM = 5, 2, 3
 SEQUENCES = 8  # Of one example: the batch is cheap, a call is not.
@@ -55,7 +55,7 @@ def _cell(name, chunk_size, stabilize_correctly):
         outputs, vjp = jax.vjp(both, first, second)
         return outputs, vjp(cotangents)
 
-    return jax.jit(run, compiler_options=testing.QUICK_COMPILATION)
+    return jax.jit(run, compiler_options=QUICK_COMPILATION)
 
 
 TOKENS = st.tuples(

@@ -17,12 +17,13 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     mLSTMBackendFwbw,
     mLSTMBackendFwbwConfig,
 )
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 CONFIG = mLSTMBackendFwbwConfig(chunk_size=4, stabilize_correctly=True)
 
 
 def jit(function):
-    return jax.jit(function, compiler_options=testing.QUICK_COMPILATION)
+    return jax.jit(function, compiler_options=QUICK_COMPILATION)
 
 
 def with_gradients(config, arguments, cotangents):

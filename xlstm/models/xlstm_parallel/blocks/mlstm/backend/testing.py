@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from xlstm.testing.quick_compilation import QUICK_COMPILATION
+
 
 class Arguments(NamedTuple):
     """What a backend is called with and differentiated for; the last three are the first state."""
@@ -166,18 +168,6 @@ def _gradients(arguments, reset, cotangents, stabilize_correctly):
     return jax.vjp(run, arguments)[1](cotangents)[0]
 
 
-def _quick_compilation() -> dict[str, Any]:
-    """Compiler options that save most of a test's time; the second is not in every XLA."""
-    options = {"xla_backend_optimization_level": 0}
-    fewer_passes = options | {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=fewer_passes).lower().compile()
-    except RuntimeError:
-        return options
-    return fewer_passes
-
-
-QUICK_COMPILATION = _quick_compilation()
 _jitted_gradients = jax.jit(
     _gradients, static_argnames="stabilize_correctly", compiler_options=QUICK_COMPILATION
 )
