@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
+from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 FORMAT = "xlstm token store"
 VERSION = 1
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
 DOCUMENTS_FILE = "documents.bin"
-TOKENIZER_FILE = "tokenizer.json"
 OFFSET_DTYPE = np.dtype("<i8")
 
 

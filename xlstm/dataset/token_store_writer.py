@@ -18,11 +18,10 @@ from xlstm.dataset.token_store import (
     DOCUMENTS_FILE,
     META_FILE,
     OFFSET_DTYPE,
-    TOKENIZER_FILE,
     TOKENS_FILE,
     StoreMeta,
 )
-from xlstm.dataset.tokenizer import Tokenizer
+from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 class StoreExistsError(ValueError):

@@ -8,12 +8,15 @@ store and of every prompt; `encode` never yields it.
 import abc
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 
 import numpy as np
 import tokenizers
 
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 
@@ -163,8 +166,9 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
 
     Args:
         name_or_path: "byte", or the path of a `tokenizer.json` (or of a folder that holds one).
-        eod_token: Which entry of the vocabulary is the end-of-document marker, where it is none of
-            the usual ones; not for "byte", whose marker is NUL.
+        eod_token: Which entry of the vocabulary is the end-of-document marker; not for "byte",
+            whose marker is NUL. By default the `eos_token` of a `tokenizer_config.json` beside the file,
+            or else the first of `EOD_TOKENS` that the vocabulary has.
 
     Returns:
         The tokenizer.
@@ -177,12 +181,25 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
             raise ValueError(f"the byte tokenizer's marker is NUL and cannot be {eod_token!r}")
         return ByteTokenizer()
     if os.path.isdir(name_or_path):
-        name_or_path = os.path.join(name_or_path, "tokenizer.json")
+        name_or_path = os.path.join(name_or_path, TOKENIZER_FILE)
     if not os.path.exists(name_or_path):
         raise ValueError(
             f"no tokenizer {name_or_path!r}: give 'byte' or the path of a tokenizer.json"
         )
-    return JsonTokenizer(name_or_path, eod_token)
+    return JsonTokenizer(name_or_path, eod_token or _configured_eod(name_or_path))
+
+
+def _configured_eod(path: str) -> str | None:
+    """The `eos_token` of the file that public models have beside their `tokenizer.json`."""
+    config_path = os.path.join(os.path.dirname(path), TOKENIZER_CONFIG_FILE)
+    try:
+        with open(config_path, encoding="utf-8") as file:
+            token = json.load(file).get("eos_token")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{config_path} cannot be used: {error}") from error
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

@@ -135,6 +135,20 @@ def test_eod_by_name(tmp_path):
         load_tokenizer("byte", "<end>")
 
 
+def test_eod_as_a_public_model_names_it(tmp_path):
+    path = write_tokenizer_json(str(tmp_path / "tokenizer.json"), ["<s>", "</s>", "<end>"])
+    config = tmp_path / "tokenizer_config.json"
+    for eos_token in ("<end>", {"content": "<end>", "special": True}):
+        config.write_text(json.dumps({"eos_token": eos_token}))
+        assert load_tokenizer(path).eod_id == 2
+        assert load_tokenizer(path, "<s>").eod_id == 0
+    config.write_text(json.dumps({"eos_token": None}))
+    assert load_tokenizer(path).eod_token == "</s>"
+    config.write_text("[")
+    with pytest.raises(ValueError, match="tokenizer_config.json cannot be used"):
+        load_tokenizer(path)
+
+
 def test_folder_stands_for_its_file(json_path, tmp_path):
     write_tokenizer_json(tmp_path / "tokenizer.json")
     assert load_tokenizer(str(tmp_path)).name == str(tmp_path / "tokenizer.json")

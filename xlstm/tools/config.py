@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import os
 import re
 import runpy
@@ -19,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.workdir import Workdir
 
 _CONFIGS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
@@ -59,6 +61,15 @@ def to_run_config(config: ConfigDict) -> RunConfig:
         }
         made[section] = section_class(**typed)
     return RunConfig(**made)
+
+
+def load_run_config(workdir: Workdir) -> RunConfig:
+    """Reads the configuration of a run; raises ValueError if it cannot."""
+    try:
+        with open(workdir.config, encoding="utf-8") as file:
+            return to_run_config(json.load(file)["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
 
 
 def _check_names(where: str, given: Any, known: typing.Collection[str]) -> None:

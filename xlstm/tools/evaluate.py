@@ -22,18 +22,16 @@ from xlstm.dataset.pipeline import open_stores
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
 from xlstm.distributed.mesh import MESH_AXES
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.config import to_run_config
+from xlstm.tools.config import load_run_config
 from xlstm.tools.processes import ending_together, initialize_devices
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
-from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
-from xlstm.trainer.llm.workdir import Workdir
+from xlstm.trainer.llm.workdir import Workdir, find_checkpoint
 from xlstm.trainer.logger.base_logger import validation_suffixes
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -53,38 +51,6 @@ _CONTEXT_LENGTH = flags.DEFINE_integer(
 )
 _MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh, such as fsdp=4,tp=2 [dp alone].")
 _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
-
-
-def find_checkpoint(path: str) -> tuple[Workdir, int]:
-    """Finds a checkpoint by the folder of its run, or its own.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        The run's folder and the step.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    parent, name = os.path.split(os.path.normpath(path))
-    is_step = name.isdigit() and os.path.basename(parent) == "checkpoints"
-    workdir = Workdir(os.path.dirname(parent) if is_step else path)
-    # The run may be going on: all processes must choose the same.
-    steps = from_first_process(CheckpointFolder(workdir.checkpoints).whole_steps)
-    wanted = int(name) if is_step else max(steps, default=None)
-    if wanted not in steps:
-        raise ValueError(f"--checkpoint={path}: there is no whole checkpoint of a run")
-    return workdir, wanted
-
-
-def load_run_config(workdir: Workdir) -> RunConfig:
-    """Reads the configuration of a run; raises ValueError if it cannot."""
-    try:
-        with open(workdir.config, encoding="utf-8") as file:
-            return to_run_config(json.load(file)["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
 
 
 def _changed(config: RunConfig) -> RunConfig:

@@ -82,10 +82,32 @@ class xLSTMLMModel(nn.Module):
         x = self.embeddings(tokens)
         if state is None:
             return self._logits(self._run_stages(Stream(x, reset)))
-        if axis_size("pp") > 1:
-            raise ValueError("a state does not go through pipeline stages; pass state=None")
-        stream, state = self.blocks(Stream(x, reset), self._block_numbers(), state)
-        return self._logits(stream.x), state
+        x, state = self._carry_state(Stream(x, reset), state)
+        return self._logits(x), state
+
+    def next_token_logits(
+        self, tokens: jax.Array, state: MLSTMState, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, MLSTMState]:
+        """Reads tokens, and computes the logits of the one that follows them.
+
+        Args:
+            tokens: Ids `(B, T)`.
+            state: State before the first token, see `__call__`.
+            lengths: How many of the tokens count, int `(B,)`, at least 1 each; those behind are
+                padding. None for all.
+
+        Returns:
+            Logits, float32 `(B, V)`, and the state after the tokens that count.
+        """
+        x, padding = self.embeddings(tokens), None
+        if lengths is not None:
+            padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
+        x, state = self._carry_state(Stream(x, padding=padding), state)
+        if lengths is None:
+            x = x[:, -1:]
+        else:
+            x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+        return self._logits(x)[:, 0], state
 
     def next_token_nll(
         self,
@@ -130,6 +152,13 @@ class xLSTMLMModel(nn.Module):
     def _block_numbers(self) -> jax.Array:
         num_blocks = self.config.model.num_blocks // axis_size("pp")
         return axis_index("pp") * num_blocks + jnp.arange(num_blocks)
+
+    def _carry_state(self, stream: Stream, state: MLSTMState) -> tuple[jax.Array, MLSTMState]:
+        """Runs all blocks from a state on; returns their output and the last state."""
+        if axis_size("pp") > 1:
+            raise ValueError("a state does not go through pipeline stages; pass state=None")
+        stream, state = self.blocks(stream, self._block_numbers(), state)
+        return stream.x, state
 
     def _run_stages(self, stream: Stream) -> jax.Array:
         """Runs all blocks; the output `(B, T / tp, D)` is the same on all stages."""

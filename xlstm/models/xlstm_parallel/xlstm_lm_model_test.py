@@ -55,6 +55,25 @@ def test_packed_documents_are_the_documents_alone():
         np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["fwbw", "parallel_stabilized", "recurrent"])
+def test_padding_leaves_no_trace(backend):
+    config = small_config(backend)
+    read = quick_jit(
+        lambda tokens, state, lengths: xLSTMLMModel(config).apply(
+            {"params": PARAMS}, tokens, state, lengths, method="next_token_logits"
+        )
+    )
+    lengths = np.array([6, 9])
+    first = read(TOKENS, initial_state(config, 2), lengths)
+    followed = read(np.roll(TOKENS, -1, axis=0), first[1], lengths)
+    whole = np.zeros((2, 2 * TIME), int)  # The same without padding in between.
+    for row, length in enumerate(lengths):
+        whole[row, : 2 * length] = np.append(TOKENS[row, :length], TOKENS[1 - row, :length])
+    expected = read(whole, initial_state(config, 2), 2 * lengths)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), followed, expected)
+    np.testing.assert_allclose(first[0], logits_of(config)[np.arange(2), lengths - 1], atol=1e-4)
+
+
 def test_logits_do_not_see_the_future():
     config = small_config()
     changed = TOKENS.copy()

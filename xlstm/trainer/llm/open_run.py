@@ -47,6 +47,7 @@ from xlstm.trainer.llm.data import (
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
 from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
@@ -156,6 +157,7 @@ def open_run(
         OSError: If something cannot be read or written.
     """
     run = _prepare(config, workdir_path, allow_config_change)
+    tokenizer = run.stores[0].load_tokenizer()
     state, specs, train_step = create_language_model_run(config, run.mesh)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
@@ -172,6 +174,7 @@ def open_run(
             _say_going_on(run, start_step)
         if jax.process_index() == 0:
             write_config(run.workdir, config, run.corpora)
+            write_tokenizer(run.workdir, tokenizer)
         loggers = _create_loggers(run, start_step)
         stack.enter_context(_closing(loggers))
         callbacks = _create_callbacks(run, state, specs, loggers, checkpointer)
@@ -205,7 +208,7 @@ def open_run(
             fit=fit_run,
             say=run.say,
             mesh=run.mesh,
-            tokenizer=run.stores[0].load_tokenizer(),
+            tokenizer=tokenizer,
         )
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from xlstm.dataset.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
@@ -35,6 +37,16 @@ class Workdir:
     def config(self) -> str:
         """The resolved configuration."""
         return os.path.join(self.path, "config.json")
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer's definition, unless it is that of bytes."""
+        return os.path.join(self.path, TOKENIZER_FILE)
+
+    @property
+    def tokenizer_config(self) -> str:
+        """What else there is to say of it: the end-of-document marker."""
+        return os.path.join(self.path, TOKENIZER_CONFIG_FILE)
 
     @property
     def metrics(self) -> str:
@@ -70,6 +82,29 @@ class Workdir:
     def stdlib_store(self) -> str:
         """The token store of the built-in corpus."""
         return os.path.join(self.path, "stdlib")
+
+
+def find_checkpoint(path: str) -> tuple[Workdir, int]:
+    """Finds a checkpoint by the folder of its run, or its own.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The run's folder and the step.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    parent, name = os.path.split(os.path.normpath(path))
+    is_step = name.isdigit() and os.path.basename(parent) == "checkpoints"
+    workdir = Workdir(os.path.dirname(parent) if is_step else path)
+    # The run may be going on: all processes must choose the same.
+    steps = from_first_process(CheckpointFolder(workdir.checkpoints).whole_steps)
+    wanted = int(name) if is_step else max(steps, default=None)
+    if wanted not in steps:
+        raise ValueError(f"{path}: there is no whole checkpoint of a run")
+    return workdir, wanted
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:

@@ -21,11 +21,14 @@ class Stream(NamedTuple):
         x: This device's tokens, `(B, T / tp, D)`.
         reset: Where the state is dropped before the token, bool `(B, T)`, or None.
         dropout_keys: A random key for each of this device's tokens, `(B, T / tp, ...)`, or None.
+        padding: True for tokens that leave no trace in any state, bool `(B, T)`, or None. They are
+            the last ones of an example.
     """
 
     x: jax.Array
     reset: jax.Array | None = None
     dropout_keys: PRNGKeyArray | None = None
+    padding: jax.Array | None = None
 
 
 class mLSTMBlock(nn.Module):
@@ -55,7 +58,8 @@ class mLSTMBlock(nn.Module):
         dtype, x = config.compute_dtype, stream.x
         # Site 0 is the embedding.
         normed = RMSNorm(config.norm_eps, dtype, name="norm_mlstm")(x)
-        y, state = mLSTMLayer(self.config, name="mlstm_layer")(normed, stream.reset, state)
+        layer = mLSTMLayer(self.config, name="mlstm_layer")
+        y, state = layer(normed, stream.reset, stream.padding, state)
         x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * number + 1)
         normed = RMSNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         overlap = self.config.mesh.tp_overlap

@@ -11,7 +11,10 @@ from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.init import small_init, wang_init
 from xlstm.models.shared.norm import MultiHeadLayerNorm
 from xlstm.models.shared.soft_cap import soft_cap
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
+    MLSTMState,
+    neutral_gates,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
 from xlstm.models.xlstm_parallel.blocks.mlstm.moments import moments_of
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
@@ -41,13 +44,18 @@ class mLSTMLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, reset: jax.Array | None, state: MLSTMState | None
+        self,
+        x: jax.Array,
+        reset: jax.Array | None,
+        padding: jax.Array | None,
+        state: MLSTMState | None,
     ) -> tuple[jax.Array, MLSTMState | None]:
         """Runs the layer.
 
         Args:
             x: This device's tokens, `(B, T / tp, D)`.
             reset: Where the state is dropped before the token, bool `(B, T)`, or None.
+            padding: Which tokens leave no trace in the state, bool `(B, T)`, or None.
             state: State of this device's heads before the first token, leading axes `(B, NH)`, or
                 None for zero.
 
@@ -87,6 +95,8 @@ class mLSTMLayer(nn.Module):
 
         q, k, v = (split_heads(y[name]) for name in "qkv")
         igate, fgate = cap(y["i"]), cap(y["f"])
+        if padding is not None:
+            igate, fgate = neutral_gates(igate, fgate, padding[:, None, :])
         h = create_backend(self.config.backend, config)(
             *(q, k, v, igate, fgate, *(state or ())),
             return_last_states=state is not None,

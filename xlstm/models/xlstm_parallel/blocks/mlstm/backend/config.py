@@ -181,6 +181,20 @@ def zero_state(leading: tuple[int, ...], qk_dim: int, v_dim: int, dtype=jnp.floa
     )
 
 
+def neutral_gates(i: jax.Array, f: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gives tokens gates with which they leave no trace in the state.
+
+    Args:
+        i: Input gate pre-activations `(..., T)`.
+        f: Forget gate pre-activations `(..., T)`.
+        padding: Which tokens, bool, broadcasts to `(..., T)`.
+
+    Returns:
+        The pre-activations: of those tokens one that writes nothing and one that keeps everything.
+    """
+    return jnp.where(padding, -LARGEST_GATE, i), jnp.where(padding, LARGEST_GATE, f)
+
+
 def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
     """Raises a `ValueError` that names the array if its shape is not the expected one."""
     if x.shape != expected:
