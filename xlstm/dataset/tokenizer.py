@@ -167,8 +167,8 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     Args:
         name_or_path: "byte", or the path of a `tokenizer.json` (or of a folder that holds one).
         eod_token: Which entry of the vocabulary is the end-of-document marker; not for "byte",
-            whose marker is NUL. By default the `eos_token` of a `tokenizer_config.json` beside the file,
-            or else the first of `EOD_TOKENS` that the vocabulary has.
+            whose marker is NUL. By default the `eos_token` of a `tokenizer_config.json` beside the
+            file, or else the first of `EOD_TOKENS` that the vocabulary has.
 
     Returns:
         The tokenizer.
