@@ -20,9 +20,9 @@ from rich.table import Table
 
 from xlstm.dataset.pipeline import open_stores
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
-from xlstm.distributed.mesh import MESH_AXES
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.config import load_run_config
+from xlstm.tools.mesh_flag import mesh_sizes
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
@@ -49,18 +49,12 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _CONTEXT_LENGTH = flags.DEFINE_integer(
     "context_length", None, "Tokens in a row [the run's].", lower_bound=1
 )
-_MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh, such as fsdp=4,tp=2 [dp alone].")
 _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
 
 
 def _changed(config: RunConfig) -> RunConfig:
     """The run's configuration with what the flags change."""
-    data, sizes = config.data, dict.fromkeys(MESH_AXES, 1) | {"dp": -1}
-    for entry in _MESH.value:
-        axis, _, size = entry.partition("=")
-        if axis not in sizes or not size.lstrip("-").isdigit():
-            raise ValueError(f"--mesh has {entry!r}: write sizes as fsdp=4,tp=2")
-        sizes[axis] = int(size)
+    data = config.data
     if _DATA.value is not None:
         named = [_named_store(entry) for entry in _DATA.value]
         data = dataclasses.replace(data, validation_fraction=0.0, validation_stores=tuple(named))
@@ -72,7 +66,7 @@ def _changed(config: RunConfig) -> RunConfig:
         context_length=_CONTEXT_LENGTH.value or data.context_length,
     )
     trainer = dataclasses.replace(config.trainer, num_minibatches=1)
-    mesh = dataclasses.replace(config.mesh, **sizes)
+    mesh = dataclasses.replace(config.mesh, **mesh_sizes())
     return dataclasses.replace(config, data=data, trainer=trainer, mesh=mesh)
 
 

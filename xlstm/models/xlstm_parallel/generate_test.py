@@ -1,66 +1,186 @@
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from xlstm.models.xlstm_parallel.generate import sample_tokens
+from xlstm.distributed.data_parallel import shard_parameters
+from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.models.xlstm_parallel import generate as generate_module
+from xlstm.models.xlstm_parallel.generate import (
+    NO_TOKEN,
+    begin,
+    decode_step,
+    generate,
+    prefill,
+    read,
+    row_keys,
+    rows_spec,
+    write,
+)
+from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
-CONFIG = small_config()
+CONFIG = small_config(vocab_size=12)
 PARAMS = lively_params(CONFIG, jax.random.key(1))
-PROMPT = np.random.default_rng(0).integers(0, 11, (2, 6))
+PROMPTS = np.random.default_rng(0).integers(0, 12, (3, 9))
+LENGTHS = np.array([6, 9, 1])
+KEYS = row_keys(jax.random.key(0), range(3))
+GREEDY = SamplingConfig(temperature=0.0)
+SAMPLING = SamplingConfig(temperature=1.5, repetition_penalty=1.2)
 
 
 @functools.cache
-def _jitted_sample(num_tokens, temperature):
-    options = {"config": CONFIG, "num_tokens": num_tokens, "temperature": temperature}
-    sample = functools.partial(sample_tokens, **options)
-    return jax.jit(sample, compiler_options=QUICK_COMPILATION)
-
-
-def sample(seed=0, num_tokens=8, prompt=PROMPT, temperature=1.0):
-    key = jax.random.key(seed)
-    return np.asarray(_jitted_sample(num_tokens, temperature)(PARAMS, prompt, key))
+def quick(function, **options):
+    function = functools.partial(function, **options)
+    return jax.jit(function, compiler_options=QUICK_COMPILATION)
 
 
 def logits_of(tokens):
-    apply = jax.jit(xLSTMLMModel(CONFIG).apply, compiler_options=QUICK_COMPILATION)
-    return apply({"params": PARAMS}, tokens)
+    return np.asarray(quick(xLSTMLMModel(CONFIG).apply)({"params": PARAMS}, tokens))
 
 
-def test_temperature_zero_takes_the_likeliest_token():
-    tokens = sample(temperature=0)
-    assert tokens.shape == (2, 8)
-    # The logits of the whole text, read at once, agree with every choice.
-    text = np.concatenate([PROMPT, tokens], axis=1)
-    np.testing.assert_array_equal(np.argmax(logits_of(text), axis=-1)[:, 5:-1], tokens)
+def read_prompts(tokens, lengths, progress=None):
+    """Reads them all in arrays of one shape, so that one compilation does."""
+    padded = np.zeros((3, 20), int)
+    padded[: len(tokens), : tokens.shape[1]] = tokens
+    progress = progress or begin(CONFIG, 3)
+    return quick(read, config=CONFIG)(PARAMS, progress, padded, np.resize(lengths, 3))
 
 
-def test_tokens_follow_the_distribution_and_the_key():
-    prompt = np.tile(PROMPT[:1], (4000, 1))
-    tokens = sample(prompt=prompt, num_tokens=1, temperature=1.5)
-    expected = np.asarray(jax.nn.softmax(logits_of(PROMPT[:1])[0, -1] / 1.5))
-    actual = np.bincount(tokens[:, 0], minlength=11) / 4000
-    assert np.abs(actual - expected).max() < 0.04
-    assert expected.max() < 0.9  # Else the test would be void.
-    again = sample(prompt=prompt, num_tokens=1, temperature=1.5)
-    np.testing.assert_array_equal(again, tokens)
-    other = sample(seed=1, prompt=prompt, num_tokens=1, temperature=1.5)
-    assert np.any(other != tokens)
+def written(progress, num_tokens=12, keys=KEYS, sampling=GREEDY, stop_ids=()):
+    options = {"config": CONFIG, "sampling": sampling, "max_tokens": 12, "stop_ids": stop_ids}
+    return quick(write, **options)(PARAMS, progress, keys, num_tokens)
 
 
-def test_negative_temperature():
-    with pytest.raises(ValueError, match="temperature=-1.*not be negative"):
-        sample(temperature=-1)
+def assert_same_progress(found, row, expected, expected_row):
+    assert found.num_tokens[row] == expected.num_tokens[expected_row]
+    np.testing.assert_array_equal(found.seen[row], expected.seen[expected_row])
+    np.testing.assert_allclose(found.logits[row], expected.logits[expected_row], atol=1e-4)
+    for x, y in zip(found.state, expected.state, strict=True):
+        np.testing.assert_allclose(x[:, row], y[:, expected_row], atol=1e-4)
 
 
-def test_ids_beyond_the_vocabulary_are_not_sampled():
-    options = {"config": CONFIG, "num_tokens": 50, "temperature": 5.0, "vocab_size": 3}
-    sample = jax.jit(
-        functools.partial(sample_tokens, **options), compiler_options=QUICK_COMPILATION
+def test_greedy_tokens_are_the_likeliest_of_the_whole_text():
+    tokens = generate(
+        PARAMS,
+        PROMPTS,
+        jax.random.key(0),
+        config=CONFIG,
+        num_tokens=8,
+        lengths=LENGTHS,
+        sampling=GREEDY,
     )
-    tokens = np.asarray(sample(PARAMS, PROMPT, jax.random.key(0)))
-    assert set(np.unique(tokens)) == {0, 1, 2}
+    assert tokens.shape == (3, 8)
+    text = np.zeros((3, 20), int)
+    for row, length in enumerate(LENGTHS):
+        text[row, : length + 8] = np.append(PROMPTS[row, :length], tokens[row])
+    likeliest = np.argmax(logits_of(text), axis=-1)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_array_equal(tokens[row], likeliest[row, length - 1 : length + 7])
+
+
+def test_decoding_gives_the_logits_of_the_whole_text():
+    logits, state = quick(prefill, config=CONFIG)(PARAMS, PROMPTS[:, :4])
+    found, sizes = [logits], {tuple(x.size for x in state)}
+    for place in range(4, 9):
+        logits, state = quick(decode_step, config=CONFIG)(PARAMS, PROMPTS[:, place], state)
+        found.append(logits)
+        sizes.add(tuple(x.size for x in state))
+    text = np.zeros((3, 20), int)
+    text[:, :9] = PROMPTS
+    np.testing.assert_allclose(np.stack(found, axis=1), logits_of(text)[:, 3:9], atol=1e-4)
+    assert len(sizes) == 1  # The state does not grow.
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
+def test_a_prompt_in_a_batch_gives_what_it_gives_alone_and_in_several_goes(sampling):
+    together, tokens = written(read_prompts(PROMPTS, LENGTHS), sampling=sampling)
+    for row, length in enumerate(LENGTHS):
+        progress = read_prompts(PROMPTS[[row] * 3, :length], length)
+        parts, keys = [], KEYS[np.array([row] * 3)]
+        for size in (1, 5, 0, 6):
+            progress, part = written(progress, size, keys, sampling)
+            assert np.all(part[:, size:] == NO_TOKEN)
+            parts.append(part[0, :size])
+        np.testing.assert_array_equal(np.concatenate(parts), tokens[row])
+        assert_same_progress(together, row, progress, 0)
+
+
+def test_a_long_prompt_in_pieces_is_the_prompt(monkeypatch):
+    tokens = np.random.default_rng(1).integers(0, 12, (3, 20))
+    lengths = np.array([20, 11, 20])
+    expected = read_prompts(tokens, lengths)
+    monkeypatch.setattr(generate_module, "_TOKENS_AT_ONCE", 21)
+    other = dataclasses.replace(CONFIG, backend=dataclasses.replace(CONFIG.backend, chunk_size=3))
+    found = quick(read, config=other)(PARAMS, begin(CONFIG, 3), tokens, lengths)
+    for row in range(3):
+        assert_same_progress(found, row, expected, row)
+
+
+def test_a_row_that_is_done_is_left_as_it_is():
+    free = np.asarray(written(read_prompts(PROMPTS, LENGTHS))[1])
+    stop_id = int(free[1, 4])  # Ends one row there, others perhaps elsewhere.
+    ends = [(list(row).index(stop_id) if stop_id in row else 11) + 1 for row in free]
+    assert min(ends) <= 5 and len(set(ends)) > 1
+    progress, tokens = written(read_prompts(PROMPTS, LENGTHS), stop_ids=(stop_id,))
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(tokens[row, :end], free[row, :end])
+        assert np.all(tokens[row, end:] == NO_TOKEN)
+        expected, _ = written(read_prompts(PROMPTS, LENGTHS), end)
+        assert_same_progress(progress, row, expected, row)
+
+
+def test_more_text_behind_what_was_read():
+    lengths = np.array([3, 9, 0])
+    more = read_prompts(PROMPTS[::-1], lengths, read_prompts(PROMPTS, LENGTHS))
+    for row, (first, second) in enumerate(zip(LENGTHS, lengths, strict=True)):
+        text = np.append(PROMPTS[row, :first], PROMPTS[::-1][row, :second])
+        assert_same_progress(more, row, read_prompts(text[None], len(text)), 0)
+        assert set(np.flatnonzero(more.seen[row])) == set(text)
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2, "fsdp": 2}, {"dp": 4}])
+def test_on_a_mesh_it_is_the_same(axes):
+    mesh = create_mesh(MeshConfig(**({"dp": 1} | axes)), jax.devices()[:4])
+    model = xLSTMLMModel(CONFIG)
+    boxes = jax.eval_shape(model.init, jax.random.key(0), PROMPTS)["params"]
+    boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)
+    params = jax.tree.map(
+        lambda box, x: jax.device_put(x, NamedSharding(mesh, P(*box.names))),
+        boxes,
+        PARAMS,
+        is_leaf=lambda x: hasattr(x, "names"),
+    )
+    prompts, lengths = np.resize(PROMPTS, (4, 9)), np.array([6, 9, 1, 3])
+    rows = NamedSharding(mesh, rows_spec(4, mesh))
+    on_mesh = [jax.device_put(x, rows) for x in (prompts, lengths)]
+    keys = row_keys(jax.random.key(0), range(4))
+    progress = quick(read, config=CONFIG)(params, begin(CONFIG, 4, mesh), *on_mesh)
+    options = {"config": CONFIG, "sampling": GREEDY, "max_tokens": 6}
+    progress, tokens = quick(write, **options)(params, progress, keys, 6)
+    expected = generate(
+        PARAMS,
+        prompts,
+        jax.random.key(0),
+        config=CONFIG,
+        num_tokens=6,
+        lengths=lengths,
+        sampling=GREEDY,
+    )
+    np.testing.assert_array_equal(tokens, expected)
+    # What grows with the batch and the heads stays divided.
+    shards = {shard.data.shape for shard in progress.state.C.addressable_shards}
+    num_rows = 4 // (mesh.shape["dp"] * mesh.shape["fsdp"])
+    assert shards == {(3, num_rows, 2 // mesh.shape["tp"], 4, 8)}
+
+
+def test_rows_that_do_not_divide_are_everywhere():
+    mesh = create_mesh(MeshConfig(dp=4), jax.devices()[:4])
+    assert begin(CONFIG, 3, mesh).logits.sharding.is_fully_replicated
+    assert not begin(CONFIG, 4, mesh).logits.sharding.is_fully_replicated

@@ -9,7 +9,8 @@ import pytest
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
-from xlstm.models.xlstm_parallel.generate import sample_tokens
+from xlstm.models.xlstm_parallel.generate import generate
+from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
@@ -108,12 +109,12 @@ def test_greedy_continuation(model_config, params, expected):
     prompt, continuation = expected["ids"][:, :13], expected["gen"]
     # The recorded continuation holds the prompt first.
     np.testing.assert_array_equal(continuation[:, :13], prompt)
-    tokens = sample_tokens(
+    tokens = generate(
         params,
         prompt,
         jax.random.key(0),
         config=config,
         num_tokens=continuation.shape[1] - 13,
-        temperature=0,
+        sampling=SamplingConfig(temperature=0.0),
     )
     np.testing.assert_array_equal(tokens, continuation[:, 13:])

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import PRNGKeyArray
 from xlstm.distributed.data_parallel import Target, gather_on_use
@@ -82,8 +83,8 @@ class xLSTMLMModel(nn.Module):
         x = self.embeddings(tokens)
         if state is None:
             return self._logits(self._run_stages(Stream(x, reset)))
-        x, state = self._carry_state(Stream(x, reset), state)
-        return self._logits(x), state
+        stream = self._carry_state(Stream(x, reset, states=state))
+        return self._logits(stream.x), stream.states
 
     def next_token_logits(
         self, tokens: jax.Array, state: MLSTMState, lengths: jax.Array | None = None
@@ -93,21 +94,23 @@ class xLSTMLMModel(nn.Module):
         Args:
             tokens: Ids `(B, T)`.
             state: State before the first token, see `__call__`.
-            lengths: How many of the tokens count, int `(B,)`, at least 1 each; those behind are
-                padding. None for all.
+            lengths: How many of the tokens count, int `(B,)`; those behind are padding. None for
+                all.
 
         Returns:
-            Logits, float32 `(B, V)`, and the state after the tokens that count.
+            Logits, float32 `(B, V)`, and the state after the tokens that count. Where none counts
+            the state is as before, and the logits mean nothing.
         """
         x, padding = self.embeddings(tokens), None
         if lengths is not None:
             padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
-        x, state = self._carry_state(Stream(x, padding=padding), state)
+        stream = self._carry_state(Stream(x, padding=padding, states=state))
         if lengths is None:
-            x = x[:, -1:]
+            last = stream.x[:, -1:]
         else:
-            x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
-        return self._logits(x)[:, 0], state
+            places = jnp.maximum(lengths, 1) - 1
+            last = jnp.take_along_axis(stream.x, places[:, None, None], axis=1)
+        return self._logits(last)[:, 0], stream.states
 
     def next_token_nll(
         self,
@@ -153,18 +156,17 @@ class xLSTMLMModel(nn.Module):
         num_blocks = self.config.model.num_blocks // axis_size("pp")
         return axis_index("pp") * num_blocks + jnp.arange(num_blocks)
 
-    def _carry_state(self, stream: Stream, state: MLSTMState) -> tuple[jax.Array, MLSTMState]:
-        """Runs all blocks from a state on; returns their output and the last state."""
+    def _carry_state(self, stream: Stream) -> Stream:
+        """Runs all blocks, each from its own state on."""
         if axis_size("pp") > 1:
             raise ValueError("a state does not go through pipeline stages; pass state=None")
-        stream, state = self.blocks(stream, self._block_numbers(), state)
-        return stream.x, state
+        return self.blocks(stream, self._block_numbers())[0]
 
     def _run_stages(self, stream: Stream) -> jax.Array:
         """Runs all blocks; the output `(B, T / tp, D)` is the same on all stages."""
         num_stages = axis_size("pp")
         if num_stages == 1:
-            return self.blocks(stream, self._block_numbers(), None)[0].x
+            return self.blocks(stream, self._block_numbers())[0].x
 
         def run(model: xLSTMLMModel, stream: Stream) -> Stream:
             return execute_pipeline(
@@ -193,7 +195,7 @@ class _Stage(nn.Module):
     blocks: nn.Module
 
     def __call__(self, stream: Stream, numbers: jax.Array) -> Stream:
-        return self.blocks(stream, numbers, None)[0]
+        return self.blocks(stream, numbers)[0]
 
 
 def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
@@ -224,3 +226,17 @@ def initial_state(config: LanguageModelConfig, batch_size: int) -> MLSTMState:
     model = config.model
     leading = (model.num_blocks, batch_size, model.num_heads)
     return zero_state(leading, model.qk_dim // model.num_heads, model.v_dim // model.num_heads)
+
+
+def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None) -> MLSTMState:
+    """How a state is cut over a mesh.
+
+    Args:
+        config: Configuration of the model.
+        rows: The mesh axes that the rows are cut over, or None.
+
+    Returns:
+        The partition specs of `initial_state`: heads are cut over `tp`.
+    """
+    shapes = jax.eval_shape(lambda: initial_state(config, 1))
+    return jax.tree.map(lambda _: P(None, rows, "tp"), shapes)

@@ -1,7 +1,7 @@
 """Brings batches from the token stores to the mesh."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.token_store import TOKENS_FILE, TokenStore
 from xlstm.distributed.mesh import BATCH_AXES, create_mesh
+from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
 
@@ -31,29 +32,37 @@ def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
             )
 
 
-def _check_model(config: RunConfig, mesh: Mesh) -> None:
-    model = config.model
-    divided = [
-        ("pp", "model.num_blocks", model.num_blocks),
-        ("tp", "model.num_heads", model.num_heads),
-        ("tp", "the hidden size of the feed-forward layer, model.ffn_dim", model.ffn_dim),
-        ("pp tp", "model.vocab_size", model.vocab_size),
-        ("pp tp", "data.context_length", config.data.context_length),
-    ]
-    for axes, name, size in divided:
-        sizes = {f"mesh.{axis}": mesh.shape[axis] for axis in axes.split()}
-        if size % math.prod(sizes.values()):
-            raise ValueError(
-                f"{name}={size} does not divide over"
-                f" {' x '.join(f'{axis}={value}' for axis, value in sizes.items())}: a multiple of"
-                f" {math.prod(sizes.values())} would"
-            )
+def _check_context_length(config: RunConfig, mesh: Mesh) -> None:
+    _check_divides("data.context_length", config.data.context_length, ("pp", "tp"), mesh)
+
+
+def check_model(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError if a model does not divide over a mesh."""
+    for name, size, axes in [
+        ("model.num_blocks", model.num_blocks, ("pp",)),
+        ("model.num_heads", model.num_heads, ("tp",)),
+        ("the hidden size of the feed-forward layer, model.ffn_dim", model.ffn_dim, ("tp",)),
+        ("model.vocab_size", model.vocab_size, ("pp", "tp")),
+    ]:
+        _check_divides(name, size, axes, mesh)
+
+
+def _check_divides(name: str, size: int, axes: Sequence[str], mesh: Mesh) -> None:
+    sizes = {f"mesh.{axis}": mesh.shape[axis] for axis in axes}
+    parts = math.prod(sizes.values())
+    if size % parts:
+        raise ValueError(
+            f"{name}={size} does not divide over"
+            f" {' x '.join(f'{axis}={value}' for axis, value in sizes.items())}: a multiple of"
+            f" {parts} would"
+        )
 
 
 def create_run_mesh(config: RunConfig) -> Mesh:
     """Creates the mesh of a run; raises ValueError if the model or the batch does not fit on it."""
     mesh = create_mesh(config.mesh)
-    _check_model(config, mesh)
+    check_model(config.model, mesh)
+    _check_context_length(config, mesh)
     _check_batch_sizes(config, mesh)
     return mesh
 

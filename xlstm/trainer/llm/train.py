@@ -1,8 +1,11 @@
 """Trains a language model."""
 
+from xlstm.common_types import TrainState
+from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.open_run import evaluated_params, open_run
-from xlstm.trainer.llm.sample import sample_text, without_stages
+from xlstm.trainer.llm.load_model import LoadedModel, without_stages
+from xlstm.trainer.llm.open_run import OpenRun, evaluated_params, open_run
+from xlstm.trainer.llm.text_generation import WritingOptions, encode_prompt, write_texts
 
 
 def train_language_model(
@@ -33,7 +36,16 @@ def train_language_model(
         )
         return
     if config.logger.sample_tokens:
-        params = without_stages(evaluated_params(state), run.mesh)
-        text = sample_text(config, params, run.tokenizer)
-        run.say(f"{' a sample ':─^80}\n{text}\n{'':─^80}")
+        run.say(f"{' a sample ':─^80}\n{_sample(config, run, state)}\n{'':─^80}")
     run.say(f"{step:,} steps done; everything lies in {workdir_path}")
+
+
+def _sample(config: RunConfig, run: OpenRun, state: TrainState) -> str:
+    """Text that the model writes, as `config.logger` says, up to the end of the document."""
+    logger, tokenizer = config.logger, run.tokenizer
+    params = without_stages(evaluated_params(state), run.mesh)
+    model = LoadedModel(config.language_model, params, run.mesh, tokenizer)
+    sampling = SamplingConfig(logger.sample_temperature, vocab_size=tokenizer.vocab_size)
+    options = WritingOptions(logger.sample_tokens, sampling, seed=config.trainer.seed)
+    (written,), _ = write_texts(model, [encode_prompt(model, logger.sample_prompt)], options)
+    return logger.sample_prompt + written.text

@@ -1,0 +1,243 @@
+"""Lets a model continue prompts.
+
+    bazel run //xlstm/tools:generate -- --checkpoint=runs/mine --prompt="def main("
+    bazel run //xlstm/tools:generate -- --checkpoint=runs/mine --prompt_file=- --temperature=0.7 \
+        --top_p=0.9 --stop="###" --json=texts.json < prompts.txt
+    bazel run //xlstm/tools:generate -- --checkpoint=models/7b --prompt_ids=0,510,2565 \
+        --output_ids --mesh=tp=8
+
+Text goes to the standard output while it is written, everything else to the standard error. If the
+run keeps a moving average of the parameters, that is what writes.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+from absl import flags
+
+from xlstm.models.xlstm_parallel.generate import Progress
+from xlstm.models.xlstm_parallel.sampling import SamplingConfig
+from xlstm.tools.command_line import output_path, resolve_path, run
+from xlstm.tools.config import load_run_config
+from xlstm.tools.mesh_flag import mesh_sizes
+from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.first_process import from_first_process
+from xlstm.trainer.llm.load_model import LoadedModel, load_model
+from xlstm.trainer.llm.progress_file import load_progress, save_progress
+from xlstm.trainer.llm.text_generation import (
+    WritingOptions,
+    Written,
+    encode_prompt,
+    write_texts,
+)
+from xlstm.trainer.llm.workdir import find_checkpoint
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
+)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "File with a prompt a line; - for the standard input."
+)
+_PROMPT_IDS = flags.DEFINE_multi_string(
+    "prompt_ids", [], "A prompt as token ids, such as 0,17,4, taken as they are; several times."
+)
+_OUTPUT_IDS = flags.DEFINE_bool("output_ids", False, "Show token ids, a line a prompt.")
+_NUM_TOKENS = flags.DEFINE_integer(
+    "num_tokens", 200, "Largest number of tokens behind each prompt.", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "How many prompts are continued at once.", lower_bound=1
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "Divides the logits; 0 takes the likeliest token."
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the likeliest tokens; 0 for all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this probability together.")
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Only tokens at least this times as likely as the likeliest."
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Makes tokens that have occurred less likely; 1 for none."
+)
+_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a text; several times.")
+_SEED = flags.DEFINE_integer("seed", 0, "Decides what is sampled.", lower_bound=0)
+_SAVE_STATE = flags.DEFINE_string("save_state", None, "File for the state behind the texts.")
+_LOAD_STATE = flags.DEFINE_string(
+    "load_state", None, "File of --save_state: the texts go on, each behind its prompt, if any."
+)
+_JSON = flags.DEFINE_string("json", None, "File for the texts, a list of objects.")
+
+
+_NO_TOKENIZER = "the model came without a tokenizer: give --prompt_ids and --output_ids"
+
+
+def _read_prompts() -> list[str]:
+    prompts = list(_PROMPT.value)
+    if _PROMPT_FILE.value == "-":
+        prompts += sys.stdin.read().splitlines()
+    elif _PROMPT_FILE.value:
+        with open(resolve_path(_PROMPT_FILE.value), encoding="utf-8") as file:
+            prompts += file.read().splitlines()
+    return prompts
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--prompt_ids={text}: expected whole numbers, such as 0,17,4") from None
+
+
+def _prompts(model: LoadedModel, texts: list[str], before: Progress | None) -> list[list[int]]:
+    """The ids of all prompts; a document without any begins with its marker alone."""
+    if model.tokenizer is None and (texts or not _PROMPT_IDS.value) and before is None:
+        raise ValueError(_NO_TOKENIZER)
+    if _PROMPT_IDS.value and texts:
+        raise ValueError("prompts are given as text and as --prompt_ids: give them in one way")
+    prompts = [_parse_ids(text) for text in _PROMPT_IDS.value]
+    prompts += [encode_prompt(model, text, is_continued=before is not None) for text in texts]
+    if before is not None:
+        prompts = prompts or [[]] * len(before.done)
+        if len(prompts) != len(before.done):
+            raise ValueError(
+                f"--load_state={_LOAD_STATE.value} has {len(before.done)} texts, and there are"
+                f" {len(prompts)} prompts: give one for each, or none"
+            )
+    return prompts or [encode_prompt(model, "")]
+
+
+def _options(model: LoadedModel, *, token_by_token: bool) -> WritingOptions:
+    if model.tokenizer is None and (_STOP.value or not _OUTPUT_IDS.value):
+        raise ValueError(_NO_TOKENIZER)
+    sampling = SamplingConfig(
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        vocab_size=model.tokenizer.vocab_size if model.tokenizer else None,
+    )
+    stops = tuple(_STOP.value)
+    return WritingOptions(_NUM_TOKENS.value, sampling, stops, _SEED.value, token_by_token)
+
+
+class _Clock:
+    """How fast tokens come."""
+
+    def __init__(self):
+        self._start, self._first, self._num_tokens = time.perf_counter(), None, 0
+
+    def count(self, num_tokens: int) -> None:
+        """Takes note of tokens that have come; those that came first are not counted."""
+        if self._first is None:
+            self._first = time.perf_counter()
+        else:
+            self._num_tokens += num_tokens
+
+    def __str__(self) -> str:
+        if self._first is None:
+            return "no token was written"
+        text = f"first tokens after {self._first - self._start:.1f} s"
+        seconds = time.perf_counter() - self._first
+        return f"{text}, then {self._num_tokens / seconds:,.0f} a second"
+
+
+def _show(number: int, num_prompts: int, prompt: str, written: Written) -> None:
+    """Shows a text that is whole, among others."""
+    if _OUTPUT_IDS.value:
+        print(*written.ids, flush=True)
+    else:
+        title = f" {number + 1} of {num_prompts} "
+        print(f"{title:─^80}\n{prompt}{written.text}", flush=True)
+
+
+def write_all(
+    model: LoadedModel, prompts: list[list[int]], texts: list[str], before: Progress | None
+) -> tuple[list[Written], Progress]:
+    """Continues all prompts as the flags say, and shows what comes.
+
+    Args:
+        model: The model.
+        prompts: The ids of each prompt.
+        texts: The text of each.
+        before: How far the texts are that are continued, or None.
+
+    Returns:
+        What was written behind each prompt, and how far the texts of the last batch are then.
+    """
+    is_first = jax.process_index() == 0
+    streams = len(prompts) == 1 and not _OUTPUT_IDS.value and is_first
+    is_watched = streams and sys.stdout.isatty() and jax.process_count() == 1
+    options, clock = _options(model, token_by_token=is_watched), _Clock()
+    # What is saved, or was, is one batch.
+    has_state = before is not None or _SAVE_STATE.value
+    size = len(prompts) if has_state else _BATCH_SIZE.value
+    if streams:
+        print(texts[0], end="", flush=True)
+
+    def on_piece(row: int, ids: list[int], text: str) -> None:
+        clock.count(len(ids))
+        if streams:
+            print(text, end="", flush=True)
+
+    all_written, progress = [], None
+    for first in range(0, len(prompts), size):
+        written, progress = write_texts(
+            model,
+            prompts[first : first + size],
+            options,
+            before=before,
+            first_number=first,
+            on_piece=on_piece,
+        )
+        if is_first and not streams:
+            for row, text in enumerate(written, first):
+                _show(row, len(prompts), texts[row], text)
+        all_written += written
+    if streams:
+        print(flush=True)
+    if is_first:
+        print(clock, file=sys.stderr)
+    return all_written, progress
+
+
+def _write_json(path: str, texts: list[str], all_written: list[Written]) -> None:
+    pairs = zip(texts, all_written, strict=True)
+    objects = [{"prompt": prompt} | dataclasses.asdict(written) for prompt, written in pairs]
+    write_atomically(path, json.dumps(objects, indent=2, ensure_ascii=False) + "\n")
+
+
+def main(argv: list[str]) -> None:
+    """Generates as the flags say."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not _CHECKPOINT.value:
+        raise ValueError("--checkpoint is missing: name the folder of a run")
+    json_path = output_path("json", _JSON.value)
+    save_path = output_path("save_state", _SAVE_STATE.value)
+    initialize_devices()
+    with ending_together():
+        texts = from_first_process(_read_prompts)
+        workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
+        config = load_run_config(workdir)
+        mesh = dataclasses.replace(config.mesh, **mesh_sizes())
+        model = load_model(dataclasses.replace(config, mesh=mesh), workdir, step)
+        before = (
+            load_progress(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
+        )
+        prompts = _prompts(model, texts, before)
+        texts = texts or [""] * len(prompts)
+        all_written, progress = write_all(model, prompts, texts, before)
+        if save_path:
+            save_progress(save_path, progress, model)
+        if json_path and jax.process_index() == 0:
+            _write_json(json_path, texts, all_written)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""Texts that a run's model writes, as a user of the tool sees them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.tools import generate
+from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.testing import start_tool
+from xlstm.trainer.llm.open_run import open_run
+
+WORDS = ["one", " two", " three"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a run lies that has a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("generate")
+    tokenizer = load_tokenizer(write_tokenizer_json(str(folder / "words.json"), words=WORDS))
+    write_store(folder / "store", ["one two three " * 20] * 30, tokenizer)
+    config = to_run_config(load_config(config_path("smoke", "")))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=288),
+        data=dataclasses.replace(config.data, stores=(str(folder / "store"),), context_length=16),
+    )
+    with open_run(config, str(folder / "run")) as run:
+        run.checkpointer.save(1, run.state)
+    (folder / "words.json").unlink()  # The run has its own.
+    return folder
+
+
+def _start(folder, *flags, **options):
+    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": QUICK_XLA_FLAGS}
+    return start_tool(generate, "--checkpoint=run", *flags, env=env, **options)
+
+
+def _finish(process, status=0):
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == status, errors
+    return output if status == 0 else errors
+
+
+def test_a_batch_of_texts_and_each_alone_on_a_mesh(folder):
+    (folder / "prompts").write_text("one two\none\n")
+    common = "--num_tokens=9", "--top_k=20", "--seed=5"
+    batch = _start(folder, "--prompt= three", "--prompt_file=prompts", "--json=a.json", *common)
+    mesh = "--mesh=fsdp=2,tp=2", "--simulate_devices=4"
+    alone = _start(folder, "--prompt= three", "--output_ids", *mesh, *common)
+    output = _finish(batch)
+    found = json.loads((folder / "a.json").read_text())
+    assert [text["prompt"] for text in found] == [" three", "one two", "one"]
+    for number, text in enumerate(found, 1):
+        assert len(text["ids"]) <= 9 and text["reason"] in ("length", "end")
+        assert f" {number} of 3 ─" in output and text["prompt"] + text["text"] in output
+    assert [int(word) for word in _finish(alone).split()] == found[0]["ids"]
+
+
+def test_a_text_goes_on_from_a_saved_state(folder):
+    greedy = "--temperature=0", "--prompt_ids=0,257", "--output_ids"
+    whole = _start(folder, *greedy, "--num_tokens=8")
+    first = _finish(_start(folder, *greedy, "--num_tokens=3", "--save_state=s"))
+    flags = "--load_state=s", "--temperature=0", "--num_tokens=5", "--output_ids"
+    then = _finish(_start(folder, *flags))
+    assert f"{first.strip()} {then}" == _finish(whole)
+
+
+@pytest.mark.parametrize(
+    "message, flags",
+    [
+        ("--prompt_ids=a: expected whole numbers", ["--prompt_ids=a"]),
+        ("give them in one way", ["--prompt_ids=1", "--prompt=x"]),
+        ("run/config.json is not a saved state", ["--load_state=run/config.json"]),
+        ("does not divide over mesh.tp=3", ["--mesh=tp=3", "--simulate_devices=3"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(folder, message, flags):
+    errors = _finish(_start(folder, *flags), status=2)
+    assert message in errors and len(errors.splitlines()) == 1

@@ -1,0 +1,91 @@
+"""A file that holds how far texts are, so that they can be continued later."""
+
+import io
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+from xlstm.models.xlstm_parallel.generate import Progress
+from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state
+from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.to_host import to_host
+from xlstm.trainer.llm.load_model import LoadedModel
+
+_FINGERPRINT = "checkpoint"
+
+
+def _named_leaves(progress: Progress) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(progress)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _as_numpy(x: jax.Array) -> np.ndarray:
+    """The whole array, in a type that NumPy's files know."""
+    return to_host(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
+
+
+def _like(config: LanguageModelConfig, batch_size: int) -> Progress:
+    """The shapes and types of how far the texts of a batch are."""
+    logits = jax.ShapeDtypeStruct((batch_size, config.model.vocab_size), jnp.float32)
+    count = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return Progress(
+        logits=logits,
+        state=jax.eval_shape(lambda: initial_state(config, batch_size)),
+        seen=logits.update(dtype=bool),
+        num_tokens=count,
+        done=count.update(dtype=bool),
+    )
+
+
+def save_progress(path: str, progress: Progress, model: LoadedModel) -> None:
+    """Writes how far texts are; all processes must call it, and the first one writes.
+
+    Args:
+        path: The file.
+        progress: How far the texts are.
+        model: The model that wrote them.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    arrays = {name: _as_numpy(x) for name, x in _named_leaves(progress).items()}
+    if jax.process_index() == 0:
+        content = io.BytesIO()
+        np.savez(content, **arrays, **{_FINGERPRINT: np.array(model.fingerprint)})
+        write_atomically(path, content.getvalue())
+
+
+def load_progress(path: str, model: LoadedModel) -> Progress:
+    """Reads what `save_progress` wrote.
+
+    Args:
+        path: The file.
+        model: The model that goes on; on any mesh.
+
+    Returns:
+        How far the texts are.
+
+    Raises:
+        ValueError: If it is no such file, or of another checkpoint.
+        OSError: If it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a saved state: {error}") from error
+    fingerprint = str(arrays.pop(_FINGERPRINT, ""))
+    if fingerprint != model.fingerprint:
+        raise ValueError(
+            f"{path} was saved with another checkpoint (fingerprint {fingerprint[:12] or 'none'},"
+            f" this one has {model.fingerprint[:12]})"
+        )
+    like = _like(model.config, len(arrays.get("done", ())))
+    wanted = _named_leaves(like)
+    if {name: x.shape for name, x in arrays.items()} != {n: x.shape for n, x in wanted.items()}:
+        raise ValueError(f"{path} is not a saved state of this model: its arrays are others")
+    found = [arrays[name].astype(x.dtype) for name, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), found)

@@ -1,0 +1,166 @@
+"""Text that a model writes behind prompts, in batches, while it is written."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from xlstm.models.xlstm_parallel.generate import (
+    NO_TOKEN,
+    Progress,
+    begin,
+    read,
+    row_keys,
+    rows_spec,
+    write,
+)
+from xlstm.models.xlstm_parallel.sampling import SamplingConfig
+from xlstm.trainer.base.to_host import to_host
+from xlstm.trainer.llm.load_model import LoadedModel
+from xlstm.trainer.llm.text_stream import TextStream
+
+# Written at once where nobody watches: what a call costs no longer matters then.
+_TOKENS_A_CALL = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class WritingOptions:
+    """What is to be written.
+
+    Attributes:
+        num_tokens: The largest number of tokens behind a prompt.
+        sampling: How they are chosen.
+        stops: Strings that end a text and do not belong to it.
+        seed: With it, the number of the prompt and the place, what is sampled is certain.
+        token_by_token: Whether each token is handed on at once, which takes longer.
+    """
+
+    num_tokens: int
+    sampling: SamplingConfig
+    stops: tuple[str, ...] = ()
+    seed: int = 0
+    token_by_token: bool = False
+
+
+@dataclasses.dataclass
+class Written:
+    """What was written behind a prompt.
+
+    Attributes:
+        ids: The tokens, with what ended them.
+        text: Their text, without what ended it; empty if there is no tokenizer.
+        reason: Why it ended: "length", "end" (of the document) or "stop" (a stop string).
+    """
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    reason: str = "length"
+
+
+def encode_prompt(model: LoadedModel, text: str, *, is_continued: bool = False) -> list[int]:
+    """Turns a prompt into ids; a document begins with the end-of-document marker."""
+    ids = model.tokenizer.encode(text).tolist()
+    return ids if is_continued else [model.tokenizer.eod_id, *ids]
+
+
+def write_texts(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    options: WritingOptions,
+    *,
+    before: Progress | None = None,
+    first_number: int = 0,
+    on_piece: Callable[[int, list[int], str], None] = lambda row, ids, text: None,
+) -> tuple[list[Written], Progress]:
+    """Continues a batch of prompts of any lengths.
+
+    Args:
+        model: The model.
+        prompts: Ids of each prompt; an empty one only where something was before.
+        options: What is to be written.
+        before: How far the texts are that the prompts continue; None if they begin.
+        first_number: The number of the first prompt among all, for the seed.
+        on_piece: Called with the row, and new ids and text, as they come.
+
+    Returns:
+        What was written behind each prompt, and how far the texts are then.
+
+    Raises:
+        ValueError: If a prompt is empty or holds an id that the model does not know.
+    """
+    _check_prompts(model, prompts, before)
+    rows = range(len(prompts))
+    rows_sharding = NamedSharding(model.mesh, rows_spec(len(prompts), model.mesh))
+    tokens, lengths = (jax.device_put(x, rows_sharding) for x in _padded(prompts))
+    progress = before or begin(model.config, len(prompts), model.mesh)
+    progress = read(model.params, progress, tokens, lengths, config=model.config)
+    seed = jax.random.PRNGKey(options.seed)
+    keys = row_keys(seed, [first_number + row for row in rows])
+    written = [Written() for _ in rows]
+    tokenizer = model.tokenizer
+    streams = [TextStream(tokenizer, prompt, options.stops) for prompt in prompts if tokenizer]
+    stop_ids = (tokenizer.eod_id,) if tokenizer else ()
+    # After a stop string nothing may be read any more: that is known after each token only.
+    size = 1 if options.token_by_token or options.stops else _TOKENS_A_CALL
+    for place in range(0, options.num_tokens, size):
+        progress, tokens = write(
+            model.params,
+            progress,
+            keys,
+            min(size, options.num_tokens - place),
+            config=model.config,
+            sampling=options.sampling,
+            max_tokens=size,
+            stop_ids=stop_ids,
+        )
+        done = to_host(progress.done)
+        for row, ids in enumerate(to_host(tokens)):
+            ids = ids[ids != NO_TOKEN].tolist()
+            if not ids:
+                continue
+            text = streams[row].add(ids) if streams else ""
+            written[row].ids += ids
+            if done[row]:
+                written[row].reason = "end"
+            elif streams and streams[row].is_stopped:
+                written[row].reason = "stop"
+            written[row].text += text
+            on_piece(row, ids, text)
+        if all(text.reason != "length" for text in written):
+            break
+        progress = progress._replace(done=np.array([x.reason != "length" for x in written]))
+    for row, stream in enumerate(streams):
+        rest = stream.finish()
+        written[row].text += rest
+        on_piece(row, [], rest)
+    return written, progress
+
+
+def _check_prompts(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], before: Progress | None
+) -> None:
+    vocab_size = model.config.model.vocab_size
+    for number, prompt in enumerate(prompts):
+        unknown = [token for token in prompt if not 0 <= token < vocab_size]
+        if unknown:
+            raise ValueError(
+                f"prompt {number} has the token id {unknown[0]}: the model has ids from 0 to"
+                f" {vocab_size - 1}"
+            )
+        if not prompt and before is None:
+            raise ValueError(f"prompt {number} has no token: a text begins with at least one")
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as an array of few possible lengths, so that few programs are compiled."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = max(1, int(lengths.max()))
+    # At most an eighth is padding once prompts are long.
+    step = max(16, 2 ** (longest.bit_length() - 3))
+    tokens = np.zeros((len(prompts), math.ceil(longest / step) * step), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths

@@ -1,0 +1,153 @@
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm.dataset.tokenizer import ByteTokenizer
+from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
+from xlstm.models.xlstm_parallel.sampling import SamplingConfig
+from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.trainer.llm.load_model import LoadedModel, without_stages
+from xlstm.trainer.llm.progress_file import load_progress, save_progress
+from xlstm.trainer.llm.text_generation import WritingOptions, encode_prompt, write_texts
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
+
+CONFIG = LanguageModelConfig(
+    ModelConfig(
+        embedding_dim=8, num_blocks=2, num_heads=2, ffn_round_up_to_multiple_of=8, vocab_size=256
+    )
+)
+EOD = ByteTokenizer.eod_id
+
+
+def boxed_params():
+    """Parameters of a model that writes `ab` and ends, whatever came before the `a`.
+
+    The head reads the last token alone: the layers before it add nothing to its embedding.
+    """
+    params = xLSTMLMModel(CONFIG).init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))
+    params = jax.tree.map(jnp.zeros_like, params["params"])
+    params["out_norm"]["scale"] = jax.tree.map(jnp.ones_like, params["out_norm"]["scale"])
+    followers = [(EOD, ord("a")), (ord("a"), ord("b")), (ord("b"), EOD)]
+    table = jnp.zeros((256, 8)).at[:, 7].set(1.0)  # Any other token is followed by `a`.
+    head = jnp.zeros((8, 256)).at[7, ord("a")].set(1.0)
+    for index, (token, follower) in enumerate(followers):
+        table = table.at[token].set(jnp.zeros(8).at[index].set(1.0))
+        head = head.at[index, follower].set(1.0)
+    for name, kernel in (("embedding", table), ("kernel", head)):
+        owner = params["embeddings" if name == "embedding" else "lm_head"]
+        owner[name] = owner[name].replace(value=kernel)
+    return params
+
+
+@pytest.fixture(scope="module")
+def model():
+    mesh = create_mesh(MeshConfig(dp=1), jax.devices()[:1])
+    params = without_stages(boxed_params(), mesh)
+    return LoadedModel(CONFIG, params, mesh, ByteTokenizer(), "fingerprint")
+
+
+def options(num_tokens=10, **more):
+    sampling = SamplingConfig(temperature=0.0, vocab_size=256)
+    return WritingOptions(num_tokens, **{"sampling": sampling} | more)
+
+
+def test_prompts_of_any_length_go_on_up_to_the_end(model):
+    texts = ["", "x = ", "ab\na", "b", "é", "long" * 20]
+    prompts = [encode_prompt(model, text) for text in texts]
+    written, _ = write_texts(model, prompts, options())
+    assert [x.text for x in written] == ["ab", "ab", "b", "", "ab", "ab"]
+    assert {x.reason for x in written} == {"end"}
+    assert written[2].ids == [ord("b"), EOD]
+
+
+@pytest.mark.parametrize("token_by_token", [True, False])
+def test_pieces_make_up_the_text(model, token_by_token):
+    pieces, prompts = [], [encode_prompt(model, "é"), encode_prompt(model, "a")]
+    written, _ = write_texts(
+        model,
+        prompts,
+        options(2, token_by_token=token_by_token),
+        on_piece=lambda *piece: pieces.append(piece),
+    )
+    for row, text in enumerate(written):
+        assert "".join(piece for r, _, piece in pieces if r == row) == text.text
+        assert sum((ids for r, ids, _ in pieces if r == row), []) == text.ids
+    assert [(x.text, x.reason) for x in written] == [("ab", "length"), ("b", "end")]
+    assert ([0, [ord("a")], "a"] in [list(piece) for piece in pieces]) == token_by_token
+
+
+def test_a_stop_string_ends_one_text_and_not_the_other(model):
+    prompts = [encode_prompt(model, "x"), encode_prompt(model, "a")]
+    written, _ = write_texts(model, prompts, options(stops=("ab",)))
+    assert [(x.text, x.reason) for x in written] == [("", "stop"), ("b", "end")]
+    assert written[0].ids == [ord("a"), ord("b")]
+
+
+def test_the_seed_and_the_number_decide_and_not_the_batch(model):
+    hot = options(20, sampling=SamplingConfig(temperature=2.0), seed=3)
+    prompts = [encode_prompt(model, text) for text in ("x", "yy", "x")]
+    together, _ = write_texts(model, prompts, hot)
+    assert together[0].ids != together[2].ids
+    alone, _ = write_texts(model, prompts[2:], hot, first_number=2)
+    assert alone[0].ids == together[2].ids
+    other, _ = write_texts(model, prompts, dataclasses.replace(hot, seed=4))
+    assert other[0].ids != together[0].ids
+
+
+def test_texts_go_on_from_a_file_as_if_nothing_had_been(model, tmp_path):
+    hot = options(8, sampling=SamplingConfig(temperature=2.0, repetition_penalty=1.3))
+    prompts = [encode_prompt(model, "x"), encode_prompt(model, "yy")]
+    expected, _ = write_texts(model, prompts, dataclasses.replace(hot, num_tokens=16))
+    first, progress = write_texts(model, prompts, hot)
+    path = str(tmp_path / "state")
+    save_progress(path, progress, model)
+    second, _ = write_texts(model, [[], []], hot, before=load_progress(path, model))
+    assert [a.ids + b.ids for a, b in zip(first, second, strict=True)] == [x.ids for x in expected]
+    more, _ = write_texts(
+        model, [encode_prompt(model, "b", is_continued=True), []], options(1), before=progress
+    )
+    assert more[0].ids == [EOD]
+
+
+def test_files_that_are_no_saved_state(model, tmp_path):
+    _, progress = write_texts(model, [[EOD]], options(1))
+    path = str(tmp_path / "state")
+    save_progress(path, progress, dataclasses.replace(model, fingerprint="other"))
+    with pytest.raises(ValueError, match="saved with another checkpoint .*other"):
+        load_progress(path, model)
+    save_progress(path, progress._replace(seen=progress.seen[:, :7]), model)
+    with pytest.raises(ValueError, match="not a saved state of this model"):
+        load_progress(path, model)
+    (tmp_path / "text").write_text("nothing")
+    np.savez(tmp_path / "other.npz", x=1)
+    for name in ("text", "other.npz"):
+        with pytest.raises(ValueError, match=f"{name} "):
+            load_progress(str(tmp_path / name), model)
+
+
+def test_bad_prompts(model):
+    with pytest.raises(ValueError, match="prompt 1 has the token id 256: .* from 0 to 255"):
+        write_texts(model, [[0], [3, 256]], options())
+    with pytest.raises(ValueError, match="prompt 0 has no token"):
+        write_texts(model, [[]], options())
+
+
+def test_out_of_a_pipeline_a_model_writes_as_before(model):
+    mesh = create_mesh(MeshConfig(dp=1, pp=2, tp=2), jax.devices()[:4])
+    boxes = xLSTMLMModel(CONFIG).init(jax.random.PRNGKey(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    texts = []
+    for place in (model.mesh, mesh):
+        params = without_stages(boxes, place)
+        loaded = LoadedModel(CONFIG, params, place, ByteTokenizer())
+        texts.append(write_texts(loaded, [[EOD], [EOD, 5]], options(5))[0])
+    assert texts[0] == texts[1]
+    kernel = params["blocks"]["ffn"]["proj_up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[0] == 2  # All blocks, of which a part each.
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4

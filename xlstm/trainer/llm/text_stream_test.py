@@ -1,0 +1,71 @@
+import pytest
+
+from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
+from xlstm.trainer.llm.text_stream import TextStream
+
+
+def _pieces(stream, ids, size):
+    pieces = [stream.add(ids[start : start + size]) for start in range(0, len(ids), size)]
+    return [*pieces, stream.finish()]
+
+
+@pytest.fixture(scope="module", params=["byte", "json"])
+def tokenizer(request, tmp_path_factory):
+    if request.param == "byte":
+        return ByteTokenizer()
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    return load_tokenizer(write_tokenizer_json(str(path), words=["grüße", " hello"]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_pieces_make_up_the_text(tokenizer, size):
+    text = "grüße, 🙂🙃 hello hello�!\nß"
+    ids = tokenizer.encode(text).tolist()
+    pieces = _pieces(TextStream(tokenizer, [], []), ids, size)
+    assert "".join(pieces) == text
+    if size < len(ids):
+        assert len([piece for piece in pieces if piece]) > 3  # It does not wait for the end.
+
+
+def test_a_piece_never_has_half_a_character():
+    ids = list("ä🙂".encode())
+    assert _pieces(TextStream(ByteTokenizer(), [], []), ids, 1) == ["", "ä", "", "", "", "🙂", ""]
+    # With whole characters in front of it, half of one is held back all the same.
+    assert _pieces(TextStream(ByteTokenizer(), [], []), [*b"abcdef", 0xC3, 0xA4], 7) == [
+        "abcdef",
+        "ä",
+        "",
+    ]
+
+
+def test_bytes_that_are_no_text_do_not_stop_it():
+    stream = TextStream(ByteTokenizer(), [], [])
+    text = "".join(_pieces(stream, [0xFF] * 9 + [ord("a"), 0xC3], 1))
+    assert text == "\ufffd" * 9 + "a\ufffd"
+
+
+def test_a_prompt_may_end_within_a_character():
+    first, second = "ä".encode()
+    assert TextStream(ByteTokenizer(), [first], []).add([second, ord("b")]).endswith("b")
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_a_stop_string_ends_the_text_and_is_not_in_it(tokenizer, size):
+    ids = tokenizer.encode("one # two ## three END four").tolist()
+    for stops, expected in [
+        (["##"], "one # two "),
+        (["END", "three"], "one # two ## "),
+        (["###", "f"], "one # two ## three END "),
+        (["never"], "one # two ## three END four"),
+        (["one"], ""),
+    ]:
+        stream = TextStream(tokenizer, [], stops)
+        assert "".join(_pieces(stream, ids, size)) == expected
+        assert stream.is_stopped == (stops != ["never"])
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    stream = TextStream(ByteTokenizer(), [], ["\n\n"])
+    assert [stream.add([code]) for code in b"a\nb\n"] == ["a", "", "\nb", ""]
+    assert stream.finish() == "\n"
