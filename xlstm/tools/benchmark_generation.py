@@ -104,9 +104,8 @@ def time_generation(
     rates, token_times, product_times = np.array(figures).T
     # Only the last token of a prompt goes through the head.
     head = 2 * model.embedding_dim * model.vocab_size
-    operations = (
-        batch_size * prompt_length * (count_flops_per_token(config, prompt_length) / 3 - head)
-    )
+    operations = count_flops_per_token(config, prompt_length) / 3 - head
+    read_rates = operations * batch_size * prompt_length / np.array(read_times)
     return {
         "batch_size": batch_size,
         "prompt_length": prompt_length,
