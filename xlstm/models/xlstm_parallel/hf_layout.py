@@ -5,6 +5,7 @@ Both hold the same numbers. There, every block's tensors have names of their own
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -65,6 +66,11 @@ class HFTensor:
     block: int | None
     is_transposed: bool
 
+    @property
+    def size(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters by their paths, the parts joined by `.`."""
@@ -79,17 +85,24 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def hf_tensors(model: ModelConfig) -> list[HFTensor]:
-    """All tensors that the public layout has for a model, block after block."""
-    shapes = parameter_shapes(model)
+def hf_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[HFTensor]:
+    """All tensors that the public layout has for a model, block after block.
+
+    Args:
+        shapes: The shapes of the model's parameters, see `parameter_shapes`.
+
+    Returns:
+        The tensors.
+    """
     blocks = {path: shape for path, shape in shapes.items() if path.startswith("blocks.")}
-    others = [_tensor(path, shapes[path], None) for path in shapes.keys() - blocks.keys()]
+    others = [_tensor(path, shapes[path], None) for path in sorted(shapes.keys() - blocks.keys())]
+    num_blocks = next(iter(blocks.values()))[0]
     stacks = [
         _tensor(path, shape[1:], block)
-        for block in range(model.num_blocks)
+        for block in range(num_blocks)
         for path, shape in blocks.items()
     ]
-    return sorted(others, key=lambda tensor: tensor.name) + stacks
+    return others + stacks
 
 
 def _tensor(path: str, shape: tuple[int, ...], block: int | None) -> HFTensor:
@@ -167,6 +180,7 @@ def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict
     Raises:
         ValueError: If the public layout has no such model.
     """
+    # Whatever the layout has no names for is refused here.
     if not backend.stabilize_correctly:
         raise ValueError(
             "the public layout has no place for a model with backend.stabilize_correctly=False:"
