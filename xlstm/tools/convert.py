@@ -80,9 +80,7 @@ def main(argv: list[str]) -> None:
     """Converts as the flags say, and prints what was written."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # Nothing is computed, and an accelerator may be busy.
+    jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy, and are of no use here.
     converted, target = convert()
     count = converted.num_files
     files = f" in {count} file{'s' if count > 1 else ''}" if count else ""

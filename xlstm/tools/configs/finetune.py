@@ -28,5 +28,4 @@ def get_config(path: str = ""):
     config.trainer.init_from = path  # The parameters.
     config.trainer.num_steps = 1000  # Small corpora are soon learned by heart.
     config.trainer.eval_interval = 100  # To see when that begins.
-    config.trainer.keep_best_checkpoint = True  # It need not be the last.
     return config

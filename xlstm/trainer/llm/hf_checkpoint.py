@@ -126,7 +126,7 @@ def export_model(
     dtype: str,
     max_shard_bytes: int,
 ) -> Converted:
-    """Writes a checkpoint in the public layout: the moving average of the parameters, if it has one.
+    """Writes a checkpoint in the public layout: its parameters or, if it has one, their average.
 
     Args:
         config: The run's configuration.

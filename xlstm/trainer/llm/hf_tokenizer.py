@@ -36,8 +36,8 @@ def find_tokenizer(folder: str) -> Tokenizer | None:
         folder: The model's folder.
 
     Returns:
-        The tokenizer, that of bytes if the file is what `write_byte_tokenizer_files` makes of it; None
-        if there is no `tokenizer.json`.
+        The tokenizer; that of bytes if `write_byte_tokenizer_files` wrote it. None if there is no
+        `tokenizer.json`.
 
     Raises:
         ValueError: If it cannot be used.

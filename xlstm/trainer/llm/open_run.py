@@ -168,6 +168,7 @@ def open_run(
     tokenizer = run.stores[0].load_tokenizer()
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.init_from:
+        run.say(f"beginning with the parameters in {run.init_from}")
         state = start_from(run.init_from, state, tokenizer.fingerprint)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
