@@ -32,8 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from xlstm.common_types import PyTree
 from xlstm.distributed.mesh import axis_index, axis_size, bound_axes
 
-# What `row_parallel` returns, under this name for `jax.checkpoint_policies`: whoever keeps it need
-# not communicate again in the backward pass.
+# What `row_parallel` and `scatter_features` return, under this name for `jax.checkpoint_policies`:
+# whoever keeps it need not communicate again in the backward pass.
 SCATTERED = "scattered_tokens"
 
 _TOKENS = 1  # The dimension of T in all arrays.
@@ -161,6 +161,15 @@ def row_parallel(
         )
         total = part if total is None else lax.ppermute(total, axis_name, to_next) + part
     return checkpoint_name(total, SCATTERED)
+
+
+def scatter_features(x: jax.Array, axis_name: str) -> jax.Array:
+    """Sums over the devices and leaves each its features: `(..., F)` to `(..., F / n)`."""
+    if axis_size(axis_name) == 1:
+        return x
+    return checkpoint_name(
+        lax.psum_scatter(x, axis_name, scatter_dimension=x.ndim - 1, tiled=True), SCATTERED
+    )
 
 
 def embed_tokens(table: jax.Array, tokens: jax.Array, axis_names: str | Sequence[str]) -> jax.Array:

@@ -16,6 +16,7 @@ from xlstm.distributed.tensor_parallel import (
     gather_tokens,
     own_tokens,
     row_parallel,
+    scatter_features,
     scatter_tokens,
 )
 
@@ -145,6 +146,7 @@ def test_outside_of_shard_map_it_is_the_plain_computation(params, x):
         assert_close(net(params, x, overlap), expected)
     for fn in (own_tokens, gather_tokens, scatter_tokens):
         np.testing.assert_array_equal(fn(x, ("pp", "tp")), x)
+    np.testing.assert_array_equal(scatter_features(x, "tp"), x)
     table, tokens, logits = normal(1, V, D), jnp.arange(T)[None], normal(2, 1, T, V)
     np.testing.assert_array_equal(embed_tokens(table, tokens, "tp"), table[:T][None])
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
@@ -167,6 +169,24 @@ def test_moving_tokens(axes, check_vma, x):
     np.testing.assert_array_equal(whole, jnp.stack([x] * len(whole)))
     assert len(whole) == (4 if axes == "tp" else 8)
     assert_close(scattered, (1 + 2 + 3 + 4) * len(whole) / 4 * x)
+
+
+@with_and_without_check
+def test_a_sum_whose_features_are_divided(check_vma, x):
+    kernel, weights = normal(5, D, F), normal(2, B, T, F)
+
+    def local(kernel, x, weights):
+        def loss(kernel):
+            y = scatter_features(x @ kernel, "tp")
+            return jnp.sum(weights * y), y
+
+        return jax.grad(loss, has_aux=True)(kernel)
+
+    rows, features = P("tp"), P(None, None, "tp")
+    run = shard(local, (rows, features, features), (rows, features), check_vma)
+    gradient, y = run(kernel, x, weights)
+    assert_close(y, x @ kernel)
+    assert_close(gradient, jnp.einsum("btd,btf->df", x, weights))
 
 
 @pytest.fixture(scope="module")

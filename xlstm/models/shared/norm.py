@@ -30,6 +30,27 @@ class RMSNorm(nn.Module):
         return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Subtracts the mean, divides by the standard deviation over the last axis; a weight, no bias.
+
+    Attributes:
+        eps: Added to the variance.
+        dtype: Type of the output.
+
+    References:
+        Ba et al., "Layer Normalization", 2016, eq. 4.
+    """
+
+    eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(..., D)` to `(..., D)`."""
+        scale = boxed_parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        return (_standardized(x, self.eps) * scale).astype(self.dtype)
+
+
 class MultiHeadLayerNorm(nn.Module):
     """Layer norm of every head by itself, with a weight and no bias.
 
@@ -48,9 +69,14 @@ class MultiHeadLayerNorm(nn.Module):
         scale = boxed_parameter(
             self, "scale", nn.initializers.ones, (num_heads * head_dim,), ("tp",)
         )
-        x = x.astype(jnp.float32)
-        centered = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
-        normed = centered * jax.lax.rsqrt(variance + self.eps)
+        normed = _standardized(x, self.eps)
         joined = normed.swapaxes(1, 2).reshape(batch, time, num_heads * head_dim)
         return (joined * scale).astype(self.dtype)
+
+
+def _standardized(x: jax.Array, eps: float) -> jax.Array:
+    """`x` with mean 0 and variance 1 over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(variance + eps)

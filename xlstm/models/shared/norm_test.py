@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm.models.shared.norm import MultiHeadLayerNorm, RMSNorm
+from xlstm.models.shared.norm import LayerNorm, MultiHeadLayerNorm, RMSNorm
 
 
 def random(*shape):
@@ -17,6 +17,14 @@ def test_rms_norm():
     np.testing.assert_allclose(y, expected, rtol=1e-5)
 
 
+def test_layer_norm():
+    x, scale = random(2, 3, 8) + 1, random(8)
+    centered = x - x.mean(-1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 0.1) * scale
+    y = LayerNorm(eps=0.1).apply({"params": {"scale": scale}}, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_multi_head_layer_norm_joins_the_heads():
     x, scale = random(2, 3, 5, 4) + 1, random(12)
     centered = x - x.mean(-1, keepdims=True)
@@ -27,14 +35,14 @@ def test_multi_head_layer_norm_joins_the_heads():
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", [RMSNorm, MultiHeadLayerNorm])
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm, MultiHeadLayerNorm])
 def test_scales_start_at_one_in_a_box(norm):
     params = norm().init(jax.random.key(0), jnp.ones((1, 2, 3, 4)))["params"]
     assert np.all(params["scale"].value == 1)
-    assert params["scale"].names == ((None,) if norm is RMSNorm else ("tp",))
+    assert params["scale"].names == (("tp",) if norm is MultiHeadLayerNorm else (None,))
 
 
-@pytest.mark.parametrize("norm", [RMSNorm, MultiHeadLayerNorm])
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm, MultiHeadLayerNorm])
 def test_reductions_are_in_float32(norm):
     # In bfloat16 the sum of 4096 ones would stop at 256.
     x = jnp.tile(jnp.asarray([1.0, -1.0], jnp.bfloat16), 2048).reshape(1, 1, 1, 4096)

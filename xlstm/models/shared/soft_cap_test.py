@@ -9,3 +9,8 @@ def test_bounds_smoothly():
     np.testing.assert_allclose(y, 15 * np.tanh(x / 15), rtol=1e-5)
     assert np.abs(y).max() <= 15
     np.testing.assert_allclose(y[2:5], x[2:5], rtol=1e-5)
+
+
+def test_a_cap_of_zero_is_none():
+    x = np.array([-1e6, 0.1, 1e6], np.float32)
+    np.testing.assert_array_equal(soft_cap(x, 0.0), x)

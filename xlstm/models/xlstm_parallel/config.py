@@ -10,25 +10,42 @@ from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.shared.feed_forward import feed_forward_dim
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 
+_BLOCKS = ("xlstm_7b", "xlstm_2024")
 _REMAT = ("none", "dots", "block")
+_CAPS = ("gate_soft_cap", "output_logit_soft_cap")
+_ANY_SIGN = ("igate_bias_init", "dropout")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of the model; the defaults are those of xLSTM-7B but for the sizes."""
+    """Sizes and constants of the model; the defaults are those of xLSTM-7B but for the sizes.
+
+    These are the fields of all blocks; each takes those that it knows. The comments say which ones
+    belong to one block alone.
+    """
+
+    block: str = "xlstm_7b"  # The residual block: xlstm_7b, an mLSTM layer and a feed-forward
+    # layer; xlstm_2024, that of the paper before it, one mLSTM layer in a wider space.
 
     vocab_size: int = 256  # Number of token ids, V.
     embedding_dim: int = 128  # Size of the residual stream, D.
-    num_blocks: int = 4  # Number of residual blocks, each an mLSTM layer and a feed-forward layer.
+    num_blocks: int = 4  # Number of residual blocks.
     num_heads: int = 4  # Number of mLSTM heads, NH.
-    qk_dim_factor: float = 0.5  # Queries and keys of all heads together have this factor times D.
-    v_dim_factor: float = 1.0  # Values of all heads together have this factor times D.
-    ffn_proj_factor: float = 2.667  # The feed-forward layer's hidden size is this factor times D,
-    ffn_round_up_to_multiple_of: int = 64  # rounded up to a multiple of this.
-    gate_soft_cap: float = 15.0  # Bound of the gate pre-activations.
-    output_logit_soft_cap: float = 30.0  # Bound of the logits.
+    qk_dim_factor: float = 0.5  # xlstm_7b: queries and keys of all heads together have this factor
+    # times D.
+    v_dim_factor: float = 1.0  # xlstm_7b: values of all heads together have this factor times D.
+    ffn_proj_factor: float = 2.667  # xlstm_7b: the feed-forward layer's hidden size is this factor
+    # times D,
+    ffn_round_up_to_multiple_of: int = 64  # xlstm_7b: rounded up to a multiple of this.
+    inner_dim_factor: float = 2.0  # xlstm_2024: the layer has this factor times D channels, as have
+    # its queries, keys and values, of all heads together.
+    conv_width: int = 4  # xlstm_2024: tokens that a token's queries and keys see, itself included.
+    qkv_block_size: int = 4  # xlstm_2024: channels that are mixed for a query, key or value.
+    gate_soft_cap: float = 15.0  # Bound of the gate pre-activations; 0 for none, as in 2024.
+    output_logit_soft_cap: float = 30.0  # Bound of the logits; 0 for none, as in 2024.
     norm_eps: float = 1e-6  # Added to the variances in the norms.
-    igate_bias_init: float = -10.0  # Initial bias of the input gates.
+    igate_bias_init: float = -10.0  # xlstm_7b: initial bias of the input gates. (In xlstm_2024 they
+    # are near 0.)
     dropout: float = 0.0  # Share of the embedding's and of each layer's outputs that is dropped.
     dtype: str = "float32"  # Type of the computation, float32 or bfloat16; parameters are float32.
     remat: str = "dots"  # What the backward pass computes again: none; dots, all but the matmuls of
@@ -40,17 +57,17 @@ class ModelConfig:
             value = getattr(self, name)
             if kind is int and value < 1:
                 raise ValueError(f"model.{name}={value}: it must be at least 1")
-            if kind is float and name not in ("igate_bias_init", "dropout") and not value > 0:
+            if name in _CAPS and not value >= 0:
+                raise ValueError(f"model.{name}={value}: it must be positive, or 0 for none")
+            if kind is float and name not in _ANY_SIGN + _CAPS and not value > 0:
                 raise ValueError(f"model.{name}={value}: it must be positive")
+        if self.block not in _BLOCKS:
+            raise ValueError(
+                f"model.block={self.block!r} is unknown; there are {', '.join(_BLOCKS)}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
-        for name in ("qk_dim", "v_dim"):
-            size = getattr(self, name)
-            if size % self.num_heads or size < self.num_heads:
-                raise ValueError(
-                    f"model.num_heads={self.num_heads} does not divide {name} = {size}"
-                    f" (model.{name}_factor * model.embedding_dim)"
-                )
+        self._check_head_sizes()
         if self.dtype not in DTYPES:
             raise ValueError(
                 f"model.dtype={self.dtype!r} is unknown; there are {', '.join(DTYPES)}"
@@ -60,19 +77,47 @@ class ModelConfig:
                 f"model.remat={self.remat!r} is unknown; there are {', '.join(_REMAT)}"
             )
 
+    def _check_head_sizes(self) -> None:
+        is_wide = self.block == "xlstm_2024"
+        for name in ("inner_dim",) if is_wide else ("qk_dim", "v_dim"):
+            size = getattr(self, name)
+            if size % self.num_heads or size < self.num_heads:
+                raise ValueError(
+                    f"model.num_heads={self.num_heads} does not divide {name} = {size}"
+                    f" (model.{name}_factor * model.embedding_dim)"
+                )
+        head_dim = self.inner_dim // self.num_heads
+        if is_wide and head_dim % self.qkv_block_size:
+            raise ValueError(
+                f"model.qkv_block_size={self.qkv_block_size} does not divide the {head_dim}"
+                " channels of a head (model.inner_dim_factor * model.embedding_dim /"
+                " model.num_heads)"
+            )
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels of the mLSTM layer of the block `xlstm_2024`, of all heads together."""
+        return int(self.inner_dim_factor * self.embedding_dim)
+
     @property
     def qk_dim(self) -> int:
         """Size of the queries, and of the keys, of all heads together: `NH * DHQK`."""
+        if self.block == "xlstm_2024":
+            return self.inner_dim
         return int(self.qk_dim_factor * self.embedding_dim)
 
     @property
     def v_dim(self) -> int:
         """Size of the values of all heads together: `NH * DHV`."""
+        if self.block == "xlstm_2024":
+            return self.inner_dim
         return int(self.v_dim_factor * self.embedding_dim)
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden size of the feed-forward layer."""
+        """Hidden size of the feed-forward layer; 0 for a block without one."""
+        if self.block == "xlstm_2024":
+            return 0
         return feed_forward_dim(
             self.embedding_dim, self.ffn_proj_factor, self.ffn_round_up_to_multiple_of
         )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
@@ -9,6 +11,22 @@ def test_sizes_of_xlstm_7b():
     assert (config.qk_dim, config.v_dim, config.ffn_dim) == (2048, 4096, 10944)
     assert (config.gate_soft_cap, config.output_logit_soft_cap) == (15, 30)
     assert (config.norm_eps, config.igate_bias_init) == (1e-6, -10)
+
+
+def test_sizes_of_the_block_of_2024():
+    config = ModelConfig(block="xlstm_2024", embedding_dim=768, num_heads=4)
+    assert (config.inner_dim, config.qk_dim, config.v_dim, config.ffn_dim) == (1536, 1536, 1536, 0)
+    # What only the other block has does not matter, sizes that would not fit it included.
+    others = {"qk_dim_factor": 0.3, "v_dim_factor": 0.7, "ffn_proj_factor": 9.0}
+    config = dataclasses.replace(config, **others)
+    assert (config.qk_dim, config.v_dim, config.ffn_dim) == (1536, 1536, 0)
+    narrow = ModelConfig(inner_dim_factor=0.01, conv_width=9, qkv_block_size=7)
+    assert (narrow.qk_dim, narrow.v_dim) == (64, 128)
+
+
+def test_a_cap_of_zero_is_none():
+    config = ModelConfig(gate_soft_cap=0.0, output_logit_soft_cap=0.0)
+    assert config.gate_soft_cap == config.output_logit_soft_cap == 0
 
 
 def test_compute_type():
@@ -23,7 +41,7 @@ def test_the_default_backend_is_the_chunkwise_one_with_the_exact_bound():
 
 
 @pytest.mark.parametrize(
-    "name", ["vocab_size", "embedding_dim", "num_blocks", "num_heads", "scan_unroll"]
+    "name", ["vocab_size", "embedding_dim", "num_blocks", "num_heads", "scan_unroll", "conv_width"]
 )
 @pytest.mark.parametrize("value", [0, -4])
 def test_sizes_are_at_least_one(name, value):
@@ -37,7 +55,20 @@ def test_sizes_are_at_least_one(name, value):
         ({"embedding_dim": 128, "num_heads": 3}, "num_heads=3 does not divide qk_dim = 64"),
         ({"num_heads": 8, "v_dim_factor": 0.03125}, "num_heads=8 does not divide v_dim = 4"),
         ({"qk_dim_factor": 0.0}, "qk_dim_factor=0.0: it must be positive"),
-        ({"gate_soft_cap": float("nan")}, "gate_soft_cap=nan: it must be positive"),
+        ({"gate_soft_cap": float("nan")}, "gate_soft_cap=nan: it must be positive, or 0 for none"),
+        (
+            {"output_logit_soft_cap": -1.0},
+            "logit_soft_cap=-1.0: it must be positive, or 0 for none",
+        ),
+        ({"block": "xlstm"}, "block='xlstm' is unknown; there are xlstm_7b, xlstm_2024"),
+        (
+            {"block": "xlstm_2024", "num_heads": 3},
+            r"num_heads=3 does not divide inner_dim = 256 \(model.inner_dim_factor \* model",
+        ),
+        (
+            {"block": "xlstm_2024", "qkv_block_size": 3},
+            "qkv_block_size=3 does not divide the 64 channels of a head",
+        ),
         (
             {"ffn_round_up_to_multiple_of": 0},
             "ffn_round_up_to_multiple_of=0: it must be at least 1",

@@ -5,7 +5,7 @@ from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
 
 def count_flops_per_token(config: LanguageModelConfig, context_length: int) -> int:
-    """Counts the useful operations of a training step: those of the matrix products.
+    """Counts the useful operations of a training step: of matrix products and convolutions.
 
     The backward pass needs twice what the forward pass does. What is computed again in order not to
     be kept (`model.remat`), masked pairs of tokens and padding do not count.
@@ -18,12 +18,27 @@ def count_flops_per_token(config: LanguageModelConfig, context_length: int) -> i
         Floating-point operations a token, two for a multiplication with its addition.
     """
     model = config.model
-    qkv = 2 * model.qk_dim + model.v_dim
-    gates_and_out = 2 * model.num_heads + 2 * model.v_dim
-    block = model.embedding_dim * (qkv + gates_and_out + 3 * model.ffn_dim)
+    block = _PRODUCTS[model.block](model)
     head = model.embedding_dim * model.vocab_size
     cells = model.num_blocks * _cell_flops(model, config.backend, context_length)
     return 3 * (2 * (model.num_blocks * block + head) + cells)
+
+
+def _products_of_7b(model: ModelConfig) -> int:
+    """Multiplications a token around the cell of a block, forward."""
+    qkv = 2 * model.qk_dim + model.v_dim
+    gates_and_out = 2 * model.num_heads + 2 * model.v_dim
+    return model.embedding_dim * (qkv + gates_and_out + 3 * model.ffn_dim)
+
+
+def _products_of_2024(model: ModelConfig) -> int:
+    """Multiplications a token around the cell of a block, forward."""
+    up_and_down = 3 * model.embedding_dim
+    qkv_and_gates = 3 * model.qkv_block_size + 3 * 2 * model.num_heads
+    return model.inner_dim * (up_and_down + model.conv_width + qkv_and_gates)
+
+
+_PRODUCTS = {"xlstm_7b": _products_of_7b, "xlstm_2024": _products_of_2024}
 
 
 def _cell_flops(model: ModelConfig, backend: BackendConfig, context_length: int) -> int:

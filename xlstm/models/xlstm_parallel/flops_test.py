@@ -58,6 +58,21 @@ def test_count_is_that_of_the_program_without_masked_pairs(chunk_size):
     assert both == expected + 3 * masked + sums
 
 
+def test_count_is_that_of_the_program_for_the_block_of_2024():
+    model = dataclasses.replace(_MODEL, block="xlstm_2024")
+    config = LanguageModelConfig(model, BackendConfig(chunk_size=16))
+    forward, both = _products_per_token(config)
+    masked = model.num_blocks * 16 * 2 * model.inner_dim
+    sums = model.num_blocks * model.num_heads * 2 * 16**2
+    # Written as sums of products of arrays: the convolution, and but for the gradient of their
+    # kernels the block-diagonal projections.
+    channels = 2 * model.num_blocks * model.inner_dim
+    convolution, projections = channels * model.conv_width, channels * 3 * model.qkv_block_size
+    expected = count_flops_per_token(config, _T)
+    assert forward == expected / 3 + masked - convolution - projections
+    assert both == expected + 3 * masked + sums - 3 * convolution - 2 * projections
+
+
 def test_recomputation_does_not_count():
     counts = set()
     for remat in ("none", "dots", "block"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from xlstm.common_types import PRNGKeyArray
+from xlstm.common_types import PRNGKeyArray, PyTree
 from xlstm.distributed.data_parallel import Target, gather_on_use
 from xlstm.distributed.mesh import VOCAB_AXES, axis_index, axis_size
 from xlstm.distributed.pipeline_parallel import execute_pipeline
@@ -15,11 +15,16 @@ from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.dropout import dropout, token_keys
 from xlstm.models.shared.embedding import Embedding
 from xlstm.models.shared.init import small_init
-from xlstm.models.shared.norm import RMSNorm
+from xlstm.models.shared.norm import LayerNorm, RMSNorm
 from xlstm.models.shared.soft_cap import soft_cap
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState, zero_state
-from xlstm.models.xlstm_parallel.blocks.mlstm.block import Stream, mLSTMBlock
+from xlstm.models.xlstm_parallel.blocks.mlstm.block import mLSTMBlock, mLSTMPreUpBlock
+from xlstm.models.xlstm_parallel.blocks.mlstm.pre_up_layer import PreUpState
+from xlstm.models.xlstm_parallel.blocks.stream import Stream
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+
+# The blocks by their names in the configuration, each with the norm that goes before the head.
+_BLOCKS = {"xlstm_7b": (mLSTMBlock, RMSNorm), "xlstm_2024": (mLSTMPreUpBlock, LayerNorm)}
 
 
 class xLSTMLMModel(nn.Module):
@@ -40,8 +45,9 @@ class xLSTMLMModel(nn.Module):
         num_blocks = config.num_blocks // num_stages
         dtype, gathered = config.compute_dtype, self._gathering_parameters
         in_init = small_init(config.embedding_dim)
+        block, norm = _BLOCKS[config.block]
         # A pipeline runs its blocks many times, and gathers them once before, see `_run_stages`.
-        block = mLSTMBlock if num_stages > 1 else gathered(mLSTMBlock)
+        block = block if num_stages > 1 else gathered(block)
         blocks = nn.scan(
             _rematerialized(block, config.remat),
             variable_axes={"params": 0, "intermediates": 0},
@@ -55,15 +61,15 @@ class xLSTMLMModel(nn.Module):
         )
         self.blocks = blocks(self.config)
         self.stage = _Stage(self.blocks)
-        self.out_norm = gathered(RMSNorm)(config.norm_eps, dtype)
+        self.out_norm = gathered(norm)(config.norm_eps, dtype)
         self.lm_head = gathered(Dense)(config.vocab_size, in_init, (None, VOCAB_AXES), dtype=dtype)
 
     def __call__(
         self,
         tokens: jax.Array,
         reset: jax.Array | None = None,
-        state: MLSTMState | None = None,
-    ) -> jax.Array | tuple[jax.Array, MLSTMState]:
+        state: PyTree | None = None,
+    ) -> jax.Array | tuple[jax.Array, PyTree]:
         """Computes the logits of the token that follows each token.
 
         Args:
@@ -71,7 +77,7 @@ class xLSTMLMModel(nn.Module):
             reset: True where a document begins: the state is dropped before that token, bool
                 `(B, T)`; None for nowhere.
             state: State before the first token (`initial_state`, or one that was returned), leading
-                axes `(num_blocks, B, NH)`; None for the zero state.
+                axes `(num_blocks, B)`; None for the zero state.
 
         Returns:
             Logits, float32 `(B, T, V)`, of this device's part of the vocabulary; if `state` was
@@ -87,8 +93,8 @@ class xLSTMLMModel(nn.Module):
         return self._logits(stream.x), stream.states
 
     def next_token_logits(
-        self, tokens: jax.Array, state: MLSTMState, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, MLSTMState]:
+        self, tokens: jax.Array, state: PyTree, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, PyTree]:
         """Reads tokens, and computes the logits of the one that follows them.
 
         Args:
@@ -213,7 +219,7 @@ def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
     return nn.remat(block, policy=policies[remat], prevent_cse=False)
 
 
-def initial_state(config: LanguageModelConfig, batch_size: int) -> MLSTMState:
+def initial_state(config: LanguageModelConfig, batch_size: int) -> PyTree:
     """The state before a document, for every block.
 
     Args:
@@ -221,14 +227,19 @@ def initial_state(config: LanguageModelConfig, batch_size: int) -> MLSTMState:
         batch_size: `B`.
 
     Returns:
-        The zero state with leading axes `(num_blocks, B, NH)`.
+        The zero state with leading axes `(num_blocks, B)`: an `MLSTMState`, or a `PreUpState` for
+        the block `xlstm_2024`.
     """
     model = config.model
-    leading = (model.num_blocks, batch_size, model.num_heads)
-    return zero_state(leading, model.qk_dim // model.num_heads, model.v_dim // model.num_heads)
+    leading = (model.num_blocks, batch_size)
+    qk_dim, v_dim = model.qk_dim // model.num_heads, model.v_dim // model.num_heads
+    cell = zero_state((*leading, model.num_heads), qk_dim, v_dim)
+    if model.block == "xlstm_7b":
+        return cell
+    return PreUpState(cell, jnp.zeros((*leading, model.conv_width - 1, model.inner_dim)))
 
 
-def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None) -> MLSTMState:
+def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None) -> PyTree:
     """How a state is cut over a mesh.
 
     Args:
@@ -236,7 +247,8 @@ def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None)
         rows: The mesh axes that the rows are cut over, or None.
 
     Returns:
-        The partition specs of `initial_state`: heads are cut over `tp`.
+        The partition specs of `initial_state`: heads and their channels are cut over `tp`.
     """
-    shapes = jax.eval_shape(lambda: initial_state(config, 1))
-    return jax.tree.map(lambda _: P(None, rows, "tp"), shapes)
+    heads, channels = P(None, rows, "tp"), P(None, rows, None, "tp")
+    cell = MLSTMState(heads, heads, heads)
+    return cell if config.model.block == "xlstm_7b" else PreUpState(cell, channels)

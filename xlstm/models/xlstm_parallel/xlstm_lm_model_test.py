@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
-from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state, xLSTMLMModel
+from xlstm.models.xlstm_parallel.xlstm_lm_model import (
+    initial_state,
+    state_specs,
+    xLSTMLMModel,
+)
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
@@ -16,11 +20,17 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 TIME = 14
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, TIME))
 RESET = np.isin(np.arange(TIME), (0, 5, 6)) | np.zeros((2, TIME), bool)
-PARAMS = lively_params(small_config(), jax.random.key(1))
+BLOCKS = "xlstm_7b", "xlstm_2024"
+PARAMS = {block: lively_params(small_config(block=block), jax.random.key(1)) for block in BLOCKS}
+of_both_blocks = pytest.mark.parametrize("block", BLOCKS)
+
+
+def variables_of(config):
+    return {"params": PARAMS[config.model.block]}
 
 
 def logits_of(config, tokens=TOKENS, reset=None):
-    return np.asarray(_jitted_logits(config)({"params": PARAMS}, tokens, reset))
+    return np.asarray(_jitted_logits(config)(variables_of(config), tokens, reset))
 
 
 @functools.cache
@@ -28,12 +38,14 @@ def _jitted_logits(config):
     return quick_jit(xLSTMLMModel(config).apply)
 
 
-@pytest.mark.parametrize("backend", ["fwbw", "recurrent"])
-def test_step_by_step_is_the_whole(backend):
-    config = small_config(backend)
+@pytest.mark.parametrize(
+    "backend, block", [("fwbw", "xlstm_7b"), ("recurrent", "xlstm_7b"), ("fwbw", "xlstm_2024")]
+)
+def test_step_by_step_is_the_whole(backend, block):
+    config = small_config(backend, block=block)
     step = quick_jit(
         lambda token, reset, state: xLSTMLMModel(config).apply(
-            {"params": PARAMS}, token, reset, state
+            variables_of(config), token, reset, state
         )
     )
     state, logits = initial_state(config, len(TOKENS)), []
@@ -46,8 +58,9 @@ def test_step_by_step_is_the_whole(backend):
     assert np.abs(logits_of(config) - expected).max() > 1e-2
 
 
-def test_packed_documents_are_the_documents_alone():
-    config = small_config()
+@of_both_blocks
+def test_packed_documents_are_the_documents_alone(block):
+    config = small_config(block=block)
     packed = logits_of(config, reset=RESET)
     # Read alone, a document is followed by tokens that it cannot see; so one compilation does.
     for start, end in ((0, 5), (5, 6), (6, TIME)):
@@ -55,12 +68,16 @@ def test_packed_documents_are_the_documents_alone():
         np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["fwbw", "parallel_stabilized", "recurrent"])
-def test_padding_leaves_no_trace(backend):
-    config = small_config(backend)
+@pytest.mark.parametrize(
+    "backend, block",
+    [(backend, "xlstm_7b") for backend in ("fwbw", "parallel_stabilized", "recurrent")]
+    + [("fwbw", "xlstm_2024")],
+)
+def test_padding_leaves_no_trace(backend, block):
+    config = small_config(backend, block=block)
     read = quick_jit(
         lambda tokens, state, lengths: xLSTMLMModel(config).apply(
-            {"params": PARAMS}, tokens, state, lengths, method="next_token_logits"
+            variables_of(config), tokens, state, lengths, method="next_token_logits"
         )
     )
     lengths = np.array([6, 9])
@@ -74,8 +91,9 @@ def test_padding_leaves_no_trace(backend):
     np.testing.assert_allclose(first[0], logits_of(config)[np.arange(2), lengths - 1], atol=1e-4)
 
 
-def test_logits_do_not_see_the_future():
-    config = small_config()
+@of_both_blocks
+def test_logits_do_not_see_the_future(block):
+    config = small_config(block=block)
     changed = TOKENS.copy()
     changed[:, 9] = (changed[:, 9] + 1) % 11
     before, after = logits_of(config), logits_of(config, changed)
@@ -83,9 +101,10 @@ def test_logits_do_not_see_the_future():
     assert np.all(np.abs(before - after)[:, 9:].max(axis=-1) > 0)
 
 
-def test_bfloat16_is_near_float32():
-    logits = logits_of(small_config(dtype="bfloat16"))
-    expected = logits_of(small_config())
+@of_both_blocks
+def test_bfloat16_is_near_float32(block):
+    logits = logits_of(small_config(block=block, dtype="bfloat16"))
+    expected = logits_of(small_config(block=block))
     assert logits.dtype == np.float32
     assert np.linalg.norm(logits - expected) < 5e-2 * np.linalg.norm(expected)
     assert np.any(logits != expected)
@@ -106,6 +125,23 @@ def test_initial_state_is_zero():
     C, n, m = initial_state(small_config(), 5)
     assert (C.shape, n.shape, m.shape) == ((3, 5, 2, 4, 8), (3, 5, 2, 4), (3, 5, 2))
     assert not any(np.any(x) for x in (C, n, m))
+    (C, n, m), inputs = initial_state(small_config(block="xlstm_2024"), 5)
+    assert (C.shape, n.shape, m.shape) == ((3, 5, 2, 16, 16), (3, 5, 2, 16), (3, 5, 2))
+    assert inputs.shape == (3, 5, 3, 32)
+    assert not any(np.any(x) for x in (C, n, m, inputs))
+
+
+@of_both_blocks
+def test_a_state_is_cut_over_rows_heads_and_channels(block):
+    config = small_config(block=block)
+    state, specs = initial_state(config, 4), state_specs(config, ("dp", "fsdp"))
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("dp", "fsdp", "tp"))
+
+    def check(x, spec):
+        part = jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)
+        assert (part[0], part[1], np.prod(part)) == (3, 1, x.size // 8)
+
+    jax.tree.map(check, state, specs)
 
 
 def boxes_of(config):
@@ -117,7 +153,7 @@ def boxes_of(config):
     return {".".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
-BLOCK = {
+BLOCK_7B = {
     "norm_mlstm.scale": ((16,), (None,)),
     "mlstm_layer.q.kernel": ((16, 8), (None, "tp")),
     "mlstm_layer.k.kernel": ((16, 8), (None, "tp")),
@@ -134,17 +170,37 @@ BLOCK = {
     "ffn.proj_up.kernel": ((16, 48), (None, "tp")),
     "ffn.proj_down.kernel": ((48, 16), ("tp", None)),
 }
-TREE = {
+BLOCK_2024 = {
+    "norm_mlstm.scale": ((16,), (None,)),
+    "mlstm_layer.proj_up.kernel": ((16, 32), (None, "tp")),
+    "mlstm_layer.proj_up_gate.kernel": ((16, 32), (None, "tp")),
+    "mlstm_layer.conv.kernel": ((4, 1, 32), (None, None, "tp")),
+    "mlstm_layer.conv.bias": ((32,), ("tp",)),
+    "mlstm_layer.q.kernel": ((8, 4, 4), ("tp", None, None)),
+    "mlstm_layer.k.kernel": ((8, 4, 4), ("tp", None, None)),
+    "mlstm_layer.v.kernel": ((8, 4, 4), ("tp", None, None)),
+    "mlstm_layer.igate_preact.kernel": ((3, 32, 2), (None, "tp", None)),
+    "mlstm_layer.igate_preact.bias": ((2,), ("tp",)),
+    "mlstm_layer.fgate_preact.kernel": ((3, 32, 2), (None, "tp", None)),
+    "mlstm_layer.fgate_preact.bias": ((2,), ("tp",)),
+    "mlstm_layer.multihead_norm.scale": ((32,), ("tp",)),
+    "mlstm_layer.skip": ((32,), ("tp",)),
+    "mlstm_layer.proj_down.kernel": ((32, 16), ("tp", None)),
+}
+AROUND = {
     "embeddings.embedding": ((11, 16), (("pp", "tp"), None)),
     "out_norm.scale": ((16,), (None,)),
     "lm_head.kernel": ((16, 11), (None, ("pp", "tp"))),
-} | {f"blocks.{name}": ((3, *shape), ("pp", *axes)) for name, (shape, axes) in BLOCK.items()}
+}
 
 
-def test_parameters():
-    boxes = boxes_of(small_config())
+@pytest.mark.parametrize("block, expected", [("xlstm_7b", BLOCK_7B), ("xlstm_2024", BLOCK_2024)])
+def test_parameters(block, expected):
+    boxes = boxes_of(small_config(block=block))
     assert all(isinstance(box, nn.Partitioned) for box in boxes.values())
-    assert {name: (box.value.shape, box.names) for name, box in boxes.items()} == TREE
+    assert {name: (box.value.shape, box.names) for name, box in boxes.items()} == AROUND | {
+        f"blocks.{name}": ((3, *shape), ("pp", *axes)) for name, (shape, axes) in expected.items()
+    }
     assert {box.value.dtype for box in boxes.values()} == {np.dtype(np.float32)}
 
 
@@ -174,6 +230,25 @@ def test_initial_values():
             assert np.all(values[name] == 1)
 
 
+def test_initial_values_of_the_block_of_2024():
+    config = small_config(embedding_dim=128, num_heads=4, block="xlstm_2024")
+    values = {name: np.asarray(box.value) for name, box in boxes_of(config).items()}
+    layer = "blocks.mlstm_layer."
+    in_block = dict.fromkeys(["conv.kernel", "q.kernel", "k.kernel", "v.kernel"], 1 / np.sqrt(10))
+    in_block |= dict.fromkeys(["proj_up.kernel", "proj_up_gate.kernel"], np.sqrt(2 / (5 * 128)))
+    in_block |= {"proj_down.kernel": 2 / (3 * np.sqrt(128)), "igate_preact.bias": 0.1}
+    for name, std in in_block.items():
+        value = values[layer + name]
+        np.testing.assert_allclose(value.std(), std, rtol=3 / np.sqrt(value.size), err_msg=name)
+    for name in ("igate_preact.kernel", "fgate_preact.kernel", "conv.bias"):
+        assert np.all(values[layer + name] == 0)
+    np.testing.assert_array_equal(
+        values[f"{layer}fgate_preact.bias"], np.tile(np.float32([3, 4, 5, 6]), (3, 1))
+    )
+    for name in ("blocks.norm_mlstm.scale", f"{layer}multihead_norm.scale", f"{layer}skip"):
+        assert np.all(values[name] == 1)
+
+
 def test_number_of_parameters_of_xlstm_7b():
     config = small_config(
         vocab_size=50304,
@@ -188,12 +263,14 @@ def test_number_of_parameters_of_xlstm_7b():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 6_865_424_896
 
 
-def test_gradients_reach_every_parameter():
+@of_both_blocks
+def test_gradients_reach_every_parameter(block):
     def loss(params):
-        logits = xLSTMLMModel(small_config()).apply({"params": params}, TOKENS, RESET)
+        model = xLSTMLMModel(small_config(block=block))
+        logits = model.apply({"params": params}, TOKENS, RESET)
         return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
 
-    grads = flax.traverse_util.flatten_dict(quick_jit(jax.grad(loss))(PARAMS), sep=".")
+    grads = flax.traverse_util.flatten_dict(quick_jit(jax.grad(loss))(PARAMS[block]), sep=".")
     for name, grad in grads.items():
         assert np.all(np.isfinite(grad)), name
         assert np.any(grad != 0), name

@@ -20,7 +20,7 @@ def gate_moments(variables: PyTree) -> dict[str, Moments]:
         variables: The model's mutable variables, with the collection `intermediates`.
 
     Returns:
-        Moments of the gates `igate`, `fgate` and `ogate`, see `mLSTMLayer`; each leaf has shape
+        Moments of the gates `igate`, `fgate` and `ogate`, see `run_cell`; each leaf has shape
         `(num_blocks,)`, with zeros for the blocks of other stages.
     """
     (moments,) = variables["intermediates"]["blocks"]["mlstm_layer"]["gate_moments"]
@@ -39,7 +39,8 @@ def gate_row(moments: dict[str, Moments]) -> dict[str, float]:
 
     Means and deviations are over tokens and heads, of `ogate` over tokens and features: of the
     input and forget gates' soft-capped pre-activations, and of how far the output gates are open,
-    0 to 1. Sums are in float32: a deviation below a thousandth of its mean is rounding.
+    0 to 1 (in the block `xlstm_2024`, of the SiLU in their place). Sums are in float32: a deviation
+    below a thousandth of its mean is rounding.
 
     Args:
         moments: What `gate_moments` returned, summed over the devices.

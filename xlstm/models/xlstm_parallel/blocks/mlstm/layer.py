@@ -4,34 +4,19 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from xlstm.distributed.tensor_parallel import column_parallel, row_parallel
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.init import small_init, wang_init
-from xlstm.models.shared.norm import MultiHeadLayerNorm
-from xlstm.models.shared.soft_cap import soft_cap
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMState,
-    neutral_gates,
-)
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
-from xlstm.models.xlstm_parallel.blocks.mlstm.moments import moments_of
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState
+from xlstm.models.xlstm_parallel.blocks.mlstm.cell import CellInputs, forget_bias_init, run_cell
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
-
-
-def _forget_bias_init(rng, shape, dtype):
-    """Spreads the heads' initial memory spans: 3 to 6."""
-    del rng
-    return jnp.linspace(3.0, 6.0, shape[0], dtype=dtype)
 
 
 class mLSTMLayer(nn.Module):
     """Multi-head mLSTM with a sigmoid output gate.
 
-    Whoever makes the collection `intermediates` mutable finds in it, as `gate_moments`, the
-    `Moments` of this device's gates over all tokens: of the soft-capped pre-activations `igate` and
-    `fgate`, and of the open share `ogate`.
+    It sows `gate_moments`, see `run_cell`; `ogate` is the open share of the output gate.
 
     Attributes:
         config: Configuration of the model.
@@ -78,37 +63,15 @@ class mLSTMLayer(nn.Module):
             "q": dense("q", config.qk_dim),
             "k": dense("k", config.qk_dim),
             "v": dense("v", config.v_dim),
-            "o": dense("ogate_preact", config.v_dim),
-            "i": gate("igate_preact", nn.initializers.constant(config.igate_bias_init)),
-            "f": gate("fgate_preact", _forget_bias_init),
+            "igate": gate("igate_preact", nn.initializers.constant(config.igate_bias_init)),
+            "fgate": gate("fgate_preact", forget_bias_init),
+            "ogate": dense("ogate_preact", config.v_dim),
         }
         y = column_parallel(
             lambda x: {name: layer(x) for name, layer in layers.items()}, x, "tp", overlap=overlap
         )
-        num_heads = y["i"].shape[-1]
-
-        def split_heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:2], num_heads, -1).swapaxes(1, 2)
-
-        def cap(y: jax.Array) -> jax.Array:
-            return soft_cap(y.astype(jnp.float32), config.gate_soft_cap).swapaxes(1, 2)
-
-        q, k, v = (split_heads(y[name]) for name in "qkv")
-        igate, fgate = cap(y["i"]), cap(y["f"])
-        if padding is not None:
-            igate, fgate = neutral_gates(igate, fgate, padding[:, None, :])
-        h = create_backend(self.config.backend, config)(
-            *(q, k, v, igate, fgate, *(state or ())),
-            return_last_states=state is not None,
-            reset=None if reset is None else reset[:, None, :],
-        )
-        h, state = h if state is not None else (h, None)
-        h = MultiHeadLayerNorm(config.norm_eps, dtype, name="multihead_norm")(h)
+        inputs = CellInputs(**y | {"ogate": nn.sigmoid(y["ogate"])})
+        h, state = run_cell(self, self.config, inputs, reset, padding, state)
         out_init = wang_init(embedding_dim, config.num_blocks)
         out_proj = Dense(embedding_dim, out_init, ("tp", None), dtype=dtype, name="out_proj")
-        ogate = nn.sigmoid(y["o"])
-        if self.is_mutable_collection("intermediates"):
-            gates = {"igate": igate, "fgate": fgate, "ogate": ogate}
-            moments = {name: moments_of(gate) for name, gate in gates.items()}
-            self.sow("intermediates", "gate_moments", moments)
-        return row_parallel(out_proj, ogate * h, "tp", overlap=overlap), state
+        return row_parallel(out_proj, inputs.ogate * h, "tp", overlap=overlap), state

@@ -1,0 +1,43 @@
+"""What goes from block to block."""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+from xlstm.common_types import PRNGKeyArray, PyTree
+
+
+class Stream(NamedTuple):
+    """What goes from block to block, with the examples on the leading axis.
+
+    Attributes:
+        x: This device's tokens, `(B, T / tp, D)`.
+        reset: Where the state is dropped before the token, bool `(B, T)`, or None.
+        dropout_keys: A random key for each of this device's tokens, `(B, T / tp, ...)`, or None.
+        padding: True for tokens that leave no trace in any state, bool `(B, T)`, or None. They are
+            the last ones of an example.
+        states: The states of all blocks before the first token, leading axes `(num_blocks, B)`, or
+            None. Each block replaces its own, in place where XLA can.
+    """
+
+    x: jax.Array
+    reset: jax.Array | None = None
+    dropout_keys: PRNGKeyArray | None = None
+    padding: jax.Array | None = None
+    states: PyTree | None = None
+
+    def state_of(self, number: jax.Array) -> PyTree | None:
+        """The state of one block, without the axis of the blocks."""
+        return jax.tree.map(
+            lambda states: lax.dynamic_index_in_dim(states, number, keepdims=False), self.states
+        )
+
+    def after(self, number: jax.Array, x: jax.Array, state: PyTree | None) -> "Stream":
+        """What one block hands on: its output, and its state replaced."""
+        states = jax.tree.map(
+            lambda states, new: lax.dynamic_update_index_in_dim(states, new, number, 0),
+            self.states,
+            state,
+        )
+        return self._replace(x=x, states=states)
