@@ -145,6 +145,7 @@ def from_hf_config(published: Mapping[str, Any]) -> tuple[ModelConfig, BackendCo
             fields[name] = next(iter(given.values()))
         elif name in _SIZES or name in published:
             raise ValueError(f"{name} is {published.get(name, 'missing')}: expected a number")
+    _check_constants(fields)
     chunk_size = _number("chunk_size", published.get("chunk_size", BackendConfig.chunk_size), int)
     return ModelConfig(**fields), BackendConfig(chunk_size=chunk_size)
 
@@ -158,6 +159,13 @@ def _check_kind(published: Mapping[str, Any]) -> None:
     eps = _number("eps", published.get("eps", _MAX_EPS), float)
     if not 0 <= eps <= _MAX_EPS:
         raise ValueError(f"eps={eps} is not supported, only 0 to {_MAX_EPS}")
+
+
+def _check_constants(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model without soft caps: ours may be, theirs always has them."""
+    for name in _CONSTANTS:
+        if name in fields and not fields[name] > 0:
+            raise ValueError(f"{name}={fields[name]} is not supported: it must be positive")
 
 
 def _number(name: str, value: Any, kind: type) -> int | float:
@@ -181,12 +189,17 @@ def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict
         ValueError: If the public layout has no such model.
     """
     # Whatever the layout has no names for is refused here.
+    if model.block != "xlstm_7b":
+        raise ValueError(
+            f"the public layout has no place for the block {model.block}, only for xlstm_7b"
+        )
     if not backend.stabilize_correctly:
         raise ValueError(
             "the public layout has no place for a model with backend.stabilize_correctly=False:"
             " its implementations bound the normalizer by exp(-m)"
         )
     ours = {name: getattr(model, name) for name in (*_SIZES, *_FACTORS, *_CONSTANTS)}
+    _check_constants(ours)
     others = {other: ours[name] for name, other in _OTHER_NAMES.items()}
     # A chunk of the whole sequence is not known there.
     chunk_size = backend.chunk_size or BackendConfig.chunk_size

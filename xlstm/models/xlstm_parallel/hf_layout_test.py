@@ -117,7 +117,7 @@ def test_what_may_be_left_out(published):
         ({"num_heads": None}, "num_heads is None: expected a number"),
         ({"vocab_size": 61.0}, "vocab_size=61.0 is not supported: expected int"),
         ({"gate_soft_cap": None}, "gate_soft_cap is None: expected a number"),
-        ({"output_logit_soft_cap": 0}, "output_logit_soft_cap=0.0: it must be positive"),
+        ({"output_logit_soft_cap": 0}, "output_logit_soft_cap=0.0 is not supported: it must"),
         ({"ffn_proj_factor": [2]}, r"ffn_proj_factor=\[2\] is not supported: expected float"),
         ({"chunk_size": "16"}, "chunk_size='16' is not supported: expected int"),
     ],
@@ -137,6 +137,10 @@ def test_a_size_that_is_missing(published):
 def test_what_the_public_layout_has_no_place_for():
     with pytest.raises(ValueError, match="no place for .*stabilize_correctly=False"):
         to_hf_config(ModelConfig(), BackendConfig(stabilize_correctly=False), "float32")
+    with pytest.raises(ValueError, match="no place for the block xlstm_2024"):
+        to_hf_config(ModelConfig(block="xlstm_2024"), BackendConfig(), "float32")
+    with pytest.raises(ValueError, match="gate_soft_cap=0.0 is not supported"):
+        to_hf_config(ModelConfig(gate_soft_cap=0.0), BackendConfig(), "float32")
 
 
 def test_a_chunk_of_the_whole_sequence_is_not_known_there():
