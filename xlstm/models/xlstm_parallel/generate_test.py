@@ -24,7 +24,7 @@ from xlstm.models.xlstm_parallel.generate import (
 )
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
-from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.models.xlstm_parallel.xlstm_lm_model import state_specs, xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
@@ -147,39 +147,50 @@ def test_more_text_behind_what_was_read():
         assert set(np.flatnonzero(more.seen[row])) == set(text)
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2, "fsdp": 2}, {"dp": 4}])
-def test_on_a_mesh_it_is_the_same(axes):
+@pytest.mark.parametrize(
+    "axes, block",
+    [
+        ({"tp": 2, "fsdp": 2}, "xlstm_7b"),
+        ({"tp": 2, "fsdp": 2}, "xlstm_2024"),
+        ({"dp": 4}, "xlstm_7b"),
+    ],
+)
+def test_on_a_mesh_it_is_the_same(axes, block):
     mesh = create_mesh(MeshConfig(**({"dp": 1} | axes)), jax.devices()[:4])
-    model = xLSTMLMModel(CONFIG)
-    boxes = jax.eval_shape(model.init, jax.random.key(0), PROMPTS)["params"]
+    config = small_config(vocab_size=12, block=block)
+    whole = lively_params(config, jax.random.key(1))
+    boxes = jax.eval_shape(xLSTMLMModel(config).init, jax.random.key(0), PROMPTS)["params"]
     boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)
     params = jax.tree.map(
         lambda box, x: jax.device_put(x, NamedSharding(mesh, P(*box.names))),
         boxes,
-        PARAMS,
+        whole,
         is_leaf=lambda x: hasattr(x, "names"),
     )
     prompts, lengths = np.resize(PROMPTS, (4, 9)), np.array([6, 9, 1, 3])
     rows = NamedSharding(mesh, rows_spec(4, mesh))
     on_mesh = [jax.device_put(x, rows) for x in (prompts, lengths)]
     keys = row_keys(jax.random.key(0), range(4))
-    progress = read(params, begin(CONFIG, 4, mesh), *on_mesh, config=CONFIG)
-    options = {"config": CONFIG, "sampling": GREEDY, "max_tokens": 6}
+    progress = read(params, begin(config, 4, mesh), *on_mesh, config=config)
+    options = {"config": config, "sampling": GREEDY, "max_tokens": 6}
     progress, tokens = write(params, progress, keys, 6, **options)
     expected = generate(
-        PARAMS,
+        whole,
         prompts,
         jax.random.key(0),
-        config=CONFIG,
+        config=config,
         num_tokens=6,
         lengths=lengths,
         sampling=GREEDY,
     )
     np.testing.assert_array_equal(tokens, expected)
     # What grows with the batch and the heads stays divided.
-    shards = {shard.data.shape for shard in progress.state.C.addressable_shards}
-    num_rows = 4 // (mesh.shape["dp"] * mesh.shape["fsdp"])
-    assert shards == {(3, num_rows, 2 // mesh.shape["tp"], 4, 8)}
+    for x, spec in zip(
+        jax.tree.leaves(progress.state),
+        jax.tree.leaves(state_specs(config, *rows_spec(4, mesh))),
+        strict=True,
+    ):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
 
 
 def test_rows_that_do_not_divide_are_everywhere():
