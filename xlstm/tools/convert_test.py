@@ -1,5 +1,6 @@
-"""A public model, converted, evaluated, trained on and converted back, as a user does it."""
+"""A public model, converted, evaluated, begun from and converted back, as a user does it."""
 
+import dataclasses
 import json
 import os
 
@@ -15,22 +16,15 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendCon
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.models.xlstm_parallel.hf_layout import hf_tensors, parameter_shapes, to_hf_config
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-from xlstm.tools import convert, evaluate, train
+from xlstm.tools import convert, evaluate
+from xlstm.tools.config import config_path, load_config, to_run_config
 from xlstm.tools.testing import start_tool
-
-_FINE_TUNING = (
-    "--config=finetune:imported",
-    "--config.data.validation_fraction=0.0",
-    "--config.data.context_length=16",
-    "--config.trainer.num_steps=1",
-    "--config.logger.tensorboard=False",
-    "--config.logger.sample_tokens=0",
-)
+from xlstm.trainer.llm.open_run import open_run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a public model of random numbers lies, stores of its tokenizer and one of another."""
+    """Where a public model of random numbers lies, and stores of its tokenizer."""
     folder = tmp_path_factory.mktemp("convert")
     os.makedirs(folder / "public")
     rng = np.random.default_rng(0)
@@ -46,7 +40,6 @@ def folder(tmp_path_factory):
     texts = [f"x{i} = {i}\n" * 40 for i in range(20)]
     for name in ("mine", "wiki"):
         write_store(folder / name, texts, load_tokenizer(tokenizer))
-    write_store(folder / "bytes", texts)
     return folder
 
 
@@ -68,50 +61,59 @@ def _error(process):
     return errors
 
 
-def _train(folder, workdir, *words):
-    return _start(train, folder, f"--workdir={workdir}", *_FINE_TUNING, *words)
+def _fine_tuning(folder):
+    """What `train --config=finetune:imported` does, on data that lies in the folder."""
+    config = to_run_config(load_config(config_path(f"finetune:{folder / 'imported'}", "")))
+    data = dataclasses.replace(
+        config.data,
+        stores=(str(folder / "mine"),),
+        validation_fraction=0.0,
+        validation_stores=(f"wiki={folder / 'wiki'}",),
+        context_length=16,
+    )
+    return dataclasses.replace(
+        config, data=data, logger=dataclasses.replace(config.logger, tensorboard=False)
+    )
+
+
+def _convert(**values):
+    """Converts in this process; the values are those of the flags."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["convert"])
+    with flagsaver.flagsaver():
+        flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in values.items())])
+        return convert.convert()
 
 
 def test_from_a_public_model_to_another_one(folder):
+    (folder / "taken").mkdir()
+    taken = _start(convert, folder, "--from_hf=public", "--to=taken")
     output = _finish(_start(convert, folder, "--from_hf=public", "--to=imported"))
     assert "parameters" in output and str(folder / "imported") in output
+    assert "taken exists already: choose another folder" in _error(taken)
+    assert not os.listdir(folder / "taken")
 
-    mine = "--config.data.stores=mine", "--config.data.validation_stores=('wiki=wiki',)"
-    training = _train(folder, "tuned", *mine)
-    evaluation = _start(
-        evaluate,
-        folder,
-        *("--checkpoint=imported", "--data=wiki=wiki", "--json=found.json", "--context_length=16"),
-    )
+    words = "--checkpoint=imported", "--data=wiki=wiki", "--json=found.json", "--context_length=16"
+    evaluation = _start(evaluate, folder, *words)
+    with open_run(_fine_tuning(folder), str(folder / "tuned")) as run:
+        run.fit(run.state, 0, 0)  # It evaluates before its first step.
+        run.checkpointer.save(1, run.state)
     _finish(evaluation)
-    output = _finish(training)
-    assert f"beginning with the parameters in {folder / 'imported'}" in output
     found = json.loads((folder / "found.json").read_text())
-    first, *_ = (folder / "tuned" / "metrics.jsonl").read_text().splitlines()
+    (first,) = (folder / "tuned" / "metrics.jsonl").read_text().splitlines()
     first = json.loads(first)
-    assert first["step"] == 0
+    assert first["step"] == found["step"] == 0
     assert first["val_loss_wiki"] == pytest.approx(found["val_loss_wiki"], rel=1e-5)
 
-    # Another tokenizer, and the folder that holds no run; while the tuned model is exported.
-    exporting = _start(convert, folder, "--from=tuned", "--to_hf=back")
-    error = _error(_train(folder, "foreign", "--config.data.stores=bytes"))
-    assert "another tokenizer (byte) than what the model was trained on (sha256:" in error
-    assert not (folder / "foreign").exists()
-    assert "1 file" in _finish(exporting)
+    converted, _ = _convert(**{"from": folder / "tuned", "to_hf": folder / "back"})
+    assert converted.num_files == 1
     before, after = (load_file(folder / x / "model.safetensors") for x in ("public", "back"))
     assert before.keys() == after.keys()
-    for name, array in before.items():  # A warm-up begins with a learning rate of 0.
+    for name, array in before.items():
         assert after[name].tobytes() == array.tobytes()
     assert (folder / "back" / "tokenizer.json").exists()
     config = json.loads((folder / "back" / "config.json").read_text())
     assert config["eos_token_id"] == 0  # That of the marker.
-
-
-def test_bad_input_is_one_line_and_status_2(folder):
-    (folder / "taken").mkdir()
-    taken = _start(convert, folder, "--from_hf=public", "--to=taken")
-    assert "taken exists already: choose another folder" in _error(taken)
-    assert not os.listdir(folder / "taken")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,5 @@ def test_bad_input_is_one_line_and_status_2(folder):
     ids=str,
 )
 def test_flags(values, message):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["convert"])
-    with flagsaver.flagsaver(), pytest.raises(ValueError, match=message):
-        flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in values.items())])
-        convert.convert()
+    with pytest.raises(ValueError, match=message):
+        _convert(**values)

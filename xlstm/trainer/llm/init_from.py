@@ -7,28 +7,39 @@ from xlstm.common_types import PyTree, TrainState
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.run_tokenizer import check_same_tokenizer
-from xlstm.trainer.llm.workdir import find_checkpoint
+from xlstm.trainer.llm.workdir import Workdir
 
 
-def start_from(path: str, state: TrainState, tokenizer: str) -> TrainState:
+def check_source(workdir: Workdir, step: int, fingerprint: str) -> None:
+    """Checks that data is of the tokenizer that parameters were trained with.
+
+    Args:
+        workdir: The folder of the run that has the parameters.
+        step: The step of its checkpoint.
+        fingerprint: That of the data's tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer of the parameters is known and another one.
+        OSError: If the checkpoint cannot be read.
+    """
+    check_same_tokenizer(read_run_info(workdir.checkpoints, step)["tokenizer"], fingerprint)
+
+
+def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
     """Replaces the parameters of a state that has not taken a step.
 
     Args:
-        path: The folder of a run, for its last checkpoint, or of one of its checkpoints; of a
-            moving average of the parameters, if there is one, it is that.
+        workdir: The folder of the run that has the parameters.
+        step: The step of its checkpoint.
         state: The state. It is consumed, so that two sets of parameters never need room at once.
-        tokenizer: The fingerprint of the data's tokenizer.
 
     Returns:
-        The state with those parameters, which its own moving average begins from, too. The
-        optimizer's state is as it was.
+        The state with those parameters, or their moving average if there is one; its own moving
+        average begins from the same. The optimizer's state is as it was.
 
     Raises:
-        ValueError: If there is no checkpoint, or the model's tokenizer is known and another one.
-        OSError: If it is damaged, or of another model.
+        OSError: If the checkpoint is damaged, or of another model.
     """
-    workdir, step = find_checkpoint(path)
-    check_same_tokenizer(read_run_info(workdir.checkpoints, step)["tokenizer"], tokenizer)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
     )

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 
 import flax.linen as nn
 import jax
@@ -12,15 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import TrainState
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.testing import write_store
+from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm import open_run as open_run_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.init_from import start_from
-from xlstm.trainer.llm.workdir import Workdir, write_config
+from xlstm.trainer.llm.workdir import Workdir, find_checkpoint, write_config
 
 _SHAPES = {"head": (4, 8), "stack": (4, 8)}
 
@@ -74,7 +77,7 @@ def test_only_the_parameters_are_taken(runs, path, value, average, sizes):
     expected = jax.device_get(unboxed(_state(value).params))
     before = _state(7, average, **sizes)
     shardings = jax.tree.map(lambda x: x.sharding, before.params)
-    state = start_from(str(runs / path), before, "byte")
+    state = start_from(*find_checkpoint(str(runs / path)), before)
     assert jax.tree.map(lambda x: x.sharding, state.params) == shardings
     trees = [state.params] if average is None else [state.params, state.params_ema]
     for tree in trees:
@@ -90,46 +93,69 @@ def test_only_the_parameters_are_taken(runs, path, value, average, sizes):
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
 
 
+def test_another_model(runs):
+    message = r"step 3 in .*plain.*: params.head is of the shape \(4, 8\) there, .* \(4, 16\)"
+    with pytest.raises(OSError, match=message):
+        wider = _state(7, shapes=_SHAPES | {"head": (4, 16)})
+        start_from(*find_checkpoint(str(runs / "plain")), wider)
+
+
+def _prepare(store, workdir, init_from):
+    """What is known of a run before anything is made."""
+    data = DataConfig(stores=(store.path,), validation_fraction=0.0)
+    config = RunConfig(
+        model=ModelConfig(vocab_size=300), data=data, trainer=TrainerConfig(init_from=init_from)
+    )
+    return config, open_run_module._prepare(config, str(workdir), False)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A token store of bytes, and one of another tokenizer."""
+    folder, texts = tmp_path_factory.mktemp("stores"), ["x = 1\n" * 40] * 10
+    words = load_tokenizer(write_tokenizer_json(folder / "tokenizer.json"))
+    return {
+        "byte": write_store(folder / "bytes", texts),
+        "words": write_store(folder / "words", texts, words),
+    }
+
+
 @pytest.mark.parametrize(
-    "path, tokenizer, shapes, message",
+    "store, path, step",
     [
-        ("nowhere", "byte", _SHAPES, "nowhere: there is no whole checkpoint of a run"),
-        ("plain/checkpoints/4", "byte", _SHAPES, "4: there is no whole checkpoint of a run"),
-        ("plain", "sha256:1", _SHAPES, r"another tokenizer \(sha256:1\) than what .* \(byte\)"),
-        (
-            "plain",
-            "byte",
-            _SHAPES | {"head": (4, 16)},
-            r"step 3 in .*plain.*: params.head is of the shape \(4, 8\) there, .* \(4, 16\)",
-        ),
+        ("byte", "plain", 3),
+        ("byte", "plain/checkpoints/2", 2),
+        ("byte", "averaged", 3),
+        # That model's tokenizer is not known.
+        ("words", "averaged", 3),
     ],
 )
-def test_what_cannot_be_begun_from(runs, path, tokenizer, shapes, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        start_from(str(runs / path), _state(7, shapes=shapes), tokenizer)
+def test_what_a_new_run_begins_from(runs, stores, tmp_path, store, path, step):
+    _, run = _prepare(stores[store], tmp_path / "new", str(runs / path))
+    assert run.source == (Workdir(str(runs / path.split("/")[0])), step)
 
 
-def test_any_tokenizer_if_the_one_of_the_model_is_not_known(runs):
-    start_from(str(runs / "averaged"), _state(7), "sha256:1")
-
-
-def test_a_run_that_has_begun_begins_from_nothing_else(runs, tmp_path):
-    write_store(tmp_path / "store", ["x = 1\n" * 40] * 10)
-    data = DataConfig(stores=(str(tmp_path / "store"),), validation_fraction=0.0)
-
-    def prepare(workdir, init_from):
-        config = RunConfig(data=data, trainer=TrainerConfig(init_from=init_from))
-        return open_run_module._prepare(config, str(workdir), False)
-
-    path = str(runs / "plain")
-    assert prepare(tmp_path / "new", path).init_from == path
-    with pytest.raises(ValueError, match="gone: there is no whole checkpoint of a run"):
-        prepare(tmp_path / "new", str(tmp_path / "gone"))
+@pytest.mark.parametrize(
+    "store, path, message",
+    [
+        ("byte", "nowhere", "nowhere: there is no whole checkpoint of a run"),
+        ("byte", "plain/checkpoints/4", "4: there is no whole checkpoint of a run"),
+        ("words", "plain", r"another tokenizer \(sha256:.*\) than what .* \(byte\)"),
+    ],
+)
+def test_what_no_run_begins_from(runs, stores, tmp_path, store, path, message):
+    with pytest.raises(ValueError, match=message):
+        _prepare(stores[store], tmp_path / "new", str(runs / path))
     assert not (tmp_path / "new").exists()
 
+
+def test_a_run_that_has_begun_needs_its_source_no_more(runs, stores, tmp_path):
     begun = Workdir(str(tmp_path / "begun"))
+    source = shutil.copytree(runs / "plain", tmp_path / "source")
+    config, run = _prepare(stores["byte"], begun.path, str(source))
+    assert run.source
     os.makedirs(os.path.join(begun.checkpoints, "50"))
-    trainer = TrainerConfig(init_from=str(tmp_path / "gone"))
-    run = prepare(tmp_path / "new", "")
-    write_config(begun, RunConfig(data=data, trainer=trainer), run.corpora)
-    assert prepare(begun.path, trainer.init_from).init_from == ""
+    write_config(begun, config, run.corpora)
+    shutil.rmtree(source)
+    _, run = _prepare(stores["byte"], begun.path, str(source))
+    assert run.source is None

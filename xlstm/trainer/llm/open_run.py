@@ -48,7 +48,7 @@ from xlstm.trainer.llm.data import (
 )
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
-from xlstm.trainer.llm.init_from import start_from
+from xlstm.trainer.llm.init_from import check_source, start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import (
@@ -83,8 +83,8 @@ class _Run:
         console: Where the first process speaks.
         clock: What the time is spent on.
         requests: What this process asks of all.
-        init_from: The folder of the parameters to begin with; empty for random ones, and for a run
-            that has begun.
+        source: The run and the step whose parameters it begins with; None for random ones, and for
+            a run that has begun.
     """
 
     config: RunConfig
@@ -97,7 +97,7 @@ class _Run:
     console: Console
     clock: Clock
     requests: Requests
-    init_from: str
+    source: tuple[Workdir, int] | None
 
     def say(self, text: str) -> None:
         """Shows a text as it is."""
@@ -167,9 +167,9 @@ def open_run(
     run = _prepare(config, workdir_path, allow_config_change)
     tokenizer = run.stores[0].load_tokenizer()
     state, specs, train_step = create_language_model_run(config, run.mesh)
-    if run.init_from:
-        run.say(f"beginning with the parameters in {run.init_from}")
-        state = start_from(run.init_from, state, tokenizer.fingerprint)
+    if run.source:
+        run.say("beginning with the parameters of step {1:,} in {0.path}".format(*run.source))
+        state = start_from(*run.source, state)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -231,10 +231,11 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     check_workdir(workdir, config, allow_config_change=allow_config_change)
     has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
     init_from = "" if has_begun else config.trainer.init_from
-    if init_from:
-        find_checkpoint(init_from)
+    source = find_checkpoint(init_from) if init_from else None
     stores = open_stores(config.data, workdir.stdlib_store)
     check_vocabulary(config, stores)
+    if source:
+        check_source(*source, stores[0].meta.fingerprint)
     corpora = corpus_checksums(stores)
     check_workdir(workdir, config, corpora, allow_config_change=allow_config_change)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
@@ -249,7 +250,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         console=console,
         clock=clock,
         requests=Requests(mesh),
-        init_from=init_from,
+        source=source,
     )
 
 
