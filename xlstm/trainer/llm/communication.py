@@ -102,13 +102,14 @@ def _work(config: RunConfig, mesh: Mesh) -> _Work:
 
 
 def _tensor_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
-    """Tokens between the layers: two gathers and two scatters a block, and their transposes."""
+    """Tokens between the layers: a gather and a scatter for each, and their transposes."""
     work, size = _work(config, mesh), mesh.shape["tp"]
     num_bytes = work.tokens_per_tick * work.embedding_bytes
+    layers = 1 if config.model.block == "xlstm_2024" else 2
     # A backward pass that computes the block again gathers its inputs again; if nothing at all was
-    # kept, it scatters the mLSTM layer's output again too.
-    gathers = 4 if config.model.remat == "none" else 6
-    scatters = 5 if config.model.remat == "block" else 4
+    # kept, it scatters again too, but for the last layer's output.
+    gathers = (2 if config.model.remat == "none" else 3) * layers
+    scatters = 2 * layers + (layers - 1 if config.model.remat == "block" else 0)
     if config.mesh.tp_overlap:
         # A ring of `size - 1` steps, each with a part of the tokens; a scatter's transpose is one.
         count = work.block_runs * (gathers + scatters) * (size - 1)
@@ -118,10 +119,21 @@ def _tensor_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
         for kind, each in (("all-gather", gathers), ("reduce-scatter", scatters)):
             count = work.block_runs * each
             yield Traffic(kind, ("tp",), count, count * num_bytes, "tokens of layers")
+    if config.model.block == "xlstm_2024":
+        yield from _gate_traffic(config, work)
     for kind in ("all-gather", "reduce-scatter"):
         count = 2 * work.minibatches  # One is forward, the other's transpose backward.
         num_bytes = count * work.tokens * work.embedding_bytes
         yield Traffic(kind, ("tp",), count, num_bytes, "tokens of embedding, head")
+
+
+def _gate_traffic(config: RunConfig, work: _Work) -> Iterator[Traffic]:
+    """Gates that see the channels of all heads: two sums a block, and their transposes."""
+    num_bytes = work.tokens_per_tick * config.model.num_heads * _FLOAT_BYTES
+    sums = 4 if config.model.remat == "block" else 2
+    for kind, each in (("reduce-scatter", sums), ("all-gather", 2)):
+        count = work.block_runs * each
+        yield Traffic(kind, ("tp",), count, count * num_bytes, "gates")
 
 
 def _vocabulary_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
