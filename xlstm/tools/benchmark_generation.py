@@ -84,15 +84,19 @@ def time_generation(
     row = matrix[:batch_size]
 
     def write_some(progress: Progress) -> Progress:
-        greedy = SamplingConfig(temperature=0.0)
-        options = {"config": config, "sampling": greedy, "max_tokens": _NUM_TOKENS}
-        return write(params, progress, keys, _NUM_TOKENS, **options)[0]
+        return write_compiled(params, progress, keys, _NUM_TOKENS)[0]
 
-    read_all = functools.partial(prefill, params, prompts, config=config)
-    read_compile, _ = _timed(read_all)
+    compile_read = prefill.lower(params, prompts, config=config).compile
+    read_compile, read_compiled = _timed(compile_read)
+    read_all = functools.partial(read_compiled, params, prompts)
     progress = read(params, begin(config, batch_size), prompts, config=config)
-    write_compile, progress = _timed(functools.partial(write_some, progress))
-    jax.block_until_ready(product(row, matrix))
+    options = {"config": config, "sampling": SamplingConfig(temperature=0.0)}
+    compile_write = write.lower(
+        params, progress, keys, _NUM_TOKENS, **options, max_tokens=_NUM_TOKENS
+    ).compile
+    write_compile, write_compiled = _timed(compile_write)
+    progress = write_some(progress)
+    jax.block_until_ready((read_all(), progress, product(row, matrix)))
     read_times, figures = [], []
     for _ in range(repeats):
         rate = measure_matmul_rate(model.compute_dtype, seconds=0.1)
