@@ -153,6 +153,17 @@ def run_info(
     }
 
 
+def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a saved configuration the fields that are newer than it, at their defaults.
+
+    So a default must not change what a field's absence meant.
+    """
+    defaults = plain_config(RunConfig())
+    return saved | {
+        section: fields | saved.get(section, {}) for section, fields in defaults.items()
+    }
+
+
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{field}": value
@@ -192,6 +203,7 @@ def check_workdir(
     with open(workdir.config, encoding="utf-8") as file:
         try:
             saved = json.load(file)
+            saved["config"] = with_new_fields(saved["config"])
             before, now = _flatten(saved["config"]), _flatten(plain_config(config))
             saved_corpora = saved["corpora"]
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -151,16 +151,24 @@ def test_another_text_under_the_same_name(claimed):
     _claim(claimed, RunConfig(), corpora=["def"])
 
 
-@pytest.mark.parametrize("field", ["model.scan_unroll", "trainer.later_option"])
-def test_fields_of_other_versions_are_named(claimed, field):
-    saved = _saved(claimed)
-    section, name = field.split(".")
-    saved["config"][section].pop(name, None)
-    if field == "trainer.later_option":
-        saved["config"][section][name] = True
-    with open(claimed.config, "w", encoding="utf-8") as file:
+def _rewrite(workdir, change):
+    saved = _saved(workdir)
+    change(saved["config"])
+    with open(workdir.config, "w", encoding="utf-8") as file:
         json.dump(saved, file)
-    with pytest.raises(ValueError, match=field):
+
+
+def test_a_field_that_is_newer_than_the_run_had_its_default(claimed):
+    _rewrite(claimed, lambda config: config["model"].pop("scan_unroll"))
+    _claim(claimed, RunConfig())
+    _rewrite(claimed, lambda config: config["model"].pop("scan_unroll"))
+    with pytest.raises(ValueError, match=r"model\.scan_unroll was 1, is 2"):
+        _claim(claimed, _changed(model={"scan_unroll": 2}))
+
+
+def test_a_field_that_there_is_no_more_is_named(claimed):
+    _rewrite(claimed, lambda config: config["trainer"].update(former_option=True))
+    with pytest.raises(ValueError, match=r"trainer\.former_option was True, is None"):
         _claim(claimed, RunConfig())
 
 
