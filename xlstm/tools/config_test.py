@@ -31,6 +31,11 @@ _NUM_PARAMS = {
     "xlstm:400M": 406_856_896,
     "xlstm:1.4B": 1_420_839_104,
     "xlstm:7B": 6_865_424_896,
+    # The paper has 163.8M, 409.3M, 840.4M and 1422.6M.
+    "xlstm_2024:125M": 163_806_144,
+    "xlstm_2024:350M": 409_290_112,
+    "xlstm_2024:760M": 840_427_392,
+    "xlstm_2024:1.3B": 1_422_559_616,
 }
 
 
@@ -224,6 +229,8 @@ def test_configs_that_come_with_the_project(name, num_params):
 def test_a_config_without_its_argument_says_which_there_are():
     with pytest.raises(ValueError, match="the sizes are 125M, 400M, 1.4B, 7B"):
         load_config(config_path("xlstm", ""))
+    with pytest.raises(ValueError, match="xlstm_2024:: the sizes are 125M, 350M, 760M, 1.3B"):
+        load_config(config_path("xlstm_2024", ""))
     with pytest.raises(ValueError, match="8B.*the sizes are"):
         load_config(config_path("xlstm:8B", ""))
 

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from xlstm.common_types import PyTree
+from xlstm.common_types import PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.distributed.communication import Collective, find_collectives
 from xlstm.distributed.pipeline_parallel import bubble_fraction
@@ -62,9 +62,8 @@ def describe_step(config: RunConfig, mesh: Mesh) -> StepDescription:
     Returns:
         The description.
     """
-    state, _, train_step = create_language_model_run(config, mesh, abstract=True)
-    batch = _abstract_batch(config, mesh)
-    compiled = train_step.lower(state, batch).compile()
+    state, batch, lowered = lower_step(config, mesh)
+    compiled = lowered.compile()
     analysis = compiled.memory_analysis()
     parameters, batch_size = _bytes_here(unboxed(state.params)), _bytes_here(batch)
     memory = {
@@ -75,6 +74,22 @@ def describe_step(config: RunConfig, mesh: Mesh) -> StepDescription:
     }
     collectives = find_collectives(compiled.as_text(), mesh)
     return StepDescription(memory, collectives, expected_traffic(config, mesh, state.params))
+
+
+def lower_step(config: RunConfig, mesh: Mesh) -> tuple[TrainState, Batch, jax.stages.Lowered]:
+    """Traces the training step of a configuration; nothing is made but the program.
+
+    Args:
+        config: The run's configuration.
+        mesh: Its mesh.
+
+    Returns:
+        Shapes and places of the train state and of a batch, and the step that takes them, not yet
+        compiled.
+    """
+    state, _, train_step = create_language_model_run(config, mesh, abstract=True)
+    batch = _abstract_batch(config, mesh)
+    return state, batch, train_step.lower(state, batch)
 
 
 def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

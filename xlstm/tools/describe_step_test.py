@@ -1,5 +1,6 @@
 """What a step needs falls as it should, and the tool says so."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
+import jax
 import pytest
 
 from xlstm.dataset.config import DataConfig
@@ -15,6 +17,8 @@ from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.tools import describe_step
+from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
 
@@ -49,6 +53,39 @@ def test_parameters_and_optimizer_state_are_divided(replicated, sizes):
         # All but the scales of norms and, over `fsdp`, gates.
         assert memory[name] / replicated[name] == pytest.approx(1 / 8, rel=0.02)
     assert memory["temporary"] < replicated["temporary"]
+
+
+def test_a_step_of_7b_is_divided_and_nothing_is_allocated():
+    values = load_config(config_path("xlstm:7B", ""))
+    values.mesh.update({"dp": 1, "fsdp": 4, "tp": 2})
+    config = to_run_config(values)
+    state, batch, lowered = describe_step.lower_step(config, create_run_mesh(config))
+
+    def here(x):
+        return x.sharding.shard_shape(x.shape)
+
+    params = unboxed(state.params)
+    layer, ffn = params["blocks"]["mlstm_layer"], params["blocks"]["ffn"]
+    assert here(params["embeddings"]["embedding"]) == (50304 // 2, 4096 // 4)
+    assert here(params["lm_head"]["kernel"]) == (4096 // 4, 50304 // 2)
+    assert here(layer["q"]["kernel"]) == (32, 4096 // 4, 2048 // 2)
+    assert here(layer["out_proj"]["kernel"]) == (32, 4096 // 2, 4096 // 4)
+    assert here(layer["fgate_preact"]["bias"]) == (32, 8 // 2)
+    assert here(ffn["proj_up"]["kernel"]) == (32, 4096 // 4, 10944 // 2)
+    assert here(batch.inputs) == (512 // 4, 8192)
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert total == pytest.approx(3 * 4 * 6_865_424_896, rel=1e-6)  # AdamW's moments too.
+    on_one = sum(math.prod(here(x)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert on_one == pytest.approx(total / 8, rel=0.01)
+
+    # The state comes out as it goes in, and a block's weights and tokens are what a device has.
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (state, lowered.out_info[0]))
+    assert shapes[0] == shapes[1]
+    program = lowered.as_text()
+    for shape in ("32x1024x5472xf32", "4096x5472xf32", "128x4096x4096xbf16"):
+        assert f"tensor<{shape}>" in program
+    assert "tensor<4096x10944xf32>" not in program
+    assert sum(x.nbytes for x in jax.live_arrays()) < 2**20
 
 
 def test_the_tool_prints_tables():
