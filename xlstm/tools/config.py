@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.workdir import Workdir
+from xlstm.trainer.llm.workdir import Workdir, with_new_fields
 
 _CONFIGS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
@@ -67,8 +67,8 @@ def load_run_config(workdir: Workdir) -> RunConfig:
     """Reads the configuration of a run; raises ValueError if it cannot."""
     try:
         with open(workdir.config, encoding="utf-8") as file:
-            return to_run_config(json.load(file)["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return to_run_config(with_new_fields(json.load(file)["config"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
 
 

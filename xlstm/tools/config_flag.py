@@ -31,6 +31,8 @@ def config_name() -> str:
     """The name of the chosen config: that of its file, without the ending, and its argument."""
     path, _, argument = flags.FLAGS["config"].config_filename.partition(":")
     stem = os.path.splitext(os.path.basename(path))[0]
+    # It is to be the name of a folder, and the argument may be a path.
+    argument = argument.strip("./").replace("/", "_")
     return f"{stem}_{argument}" if argument else stem
 
 

@@ -90,6 +90,16 @@ def test_an_argument_is_part_of_the_name(parse):
 
 
 @pytest.mark.parametrize(
+    "argument, name", [("../runs/mine/", "mine_runs_mine"), ("/runs/a.b", "mine_runs_a.b")]
+)
+def test_a_path_as_an_argument_makes_the_name_of_a_folder(parse, tmp_path, argument, name):
+    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    (tmp_path / "mine.py").write_text(text.replace("get_config()", "get_config(path)"))
+    parse(f"--config={tmp_path}/mine.py:{argument}")
+    assert config_name() == name
+
+
+@pytest.mark.parametrize(
     "words, message",
     [
         (["--config=smok"], "--config=smok: there is no file"),

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from xlstm.dataset.config import DataConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.config import (
     check_field,
@@ -18,6 +21,7 @@ from xlstm.tools.config import (
 )
 from xlstm.trainer.base.param_utils import get_num_params
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.workdir import Workdir, write_config
 
 # Every config that comes with the project, and the number of its parameters.
 _NUM_PARAMS = {
@@ -209,7 +213,8 @@ def test_comments():
 
 
 def test_the_table_below_names_every_config():
-    assert sorted({name.partition(":")[0] for name in _NUM_PARAMS}) == config_names()
+    names = {name.partition(":")[0] for name in _NUM_PARAMS}
+    assert sorted(names | {"finetune"}) == config_names()  # That one takes any model.
 
 
 @pytest.mark.parametrize("name, num_params", _NUM_PARAMS.items())
@@ -228,6 +233,33 @@ def test_a_config_without_its_argument_says_which_there_are():
         load_config(config_path("xlstm_2024", ""))
     with pytest.raises(ValueError, match="8B.*the sizes are"):
         load_config(config_path("xlstm:8B", ""))
+
+
+def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
+    source = RunConfig(
+        model=ModelConfig(vocab_size=300, qk_dim_factor=1.0, dtype="bfloat16"),
+        backend=BackendConfig("recurrent", chunk_size=8),
+        data=DataConfig(context_length=77),
+    )
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    write_config(Workdir(str(run)), source, ["abc"])
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
+    for argument in ("runs/mine", "runs/mine/checkpoints/50", str(run)):
+        config = to_run_config(load_config(config_path(f"finetune:{argument}", str(tmp_path))))
+        assert (config.model, config.backend) == (source.model, source.backend)
+        assert config.trainer.init_from == str(tmp_path / argument)
+        assert config.data == DataConfig()
+        assert config.schedule.peak_lr < RunConfig().schedule.peak_lr
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [("", "name the folder of a run"), (":/no/run", "/no/run/config.json is not the config")],
+)
+def test_fine_tuning_without_a_run(argument, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(config_path(f"finetune{argument}", ""))
 
 
 def test_paths_of_configs(tmp_path):

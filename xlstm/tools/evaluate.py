@@ -31,6 +31,7 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.run_tokenizer import check_same_tokenizer
 from xlstm.trainer.llm.workdir import Workdir, find_checkpoint
 from xlstm.trainer.logger.base_logger import validation_suffixes
 
@@ -84,11 +85,12 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
     if not sets:
         raise ValueError("the run has no validation sets: name token stores by --data")
     # All sets have the same one.
-    found, known = sets[0].tokenizer.fingerprint, read_run_info(workdir.checkpoints, step)
-    if found != known["tokenizer"]:
+    tokenizer, known = sets[0].tokenizer, read_run_info(workdir.checkpoints, step)
+    check_same_tokenizer(known["tokenizer"], tokenizer.fingerprint)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"the data was encoded with another tokenizer ({found}) than what the run was trained"
-            f" on ({known['tokenizer']}): prepare it with that one"
+            f"the tokenizer of the data has {tokenizer.vocab_size} ids, the model only"
+            f" model.vocab_size={config.model.vocab_size}"
         )
     return sets
 

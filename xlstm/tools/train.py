@@ -22,21 +22,22 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 
 
-def _with_absolute_stores(config: RunConfig) -> RunConfig:
-    data = config.data
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    data, init_from = config.data, config.trainer.init_from
     stores = tuple(name if name == STDLIB else resolve_path(name) for name in data.stores)
     validation_stores = tuple(
         f"{name}={resolve_path(path)}" for name, path in data.validation_paths.items()
     )
     data = dataclasses.replace(data, stores=stores, validation_stores=validation_stores)
-    return dataclasses.replace(config, data=data)
+    trainer = dataclasses.replace(config.trainer, init_from=init_from and resolve_path(init_from))
+    return dataclasses.replace(config, data=data, trainer=trainer)
 
 
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = _with_absolute_stores(to_run_config(_CONFIG.value))
+    config = _with_absolute_paths(to_run_config(_CONFIG.value))
     workdir = _WORKDIR.value or os.path.join("runs", config_name())
     initialize_devices()
     with ending_together():

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import os
 
 import jax
 import numpy as np
@@ -23,8 +24,10 @@ from xlstm.models.xlstm_parallel.generate import (
 )
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
-from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
+from xlstm.models.xlstm_parallel.xlstm_lm_model import state_specs, xLSTMLMModel
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 CONFIG = small_config(vocab_size=12)
 PARAMS = lively_params(CONFIG, jax.random.key(1))
@@ -36,13 +39,12 @@ SAMPLING = SamplingConfig(temperature=1.5, repetition_penalty=1.2)
 
 
 @functools.cache
-def quick(function, **options):
-    function = functools.partial(function, **options)
-    return jax.jit(function, compiler_options=QUICK_COMPILATION)
+def _jitted_logits():
+    return jax.jit(xLSTMLMModel(CONFIG).apply)
 
 
 def logits_of(tokens):
-    return np.asarray(quick(xLSTMLMModel(CONFIG).apply)({"params": PARAMS}, tokens))
+    return np.asarray(_jitted_logits()({"params": PARAMS}, tokens))
 
 
 def read_prompts(tokens, lengths, progress=None):
@@ -50,12 +52,12 @@ def read_prompts(tokens, lengths, progress=None):
     padded = np.zeros((3, 20), int)
     padded[: len(tokens), : tokens.shape[1]] = tokens
     progress = progress or begin(CONFIG, 3)
-    return quick(read, config=CONFIG)(PARAMS, progress, padded, np.resize(lengths, 3))
+    return read(PARAMS, progress, padded, np.resize(lengths, 3), config=CONFIG)
 
 
 def written(progress, num_tokens=12, keys=KEYS, sampling=GREEDY, stop_ids=()):
     options = {"config": CONFIG, "sampling": sampling, "max_tokens": 12, "stop_ids": stop_ids}
-    return quick(write, **options)(PARAMS, progress, keys, num_tokens)
+    return write(PARAMS, progress, keys, num_tokens, **options)
 
 
 def assert_same_progress(found, row, expected, expected_row):
@@ -86,10 +88,10 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_text():
 
 
 def test_decoding_gives_the_logits_of_the_whole_text():
-    logits, state = quick(prefill, config=CONFIG)(PARAMS, PROMPTS[:, :4])
+    logits, state = prefill(PARAMS, PROMPTS[:, :4], config=CONFIG)
     found, sizes = [logits], {tuple(x.size for x in state)}
     for place in range(4, 9):
-        logits, state = quick(decode_step, config=CONFIG)(PARAMS, PROMPTS[:, place], state)
+        logits, state = decode_step(PARAMS, PROMPTS[:, place], state, config=CONFIG)
         found.append(logits)
         sizes.add(tuple(x.size for x in state))
     text = np.zeros((3, 20), int)
@@ -118,7 +120,7 @@ def test_a_long_prompt_in_pieces_is_the_prompt(monkeypatch):
     expected = read_prompts(tokens, lengths)
     monkeypatch.setattr(generate_module, "_TOKENS_AT_ONCE", 21)
     other = dataclasses.replace(CONFIG, backend=dataclasses.replace(CONFIG.backend, chunk_size=3))
-    found = quick(read, config=other)(PARAMS, begin(CONFIG, 3), tokens, lengths)
+    found = read(PARAMS, begin(CONFIG, 3), tokens, lengths, config=other)
     for row in range(3):
         assert_same_progress(found, row, expected, row)
 
@@ -145,39 +147,50 @@ def test_more_text_behind_what_was_read():
         assert set(np.flatnonzero(more.seen[row])) == set(text)
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2, "fsdp": 2}, {"dp": 4}])
-def test_on_a_mesh_it_is_the_same(axes):
+@pytest.mark.parametrize(
+    "axes, block",
+    [
+        ({"tp": 2, "fsdp": 2}, "xlstm_7b"),
+        ({"tp": 2, "fsdp": 2}, "xlstm_2024"),
+        ({"dp": 4}, "xlstm_7b"),
+    ],
+)
+def test_on_a_mesh_it_is_the_same(axes, block):
     mesh = create_mesh(MeshConfig(**({"dp": 1} | axes)), jax.devices()[:4])
-    model = xLSTMLMModel(CONFIG)
-    boxes = jax.eval_shape(model.init, jax.random.key(0), PROMPTS)["params"]
+    config = small_config(vocab_size=12, block=block)
+    whole = lively_params(config, jax.random.key(1))
+    boxes = jax.eval_shape(xLSTMLMModel(config).init, jax.random.key(0), PROMPTS)["params"]
     boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)
     params = jax.tree.map(
         lambda box, x: jax.device_put(x, NamedSharding(mesh, P(*box.names))),
         boxes,
-        PARAMS,
+        whole,
         is_leaf=lambda x: hasattr(x, "names"),
     )
     prompts, lengths = np.resize(PROMPTS, (4, 9)), np.array([6, 9, 1, 3])
     rows = NamedSharding(mesh, rows_spec(4, mesh))
     on_mesh = [jax.device_put(x, rows) for x in (prompts, lengths)]
     keys = row_keys(jax.random.key(0), range(4))
-    progress = quick(read, config=CONFIG)(params, begin(CONFIG, 4, mesh), *on_mesh)
-    options = {"config": CONFIG, "sampling": GREEDY, "max_tokens": 6}
-    progress, tokens = quick(write, **options)(params, progress, keys, 6)
+    progress = read(params, begin(config, 4, mesh), *on_mesh, config=config)
+    options = {"config": config, "sampling": GREEDY, "max_tokens": 6}
+    progress, tokens = write(params, progress, keys, 6, **options)
     expected = generate(
-        PARAMS,
+        whole,
         prompts,
         jax.random.key(0),
-        config=CONFIG,
+        config=config,
         num_tokens=6,
         lengths=lengths,
         sampling=GREEDY,
     )
     np.testing.assert_array_equal(tokens, expected)
     # What grows with the batch and the heads stays divided.
-    shards = {shard.data.shape for shard in progress.state.C.addressable_shards}
-    num_rows = 4 // (mesh.shape["dp"] * mesh.shape["fsdp"])
-    assert shards == {(3, num_rows, 2 // mesh.shape["tp"], 4, 8)}
+    for x, spec in zip(
+        jax.tree.leaves(progress.state),
+        jax.tree.leaves(state_specs(config, *rows_spec(4, mesh))),
+        strict=True,
+    ):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
 
 
 def test_rows_that_do_not_divide_are_everywhere():

@@ -3,13 +3,16 @@
 import json
 import os
 
+import flax
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
-from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.generate import generate
+from xlstm.models.xlstm_parallel.hf_layout import from_hf_config, hf_tensors, parameter_shapes
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
@@ -17,74 +20,25 @@ from xlstm.testing.quick_compilation import QUICK_COMPILATION
 FOLDER = os.path.join(os.path.dirname(__file__), "testdata", "hf_xlstm_tiny")
 
 
-def read_safetensors(path):
-    """Returns the float32 arrays of a file: its header's length, the header, then raw data."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data = file.read()
-    del header["__metadata__"]
-    arrays = {}
-    for name, entry in header.items():
-        assert entry["dtype"] == "F32"
-        start, end = entry["data_offsets"]
-        arrays[name] = np.frombuffer(data[start:end], np.float32).reshape(entry["shape"])
-    return arrays
-
-
-def to_our_tree(arrays, num_blocks):
-    """Renames, transposes the kernels, stacks the blocks; every array has to be used."""
-    arrays = dict(arrays)
-
-    def take(name):
-        array = arrays.pop(name)
-        if name.endswith("embeddings.weight"):
-            return {"embedding": array}
-        if name.endswith(".bias"):
-            return {"bias": array}
-        return {"kernel": array.T} if array.ndim == 2 else {"scale": array}
-
-    def layer(path):
-        blocks = []
-        for block in range(num_blocks):
-            name = f"backbone.blocks.{block}.{path}"
-            has_bias = f"{name}.bias" in arrays
-            blocks.append(take(f"{name}.weight") | (take(f"{name}.bias") if has_bias else {}))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
-
-    cell = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact")
-    params = {
-        "embeddings": take("backbone.embeddings.weight"),
-        "blocks": {
-            "norm_mlstm": layer("norm_mlstm"),
-            "mlstm_layer": {
-                name: layer(f"mlstm_layer.{name}") for name in (*cell, "multihead_norm", "out_proj")
-            },
-            "norm_ffn": layer("norm_ffn"),
-            "ffn": {
-                name: layer(f"ffn.{name}") for name in ("proj_up_gate", "proj_up", "proj_down")
-            },
-        },
-        "out_norm": take("backbone.out_norm.weight"),
-        "lm_head": take("lm_head.weight"),
-    }
-    assert not arrays
-    return params
-
-
 @pytest.fixture(scope="module")
 def model_config():
     with open(os.path.join(FOLDER, "config.json")) as file:
-        published = json.load(file)
-    names = ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "qk_dim_factor")
-    names += ("v_dim_factor", "ffn_proj_factor", "ffn_round_up_to_multiple_of")
-    names += ("gate_soft_cap", "output_logit_soft_cap", "norm_eps")
-    return ModelConfig(**{name: published[name] for name in names})
+        model, _ = from_hf_config(json.load(file))
+    return model
 
 
 @pytest.fixture(scope="module")
 def params(model_config):
-    path = os.path.join(FOLDER, "model.safetensors")
-    return to_our_tree(read_safetensors(path), model_config.num_blocks)
+    """The parameters by our names; every tensor of the file has to be used."""
+    arrays = load_file(os.path.join(FOLDER, "model.safetensors"))
+    shapes = parameter_shapes(model_config)
+    slices = {path: [] for path in shapes}
+    for tensor in hf_tensors(shapes):
+        array = arrays.pop(tensor.name)
+        slices[tensor.parameter].append(array.T if tensor.is_transposed else array)
+    assert not arrays
+    stacked = {path: np.stack(x).reshape(shapes[path]) for path, x in slices.items()}
+    return flax.traverse_util.unflatten_dict(stacked, sep=".")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 
 from xlstm.common_types import TrainState
 from xlstm.trainer.base.checkpoint_arrays import (
@@ -65,6 +66,21 @@ def restore_arguments(target: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTre
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
     )
+
+
+def _save_arguments(arrays: dict[str, jax.Array]) -> ocp.args.PyTreeSave:
+    """Asks Orbax to write arrays; of a stack of blocks each is a chunk, and can be read alone."""
+
+    def is_stack(array: jax.Array) -> bool:
+        # What may be cut over the pipeline's stages is a stack; on a mesh without stages, too.
+        sharding = array.sharding
+        return isinstance(sharding, NamedSharding) and sharding.spec[:1] == ("pp",)
+
+    save_args = {
+        name: ocp.SaveArgs(shard_axes=(0,) if is_stack(array) else ())
+        for name, array in arrays.items()
+    }
+    return ocp.args.PyTreeSave(arrays, save_args)
 
 
 def read_run_info(directory: str, step: int) -> dict[str, Any]:
@@ -244,7 +260,7 @@ class Checkpointer:
         with self._writing():
             if jax.process_index() == 0:
                 self._folder.begin(step)
-            arrays = ocp.args.PyTreeSave(named_arrays(state))
+            arrays = _save_arguments(named_arrays(state))
             self._orbax.save(self._arrays_path(self._folder.unfinished(step)), args=arrays)
         is_known = val_loss is not None and math.isfinite(val_loss)
         saved = Saved(float(val_loss) if is_known else None, self._retention.is_for_ever(step))

@@ -1,6 +1,9 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
@@ -21,4 +24,36 @@ def write_atomically(path: str, content: str | bytes) -> None:
     except OSError:
         if os.path.exists(temporary):
             os.remove(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """Makes a folder that gets its name when everything in it is written.
+
+    Args:
+        path: The folder to make.
+
+    Yields:
+        The folder to write into, beside it; after an error it is removed.
+
+    Raises:
+        ValueError: If there is something of that name, or the folder beside it is in use.
+    """
+    unfinished = f"{os.path.abspath(path)}.unfinished"
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already: choose another folder")
+    os.makedirs(os.path.dirname(unfinished), exist_ok=True)
+    try:
+        os.mkdir(unfinished)
+    except FileExistsError:
+        raise ValueError(
+            f"{unfinished} is being written, or was left when writing it was interrupted: then"
+            " remove it"
+        ) from None
+    try:
+        yield unfinished
+        os.rename(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.files import new_folder, write_atomically
 
 
 @pytest.mark.parametrize("content", ["Grüße\n", b"\x00\xff\r\n", ""])
@@ -54,3 +54,41 @@ def test_a_failure_at_the_last_moment_leaves_the_old_content(tmp_path, monkeypat
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(str(tmp_path / "missing" / "file"), "new")
+
+
+def test_a_folder_has_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "parents" / "folder"
+    with new_folder(str(path)) as folder:
+        with open(os.path.join(folder, "file"), "w") as file:
+            file.write("content")
+        assert not path.exists()
+        # Nobody else writes there meanwhile.
+        with pytest.raises(ValueError, match="folder.unfinished is being written"):
+            with new_folder(str(path)):
+                pass
+    assert (path / "file").read_text() == "content"
+    assert os.listdir(path.parent) == ["folder"]
+
+
+def test_a_folder_that_was_not_finished_is_removed(tmp_path):
+    for error in (OSError("full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            with new_folder(str(tmp_path / "folder")) as folder:
+                open(os.path.join(folder, "file"), "w").close()
+                raise error
+        assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
+def test_nothing_is_overwritten_by_a_folder(tmp_path, kind):
+    path = tmp_path / "taken"
+    if kind == "file":
+        path.write_text("old")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match="taken exists already: choose another folder"):
+        with new_folder(str(path)):
+            pass
+    assert os.listdir(tmp_path) == ["taken"]

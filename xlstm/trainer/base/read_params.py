@@ -1,11 +1,17 @@
 """Reads the parameters alone of a checkpoint, for all that is not training."""
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 
 from xlstm.common_types import PyTree
+from xlstm.trainer.base.array_parts import open_parts
 from xlstm.trainer.base.checkpoint_arrays import arrays_to_read
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import ITEM, reported, restore_arguments
@@ -27,6 +33,39 @@ def read_params(directory: str, step: int, like: PyTree) -> PyTree:
     Raises:
         OSError: If there is no such checkpoint, it is damaged, or it is of another model.
     """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(unboxed(like))
+    with _whole_checkpoint(directory, step) as (checkpointer, path):
+        target = _saved_names(checkpointer, path, {path_name(key): leaf for key, leaf in leaves})
+        arrays = checkpointer.restore(path, args=restore_arguments(target))
+    return reboxed(jax.tree.unflatten(structure, [arrays[name] for name in target]), like)
+
+
+def open_params(
+    directory: str, step: int, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tensorstore.TensorStore]:
+    """Opens the parameters of a checkpoint, so that they can be read in parts.
+
+    Args:
+        directory: See `read_params`.
+        step: The checkpoint's step.
+        shapes: The shapes of the parameters by their paths, the parts joined by `.`.
+
+    Returns:
+        The parameters, or their moving average, in the order of `shapes`; see `open_parts`.
+
+    Raises:
+        OSError: See `read_params`.
+    """
+    wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    with _whole_checkpoint(directory, step) as (checkpointer, path):
+        target = _saved_names(checkpointer, path, wanted)
+        arrays = open_parts(path, target)
+    return dict(zip(shapes, (arrays[name] for name in target), strict=True))
+
+
+@contextlib.contextmanager
+def _whole_checkpoint(directory: str, step: int) -> Iterator[tuple[ocp.Checkpointer, str]]:
+    """What reads a checkpoint that is as it was written, and the folder of its arrays."""
     path = os.path.abspath(CheckpointFolder(directory).of_step(step))
     what = f"the checkpoint of step {step} in {directory} cannot be used"
     if not os.path.isdir(path):
@@ -35,13 +74,16 @@ def read_params(directory: str, step: int, like: PyTree) -> PyTree:
     if damage:
         raise OSError(f"{what}: {damage}")
     with reported(what), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        path = os.path.join(path, ITEM)
-        saved = checkpointer.metadata(path).item_metadata.tree
-        has_average = any(name.startswith("params_ema.") for name in saved)
-        prefix = "params_ema" if has_average else "params"
-        leaves, structure = jax.tree_util.tree_flatten_with_path(unboxed(like))
-        wanted = {f"{prefix}.{path_name(key)}": leaf for key, leaf in leaves}
-        saved = {name: x for name, x in saved.items() if name.startswith(f"{prefix}.")}
-        target = arrays_to_read(wanted, saved)
-        arrays = checkpointer.restore(path, args=restore_arguments(target))
-    return reboxed(jax.tree.unflatten(structure, [arrays[name] for name in wanted]), like)
+        yield checkpointer, os.path.join(path, ITEM)
+
+
+def _saved_names(
+    checkpointer: ocp.Checkpointer, path: str, wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters wanted, in their order, by the names that they have among the arrays."""
+    saved = checkpointer.metadata(path).item_metadata.tree
+    has_average = any(name.startswith("params_ema.") for name in saved)
+    prefix = "params_ema" if has_average else "params"
+    wanted = {f"{prefix}.{name}": x for name, x in wanted.items()}
+    saved = {name: x for name, x in saved.items() if name.startswith(f"{prefix}.")}
+    return arrays_to_read(wanted, saved)

@@ -19,6 +19,8 @@ class TrainerConfig:
 
     num_steps: int = 1000  # Steps of the optimizer.
     seed: int = 0  # Seed of the initial parameters.
+    init_from: str = ""  # Begin with the parameters of this run (its folder, or that of one of its
+    # checkpoints); empty: with random ones.
     num_minibatches: int = 1  # Minibatches that gradients are accumulated over in a step.
     eval_interval: int = 200  # Steps between evaluations; there is one before and one at the end.
     eval_batches: int = 50  # Largest number of batches in an evaluation of a validation set.

@@ -21,8 +21,10 @@ from xlstm.dataset.validation import ValidationSet, open_validation_sets
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.callback import Callback
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
 from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.process_requests import Request, Requests
 from xlstm.trainer.base.signals import on_stop_signal
@@ -46,13 +48,16 @@ from xlstm.trainer.llm.data import (
 )
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
+from xlstm.trainer.llm.init_from import check_source, start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
+    find_checkpoint,
     own_workdir,
     plain_config,
+    run_info,
     write_config,
 )
 from xlstm.trainer.logger.base_logger import Loggers
@@ -78,6 +83,8 @@ class _Run:
         console: Where the first process speaks.
         clock: What the time is spent on.
         requests: What this process asks of all.
+        source: The run and the step whose parameters it begins with; None for random ones, and for
+            a run that has begun.
     """
 
     config: RunConfig
@@ -90,6 +97,7 @@ class _Run:
     console: Console
     clock: Clock
     requests: Requests
+    source: tuple[Workdir, int] | None
 
     def say(self, text: str) -> None:
         """Shows a text as it is."""
@@ -159,6 +167,9 @@ def open_run(
     run = _prepare(config, workdir_path, allow_config_change)
     tokenizer = run.stores[0].load_tokenizer()
     state, specs, train_step = create_language_model_run(config, run.mesh)
+    if run.source:
+        run.say("beginning with the parameters of step {1:,} in {0.path}".format(*run.source))
+        state = start_from(*run.source, state)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -218,8 +229,13 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
     check_workdir(workdir, config, allow_config_change=allow_config_change)
+    has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
+    init_from = "" if has_begun else config.trainer.init_from
+    source = find_checkpoint(init_from) if init_from else None
     stores = open_stores(config.data, workdir.stdlib_store)
     check_vocabulary(config, stores)
+    if source:
+        check_source(*source, stores[0].meta.fingerprint)
     corpora = corpus_checksums(stores)
     check_workdir(workdir, config, corpora, allow_config_change=allow_config_change)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
@@ -234,6 +250,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         console=console,
         clock=clock,
         requests=Requests(mesh),
+        source=source,
     )
 
 
@@ -270,13 +287,9 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
         max_to_keep=trainer.max_checkpoints,
         keep_interval=trainer.keep_checkpoint_interval,
         keep_best=trainer.keep_best_checkpoint,
-        run_info={
-            "config": plain_config(run.config),
-            "corpora": run.corpora,
-            "tokenizer": run.stores[0].meta.fingerprint,
-            "code": run.code,
-            "mesh": dict(run.mesh.shape),
-        },
+        run_info=run_info(
+            run.config, run.corpora, run.stores[0].meta.fingerprint, run.code, run.mesh.shape
+        ),
         report=run.say,
     )
 

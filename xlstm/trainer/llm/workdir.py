@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ _FREE_TO_CHANGE = {
     "logger",
     "data.validation_stores",
     *(f"trainer.{field.name}" for field in dataclasses.fields(TrainerConfig)),
-} - {"trainer.seed"}
+} - {"trainer.seed", "trainer.init_from"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,21 @@ class Workdir:
         return os.path.join(self.path, "stdlib")
 
 
+def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
+    """The run and the step that the folder of a run, or of one of its checkpoints, stands for.
+
+    Args:
+        path: The folder; it need not be there.
+
+    Returns:
+        The run's folder, and the step; None if it is not that of a checkpoint.
+    """
+    parent, name = os.path.split(os.path.normpath(path))
+    if name.isdigit() and os.path.basename(parent) == "checkpoints":
+        return Workdir(os.path.dirname(parent)), int(name)
+    return Workdir(path), None
+
+
 def find_checkpoint(path: str) -> tuple[Workdir, int]:
     """Finds a checkpoint by the folder of its run, or its own.
 
@@ -96,12 +111,10 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
     Raises:
         ValueError: If there is none.
     """
-    parent, name = os.path.split(os.path.normpath(path))
-    is_step = name.isdigit() and os.path.basename(parent) == "checkpoints"
-    workdir = Workdir(os.path.dirname(parent) if is_step else path)
+    workdir, wanted = split_checkpoint_path(path)
     # The run may be going on: all processes must choose the same.
     steps = from_first_process(CheckpointFolder(workdir.checkpoints).whole_steps)
-    wanted = int(name) if is_step else max(steps, default=None)
+    wanted = max(steps, default=None) if wanted is None else wanted
     if wanted not in steps:
         raise ValueError(f"{path}: there is no whole checkpoint of a run")
     return workdir, wanted
@@ -110,6 +123,45 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
 def plain_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON gives it back: with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def run_info(
+    config: RunConfig,
+    corpora: list[str],
+    tokenizer: str | None,
+    code: dict[str, str],
+    mesh: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it.
+
+    Args:
+        config: The run's configuration.
+        corpora: Checksums of what it trains on; none for a model that came from elsewhere.
+        tokenizer: The fingerprint of the tokenizer; None if it is not known.
+        code: The version of the code.
+        mesh: The sizes of the mesh's axes.
+
+    Returns:
+        What JSON can hold.
+    """
+    return {
+        "config": plain_config(config),
+        "corpora": corpora,
+        "tokenizer": tokenizer,
+        "code": code,
+        "mesh": dict(mesh),
+    }
+
+
+def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a saved configuration the fields that are newer than it, at their defaults.
+
+    So a default must not change what a field's absence meant.
+    """
+    defaults = plain_config(RunConfig())
+    return saved | {
+        section: fields | saved.get(section, {}) for section, fields in defaults.items()
+    }
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +190,8 @@ def check_workdir(
     Raises:
         ValueError: If the folder belongs to a run whose configuration or corpus differs in more
             than what may differ (`_FREE_TO_CHANGE`, and a schedule whose learning rates are the
-            same for the steps done), or holds a run without a configuration.
+            same for the steps done), holds a run without a configuration, or a model without
+            a run.
     """
     if not os.path.exists(workdir.config):
         # The folder of checkpoints may be there, if the first start was killed early.
@@ -150,10 +203,16 @@ def check_workdir(
     with open(workdir.config, encoding="utf-8") as file:
         try:
             saved = json.load(file)
+            saved["config"] = with_new_fields(saved["config"])
             before, now = _flatten(saved["config"]), _flatten(plain_config(config))
             saved_corpora = saved["corpora"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{workdir.config} is not a configuration of ours") from None
+    if not saved_corpora:
+        raise ValueError(
+            f"{workdir.path} holds a model that came from elsewhere, and no run that could go on:"
+            " begin one in another --workdir with trainer.init_from set to that folder"
+        )
     free = _FREE_TO_CHANGE
     if _same_so_far(workdir, saved["config"], config):
         free = free | {"schedule"}

@@ -5,7 +5,13 @@ import os
 import pytest
 
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.workdir import Workdir, check_workdir, own_workdir, write_config
+from xlstm.trainer.llm.workdir import (
+    Workdir,
+    check_workdir,
+    own_workdir,
+    split_checkpoint_path,
+    write_config,
+)
 
 
 def _changed(**sections):
@@ -89,6 +95,7 @@ def test_what_may_differ_is_written_anew(claimed, sections):
         ({"data": {"batch_size": 32}}, "data.batch_size was 16, is 32"),
         ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 was 0.95, is 0.99"),
         ({"trainer": {"seed": 3}}, "trainer.seed was 0, is 3"),
+        ({"trainer": {"init_from": "/run"}}, "trainer.init_from was '', is '/run'"),
     ],
     ids=str,
 )
@@ -144,16 +151,24 @@ def test_another_text_under_the_same_name(claimed):
     _claim(claimed, RunConfig(), corpora=["def"])
 
 
-@pytest.mark.parametrize("field", ["model.scan_unroll", "trainer.later_option"])
-def test_fields_of_other_versions_are_named(claimed, field):
-    saved = _saved(claimed)
-    section, name = field.split(".")
-    saved["config"][section].pop(name, None)
-    if field == "trainer.later_option":
-        saved["config"][section][name] = True
-    with open(claimed.config, "w", encoding="utf-8") as file:
+def _rewrite(workdir, change):
+    saved = _saved(workdir)
+    change(saved["config"])
+    with open(workdir.config, "w", encoding="utf-8") as file:
         json.dump(saved, file)
-    with pytest.raises(ValueError, match=field):
+
+
+def test_a_field_that_is_newer_than_the_run_had_its_default(claimed):
+    _rewrite(claimed, lambda config: config["model"].pop("scan_unroll"))
+    _claim(claimed, RunConfig())
+    _rewrite(claimed, lambda config: config["model"].pop("scan_unroll"))
+    with pytest.raises(ValueError, match=r"model\.scan_unroll was 1, is 2"):
+        _claim(claimed, _changed(model={"scan_unroll": 2}))
+
+
+def test_a_field_that_there_is_no_more_is_named(claimed):
+    _rewrite(claimed, lambda config: config["trainer"].update(former_option=True))
+    with pytest.raises(ValueError, match=r"trainer\.former_option was True, is None"):
         _claim(claimed, RunConfig())
 
 
@@ -205,6 +220,31 @@ def test_a_folder_has_one_owner_at_a_time(claimed):
     with own_workdir(claimed):
         pass
     assert os.listdir(claimed.path) == ["config.json"]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_model_without_a_run_is_left_alone(tmp_path, allow):
+    workdir = Workdir(str(tmp_path))
+    write_config(workdir, RunConfig(), [])
+    before = _saved(workdir)
+    with pytest.raises(ValueError, match="no run that could go on: begin one in another --workdir"):
+        _claim(workdir, RunConfig(), allow=allow)
+    assert _saved(workdir) == before
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("/runs/mine", ("/runs/mine", None)),
+        ("/runs/mine/checkpoints/50", ("/runs/mine", 50)),
+        ("/runs/mine/checkpoints/50/", ("/runs/mine", 50)),
+        ("/runs/50", ("/runs/50", None)),
+        ("/runs/mine/checkpoints", ("/runs/mine/checkpoints", None)),
+    ],
+)
+def test_what_the_folder_of_a_checkpoint_stands_for(path, expected):
+    workdir, step = split_checkpoint_path(path)
+    assert (workdir.path, step) == expected
 
 
 def test_the_corpus_can_be_checked_later(claimed):

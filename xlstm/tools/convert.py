@@ -1,0 +1,95 @@
+"""Converts between our checkpoints and the public layout, Hugging Face's `xLSTMForCausalLM`.
+
+    bazel run //xlstm/tools:convert -- --from_hf=models/xlstm-7b --to=runs/xlstm-7b
+    bazel run //xlstm/tools:convert -- --from=runs/mine --to_hf=models/mine
+
+The first makes the folder of a run that has not taken a step: evaluate it, generate with it, or
+train from it with `--config=finetune:runs/xlstm-7b`. The second writes a run's last checkpoint (or
+the one named), the moving average of its parameters if there is one. Either way the tokenizer comes
+along, and no more is in memory than a few tensors or one of the files written.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from xlstm.common_types import DTYPES
+from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.config import load_run_config
+from xlstm.trainer.llm.hf_checkpoint import Converted, export_model, import_model
+from xlstm.trainer.llm.workdir import find_checkpoint
+
+_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of a model in the public layout.")
+_TO = flags.DEFINE_string("to", None, "Folder of a run to make of it.")
+_FROM = flags.DEFINE_string(
+    "from", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
+)
+_TO_HF = flags.DEFINE_string("to_hf", None, "Folder to make of it in the public layout.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", sorted(DTYPES), "Type of the tensors of the public layout."
+)
+_MAX_SHARD_SIZE = flags.DEFINE_string(
+    "max_shard_size", "5GB", "Largest file of tensors of the public layout: MB, GB, MiB or GiB."
+)
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def _to_bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+)(MB|GB|MiB|GiB)", size)
+    if not match or int(match[1]) < 1:
+        raise ValueError(f"--max_shard_size={size}: expected a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Draws a bar, on a terminal, of parameters done and of all."""
+    columns = TextColumn("parameters"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("parameters", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def convert() -> tuple[Converted, str]:
+    """Converts as the flags say; returns what was written, and where to."""
+    chosen = {flag.name for flag in (_FROM_HF, _TO, _FROM, _TO_HF) if flag.value}
+    if chosen == {"from_hf", "to"}:
+        if _DTYPE.present or _MAX_SHARD_SIZE.present:
+            raise ValueError("--dtype and --max_shard_size are for --to_hf: ours are float32")
+        source, target = resolve_path(_FROM_HF.value), resolve_path(_TO.value)
+        with _progress() as report:
+            return import_model(source, target, report), target
+    if chosen == {"from", "to_hf"}:
+        max_shard_bytes = _to_bytes(_MAX_SHARD_SIZE.value)
+        workdir, step = find_checkpoint(resolve_path(_FROM.value))
+        config, target = load_run_config(workdir), resolve_path(_TO_HF.value)
+        with _progress() as report:
+            options = {"dtype": _DTYPE.value, "max_shard_bytes": max_shard_bytes}
+            return export_model(config, workdir, step, target, report, **options), target
+    raise ValueError("name both folders: --from_hf and --to, or --from and --to_hf")
+
+
+def main(argv: list[str]) -> None:
+    """Converts as the flags say, and prints what was written."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy, and are of no use here.
+    converted, target = convert()
+    count = converted.num_files
+    files = f" in {count} file{'s' if count > 1 else ''}" if count else ""
+    Console(highlight=False, soft_wrap=True).print(
+        f"{converted.num_parameters:,} parameters ({decimal(converted.num_bytes)}{files}) are"
+        f" written to {target}",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

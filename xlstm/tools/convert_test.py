@@ -1,0 +1,135 @@
+"""A public model, converted, evaluated, begun from and converted back, as a user does it."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from safetensors.numpy import load_file, save_file
+
+from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.models.xlstm_parallel.hf_layout import hf_tensors, parameter_shapes, to_hf_config
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.tools import convert, evaluate
+from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.testing import start_tool
+from xlstm.trainer.llm.open_run import open_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a public model of random numbers lies, and stores of its tokenizer."""
+    folder = tmp_path_factory.mktemp("convert")
+    os.makedirs(folder / "public")
+    rng = np.random.default_rng(0)
+    model = ModelConfig(vocab_size=300, embedding_dim=16, num_blocks=2, num_heads=2)
+    arrays = {
+        tensor.name: rng.standard_normal(tensor.shape, dtype=np.float32)
+        for tensor in hf_tensors(parameter_shapes(model))
+    }
+    save_file(arrays, folder / "public" / "model.safetensors")
+    config = to_hf_config(model, BackendConfig(chunk_size=8), "float32")
+    (folder / "public" / "config.json").write_text(json.dumps(config))
+    tokenizer = write_tokenizer_json(folder / "public" / "tokenizer.json", words=["x = 1"])
+    texts = [f"x{i} = {i}\n" * 40 for i in range(20)]
+    for name in ("mine", "wiki"):
+        write_store(folder / name, texts, load_tokenizer(tokenizer))
+    return folder
+
+
+def _start(tool, folder, *words):
+    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": QUICK_XLA_FLAGS}
+    return start_tool(tool, *words, env=env)
+
+
+def _finish(process):
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return output
+
+
+def _error(process):
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2, errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    return errors
+
+
+def _fine_tuning(folder):
+    """What `train --config=finetune:imported` does, on data that lies in the folder."""
+    config = to_run_config(load_config(config_path(f"finetune:{folder / 'imported'}", "")))
+    data = dataclasses.replace(
+        config.data,
+        stores=(str(folder / "mine"),),
+        validation_fraction=0.0,
+        validation_stores=(f"wiki={folder / 'wiki'}",),
+        context_length=16,
+    )
+    return dataclasses.replace(
+        config, data=data, logger=dataclasses.replace(config.logger, tensorboard=False)
+    )
+
+
+def _convert(**values):
+    """Converts in this process; the values are those of the flags."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["convert"])
+    with flagsaver.flagsaver():
+        flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in values.items())])
+        return convert.convert()
+
+
+def test_from_a_public_model_to_another_one(folder):
+    (folder / "taken").mkdir()
+    taken = _start(convert, folder, "--from_hf=public", "--to=taken")
+    output = _finish(_start(convert, folder, "--from_hf=public", "--to=imported"))
+    assert "parameters" in output and str(folder / "imported") in output
+    assert "taken exists already: choose another folder" in _error(taken)
+    assert not os.listdir(folder / "taken")
+
+    words = "--checkpoint=imported", "--data=wiki=wiki", "--json=found.json", "--context_length=16"
+    evaluation = _start(evaluate, folder, *words)
+    with open_run(_fine_tuning(folder), str(folder / "tuned")) as run:
+        run.fit(run.state, 0, 0)  # It evaluates before its first step.
+        run.checkpointer.save(1, run.state)
+    _finish(evaluation)
+    found = json.loads((folder / "found.json").read_text())
+    (first,) = (folder / "tuned" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(first)
+    assert first["step"] == found["step"] == 0
+    assert first["val_loss_wiki"] == pytest.approx(found["val_loss_wiki"], rel=1e-5)
+
+    converted, _ = _convert(**{"from": folder / "tuned", "to_hf": folder / "back"})
+    assert converted.num_files == 1
+    before, after = (load_file(folder / x / "model.safetensors") for x in ("public", "back"))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert after[name].tobytes() == array.tobytes()
+    assert (folder / "back" / "tokenizer.json").exists()
+    config = json.loads((folder / "back" / "config.json").read_text())
+    assert config["eos_token_id"] == 0  # That of the marker.
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({}, "name both folders: --from_hf and --to, or --from and --to_hf"),
+        ({"from_hf": "a", "to_hf": "b"}, "name both folders"),
+        ({"from_hf": "a", "to": "b", "from": "c"}, "name both folders"),
+        ({"from_hf": "/no/model", "to": "/b"}, "/no/model/config.json is missing"),
+        ({"from": "/no/run", "to_hf": "/b"}, "/no/run: there is no whole checkpoint of a run"),
+        ({"from": "a", "to_hf": "b", "max_shard_size": "5"}, "max_shard_size=5: expected a size"),
+        ({"from": "a", "to_hf": "b", "max_shard_size": "0GB"}, "max_shard_size=0GB: expected"),
+        ({"from_hf": "a", "to": "b", "dtype": "bfloat16"}, "are for --to_hf: ours are float32"),
+    ],
+    ids=str,
+)
+def test_flags(values, message):
+    with pytest.raises(ValueError, match=message):
+        _convert(**values)

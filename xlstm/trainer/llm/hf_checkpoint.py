@@ -1,0 +1,230 @@
+"""Models of the public layout made folders of runs, and back; a few tensors are in memory at once.
+
+Everything that can be checked is checked before anything is written, and the folder that is written
+has its name only when it is whole.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore
+from safetensors import safe_open
+
+from xlstm.dataset.config import DataConfig
+from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
+from xlstm.distributed.mesh import MESH_AXES
+from xlstm.models.xlstm_parallel.hf_layout import (
+    HFTensor,
+    from_hf_config,
+    hf_tensors,
+    parameter_shapes,
+    to_hf_config,
+)
+from xlstm.trainer.base.array_parts import ArrayParts, write_parts
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
+from xlstm.trainer.base.checkpointing import ITEM, read_run_info, reported
+from xlstm.trainer.base.files import new_folder
+from xlstm.trainer.base.read_params import open_params
+from xlstm.trainer.llm.code_version import code_version
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.hf_files import open_tensors, read_json, write_json, write_tensors
+from xlstm.trainer.llm.hf_tokenizer import (
+    copy_tokenizer_files,
+    find_tokenizer,
+    write_byte_tokenizer_files,
+)
+from xlstm.trainer.llm.run_tokenizer import read_tokenizer
+from xlstm.trainer.llm.workdir import Workdir, run_info, write_config
+
+_CONFIG_FILE, _GENERATION_FILE = "config.json", "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    Attributes:
+        num_parameters: The number of parameters.
+        num_bytes: The bytes that they take.
+        num_files: The number of files that hold them; None for a checkpoint of ours.
+    """
+
+    num_parameters: int
+    num_bytes: int
+    num_files: int | None = None
+
+
+def import_model(source: str, target: str, report: Callable[[int, int], None]) -> Converted:
+    """Makes the folder of a run, with one checkpoint, of a model of the public layout.
+
+    The checkpoint holds the parameters alone, float32. Beside it lie the model's tokenizer, if it
+    has one, and its `generation_config.json`.
+
+    Args:
+        source: The model's folder.
+        target: The folder to make.
+        report: Is told how many of how many parameters are written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If the model, its files or its tokenizer cannot be used, or there is something
+            of the target's name.
+        OSError: If something cannot be read or written.
+    """
+    published = read_json(os.path.join(source, _CONFIG_FILE))
+    try:
+        model, backend = from_hf_config(published)
+    except ValueError as error:
+        raise ValueError(f"{os.path.join(source, _CONFIG_FILE)}: {error}") from error
+    shapes = parameter_shapes(model)
+    tensors = hf_tensors(shapes)
+    files = open_tensors(source, tensors)
+    generation = _token_ids(published) | _read_generation_config(source)
+    tokenizer = find_tokenizer(source)
+    if tokenizer and tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only"
+            f" {model.vocab_size}"
+        )
+    # There is no data to hold something out of.
+    config = RunConfig(model=model, backend=backend, data=DataConfig(validation_fraction=0.0))
+    with new_folder(target) as folder:
+        workdir = Workdir(folder)
+        copy_tokenizer_files(source, folder)
+        write_json(os.path.join(folder, _GENERATION_FILE), generation)
+        read = _counted(functools.partial(_read_tensor, files), tensors, report)
+        parts = {
+            f"params.{name}": _parts(read, shape, [x for x in tensors if x.parameter == name])
+            for name, shape in shapes.items()
+        }
+        checkpoints = CheckpointFolder(workdir.checkpoints)
+        checkpoints.begin(0)
+        with reported(f"the parameters cannot be written to {target}"):
+            write_parts(os.path.join(checkpoints.unfinished(0), ITEM), parts)
+        fingerprint = tokenizer and tokenizer.fingerprint
+        mesh = dict.fromkeys(MESH_AXES, 1)
+        checkpoints.complete(0, run_info(config, [], fingerprint, code_version(), mesh), Saved())
+        write_config(workdir, config, corpora=[])
+    num_parameters = sum(tensor.size for tensor in tensors)
+    return Converted(num_parameters, 4 * num_parameters)
+
+
+def export_model(
+    config: RunConfig,
+    workdir: Workdir,
+    step: int,
+    target: str,
+    report: Callable[[int, int], None],
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+) -> Converted:
+    """Writes a checkpoint in the public layout: its parameters or, if it has one, their average.
+
+    Args:
+        config: The run's configuration.
+        workdir: The run's folder.
+        step: The checkpoint's step.
+        target: The folder to make.
+        report: Is told how many of how many parameters are written.
+        dtype: Type of the tensors, `float32` or `bfloat16`.
+        max_shard_bytes: See `write_tensors`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If the public layout has no such model, the tokenizer cannot be used, or there
+            is something of the target's name.
+        OSError: If something cannot be read or written.
+    """
+    published = to_hf_config(config.model, config.backend, dtype)
+    fingerprint = read_run_info(workdir.checkpoints, step)["tokenizer"]
+    tokenizer = None if fingerprint is None else read_tokenizer(workdir, fingerprint)
+    generation = _read_generation_config(workdir.path) or _marker_ids(tokenizer)
+    shapes = parameter_shapes(config.model)
+    tensors = hf_tensors(shapes)
+    arrays = open_params(workdir.checkpoints, step, shapes)
+    with new_folder(target) as folder:
+        num_files = write_tensors(
+            folder,
+            tensors,
+            _counted(functools.partial(_read_slice, arrays), tensors, report),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        write_json(os.path.join(folder, _CONFIG_FILE), published | _token_ids(generation))
+        write_json(os.path.join(folder, _GENERATION_FILE), generation)
+        copy_tokenizer_files(workdir.path, folder)
+        if isinstance(tokenizer, ByteTokenizer):
+            write_byte_tokenizer_files(folder)
+    num_parameters = sum(tensor.size for tensor in tensors)
+    return Converted(num_parameters, num_parameters * (2 if dtype == "bfloat16" else 4), num_files)
+
+
+def _read_generation_config(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, _GENERATION_FILE)
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the ids of special tokens that a configuration has."""
+    return {name: config[name] for name in _TOKEN_IDS if name in config}
+
+
+def _marker_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Ids for all that the end-of-document marker stands for: it begins texts and ends them."""
+    return dict.fromkeys(_TOKEN_IDS, tokenizer and tokenizer.eod_id)
+
+
+def _counted(
+    read: Callable[[HFTensor], np.ndarray],
+    tensors: Sequence[HFTensor],
+    report: Callable[[int, int], None],
+) -> Callable[[HFTensor], np.ndarray]:
+    """`read`, which tells how many parameters it has read."""
+    done, total = 0, sum(tensor.size for tensor in tensors)
+
+    def counted(tensor: HFTensor) -> np.ndarray:
+        nonlocal done
+        array = read(tensor)
+        done += tensor.size
+        report(done, total)
+        return array
+
+    return counted
+
+
+def _read_tensor(files: Mapping[str, safe_open], tensor: HFTensor) -> np.ndarray:
+    """One tensor of the public layout as ours is, float32."""
+    array = files[tensor.name].get_tensor(tensor.name).astype(np.float32, copy=False)
+    return array.T if tensor.is_transposed else array
+
+
+def _parts(
+    read: Callable[[HFTensor], np.ndarray], shape: tuple[int, ...], tensors: Sequence[HFTensor]
+) -> ArrayParts:
+    """A parameter of ours, made of one tensor or of one for each block."""
+
+    def parts() -> Iterator[np.ndarray]:
+        for tensor in tensors:
+            array = read(tensor)
+            yield array if tensor.block is None else array[None]
+
+    return ArrayParts(shape, len(tensors), parts())
+
+
+def _read_slice(arrays: Mapping[str, tensorstore.TensorStore], tensor: HFTensor) -> np.ndarray:
+    """One tensor of the public layout, from our parameters; float32."""
+    array = arrays[tensor.parameter]
+    array = array if tensor.block is None else array[tensor.block]
+    array = array.T if tensor.is_transposed else array
+    with reported(f"the parameter {tensor.parameter} cannot be read"):
+        return array.read(order="C").result()

@@ -1,0 +1,259 @@
+"""Models of the public layout, imported and exported through real files."""
+
+import json
+import os
+import resource
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.models.xlstm_parallel import hf_layout
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.checkpointing import read_run_info
+from xlstm.trainer.base.read_params import open_params
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.hf_checkpoint import export_model, import_model
+from xlstm.trainer.llm.hf_files import read_json, write_json
+from xlstm.trainer.llm.hf_tokenizer import write_byte_tokenizer_files
+from xlstm.trainer.llm.workdir import Workdir
+
+_GOLDEN = os.path.join(os.path.dirname(hf_layout.__file__), "testdata", "hf_xlstm_tiny")
+_SMALL = ModelConfig(
+    vocab_size=300, embedding_dim=16, num_blocks=3, num_heads=2, ffn_round_up_to_multiple_of=8
+)
+
+
+def _ignore(done, total):
+    pass
+
+
+def _write_model(folder, model=_SMALL):
+    """Writes a model of random numbers as others would."""
+    rng = np.random.default_rng(0)
+    tensors = hf_layout.hf_tensors(hf_layout.parameter_shapes(model))
+    arrays = {x.name: rng.standard_normal(x.shape, dtype=np.float32) for x in tensors}
+    os.makedirs(folder)
+    save_file(arrays, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    config = hf_layout.to_hf_config(model, BackendConfig(chunk_size=32), "float32")
+    write_json(os.path.join(folder, "config.json"), config | {"eos_token_id": 5})
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The public model, `golden`, and a small one with a tokenizer, `small`, as runs."""
+    folder = tmp_path_factory.mktemp("models")
+    import_model(_GOLDEN, str(folder / "golden"), _ignore)
+    _write_model(folder / "small_hf")
+    write_tokenizer_json(str(folder / "small_hf" / "tokenizer.json"), words=["one", "two"])
+    write_json(str(folder / "small_hf" / "generation_config.json"), {"top_k": 3, "pad_token_id": 1})
+    import_model(str(folder / "small_hf"), str(folder / "small"), _ignore)
+    return folder
+
+
+def _export(folder, name, target, **options):
+    """Exports a run, and returns what was written and how far it was reported."""
+    workdir, reports = Workdir(str(folder / name)), []
+    options = {"dtype": "float32", "max_shard_bytes": 10**9} | options
+    saved = read_run_info(workdir.checkpoints, 0)["config"]
+    config = RunConfig(ModelConfig(**saved["model"]), BackendConfig(**saved["backend"]))
+    converted = export_model(
+        config, workdir, 0, str(target), lambda *numbers: reports.append(numbers), **options
+    )
+    return converted, reports
+
+
+def test_a_public_model_is_the_folder_of_a_run(folder):
+    workdir = Workdir(str(folder / "golden"))
+    info = read_run_info(workdir.checkpoints, 0)
+    assert info["corpora"] == [] and info["tokenizer"] is None
+    assert info["config"]["model"]["embedding_dim"] == 128
+    assert info["config"]["backend"]["chunk_size"] == 16
+    assert read_json(workdir.config) == {"config": info["config"], "corpora": []}
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    assert read_json(str(folder / "golden" / "generation_config.json")) == ids
+    model = ModelConfig(**info["config"]["model"])
+    shapes = hf_layout.parameter_shapes(model)
+    params = open_params(workdir.checkpoints, 0, shapes)
+    public = load_file(os.path.join(_GOLDEN, "model.safetensors"))
+    kernel = params["blocks.ffn.proj_up.kernel"]
+    for block in range(2):
+        expected = public[f"backbone.blocks.{block}.ffn.proj_up.weight"].T
+        np.testing.assert_array_equal(kernel[block].read().result(), expected)
+        assert kernel.chunk_layout.read_chunk.shape == (1, 128, 128)
+    embedding = params["embeddings.embedding"].read().result()
+    np.testing.assert_array_equal(embedding, public["backbone.embeddings.weight"])
+
+
+@pytest.mark.parametrize("name, source", [("golden", _GOLDEN), ("small", None)])
+def test_what_was_imported_is_exported_bit_by_bit(folder, tmp_path, name, source):
+    source = source or str(folder / f"{name}_hf")
+    converted, reports = _export(folder, name, tmp_path / "back")
+    expected = load_file(os.path.join(source, "model.safetensors"))
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for tensor, array in found.items():
+        assert array.shape == expected[tensor].shape
+        assert array.tobytes() == expected[tensor].tobytes()
+    num_parameters = sum(array.size for array in expected.values())
+    assert (converted.num_parameters, converted.num_files) == (num_parameters, 1)
+    assert converted.num_bytes == 4 * num_parameters
+    assert len(reports) == len(expected) and reports[-1] == (num_parameters, num_parameters)
+    before = read_json(os.path.join(source, "config.json"))
+    after = read_json(str(tmp_path / "back" / "config.json"))
+    # But for what is of other programs.
+    others = {"transformers_version", "max_inference_chunksize", "pad_token_id"}
+    assert {x: y for x, y in before.items() if x not in others} == {
+        x: y for x, y in after.items() if x not in others
+    }
+
+
+def test_the_tokenizer_comes_along(folder, tmp_path):
+    source = folder / "small_hf"
+    _export(folder, "small", tmp_path / "back")
+    for name in ("small", tmp_path / "back"):
+        content = (folder / name / "tokenizer.json").read_bytes()
+        assert content == (source / "tokenizer.json").read_bytes()
+        # What the configuration knows is not lost.
+        generation = read_json(str(folder / name / "generation_config.json"))
+        assert generation == {"top_k": 3, "pad_token_id": 1, "eos_token_id": 5}
+    found = read_run_info(str(folder / "small" / "checkpoints"), 0)["tokenizer"]
+    assert found.startswith("sha256:")
+    assert read_json(str(tmp_path / "back" / "config.json"))["eos_token_id"] == 5
+
+
+def test_several_files_of_half_the_size(folder, tmp_path):
+    options = {"dtype": "bfloat16", "max_shard_bytes": 10_000}
+    converted, _ = _export(folder, "small", tmp_path / "half", **options)
+    files = sorted((tmp_path / "half").glob("*.safetensors"))
+    assert converted.num_files == len(files) > 2
+    assert converted.num_bytes == 2 * converted.num_parameters
+    found = {}
+    for file in files:
+        found |= load_file(file)
+    expected = load_file(folder / "small_hf" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(array, expected[name].astype(ml_dtypes.bfloat16))
+    assert read_json(str(tmp_path / "half" / "config.json"))["dtype"] == "bfloat16"
+    # It is read again, as float32.
+    import_model(str(tmp_path / "half"), str(tmp_path / "run"), _ignore)
+    shapes = hf_layout.parameter_shapes(_SMALL)
+    params = open_params(str(tmp_path / "run" / "checkpoints"), 0, shapes)
+    rounded = expected["lm_head.weight"].T.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(params["lm_head.kernel"].read().result(), rounded)
+
+
+def test_a_model_of_bytes(folder, tmp_path):
+    """Its tokenizer is no file of ours, but one of the public layout, and is known again."""
+    _write_model(tmp_path / "bytes_hf")
+    write_byte_tokenizer_files(str(tmp_path / "bytes_hf"))
+    import_model(str(tmp_path / "bytes_hf"), str(tmp_path / "run"), _ignore)
+    assert read_run_info(str(tmp_path / "run" / "checkpoints"), 0)["tokenizer"] == "byte"
+    # As a run of ours would be.
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        os.remove(tmp_path / "run" / name)
+    _export(tmp_path, "run", tmp_path / "back")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (tmp_path / "back" / name).read_bytes()
+        assert content == (tmp_path / "bytes_hf" / name).read_bytes()
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    assert ids.items() <= read_json(str(tmp_path / "back" / "config.json")).items()
+    assert read_json(str(tmp_path / "back" / "generation_config.json")) == ids
+
+
+def _change_json(name, **changes):
+    def change(folder):
+        path = os.path.join(folder, name)
+        write_json(path, (read_json(path) if os.path.exists(path) else {}) | changes)
+
+    return change
+
+
+def _write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def _drop_tensor(folder):
+    arrays = load_file(folder / "model.safetensors")
+    del arrays["backbone.blocks.1.norm_ffn.weight"]
+    save_file(arrays, folder / "model.safetensors")
+
+
+_BAD_MODELS = {
+    "no configuration": (
+        lambda folder: os.remove(folder / "config.json"),
+        "config.json is missing",
+    ),
+    "no JSON": (_write("config.json", "{"), "config.json cannot be read"),
+    "bias": (_change_json("config.json", use_bias=True), "config.json: use_bias=True is not"),
+    "blocks": (
+        _change_json("config.json", num_blocks=1, num_hidden_layers=1),
+        "missing: none; unexpected: backbone.blocks.1.ffn.proj_down.weight, backbone",
+    ),
+    "width": (
+        _change_json("config.json", ffn_proj_factor=2.0),
+        r"ffn.proj_up.weight has the shape \(128, 128\), not \(256, 128\)",
+    ),
+    "tensor": (_drop_tensor, r"\(missing: backbone.blocks.1.norm_ffn.weight; unexpected: none\)"),
+    "truncated": (
+        lambda folder: os.truncate(folder / "model.safetensors", 1000),
+        "model.safetensors is not a whole safetensors file",
+    ),
+    "generation": (_write("generation_config.json", "[]"), "generation_config.json holds no JSON"),
+    "tokenizer": (_write("tokenizer.json", "{}"), "tokenizer.json is not a tokenizer.json"),
+    "large tokenizer": (
+        lambda folder: write_tokenizer_json(str(folder / "tokenizer.json")),
+        "the tokenizer has 257 ids, the model only 61",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _BAD_MODELS)
+def test_a_model_that_cannot_be_used_leaves_nothing(tmp_path, name):
+    change, message = _BAD_MODELS[name]
+    shutil.copytree(_GOLDEN, tmp_path / "model")
+    change(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        import_model(str(tmp_path / "model"), str(tmp_path / "run"), _ignore)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_full_disk_leaves_nothing(folder, tmp_path, direction):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="written.*File too large"):
+            if direction == "import":
+                import_model(_GOLDEN, str(tmp_path / "run"), _ignore)
+            else:
+                _export(folder, "golden", tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not os.listdir(tmp_path)
+
+
+def test_what_cannot_be_exported(folder, tmp_path):
+    with pytest.raises(ValueError, match="small exists already"):
+        _export(folder, "small", folder / "small")
+    workdir = Workdir(str(folder / "small"))
+    options = {"dtype": "float32", "max_shard_bytes": 10**9}
+    arguments = (workdir, 0, str(tmp_path / "model"), _ignore)
+    with pytest.raises(ValueError, match="stabilize_correctly=False"):
+        unbounded = RunConfig(_SMALL, BackendConfig(stabilize_correctly=False))
+        export_model(unbounded, *arguments, **options)
+    with pytest.raises(OSError, match="checkpoint of step 0 .* is of the shape .* there"):
+        export_model(RunConfig(), *arguments, **options)
+    shutil.copytree(folder / "small", tmp_path / "other")
+    write_tokenizer_json(str(tmp_path / "other" / "tokenizer.json"), words=["other"])
+    with pytest.raises(ValueError, match="not the tokenizer of the run"):
+        _export(tmp_path, "other", tmp_path / "model")
+    assert os.listdir(tmp_path) == ["other"]
+    assert json.loads((folder / "small" / "config.json").read_text())["corpora"] == []
