@@ -26,7 +26,6 @@ class ModelConfig:
 
     block: str = "xlstm_7b"  # The residual block: xlstm_7b, an mLSTM layer and a feed-forward
     # layer; xlstm_2024, that of the paper before it, one mLSTM layer in a wider space.
-
     vocab_size: int = 256  # Number of token ids, V.
     embedding_dim: int = 128  # Size of the residual stream, D.
     num_blocks: int = 4  # Number of residual blocks.
