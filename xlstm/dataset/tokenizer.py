@@ -199,7 +199,10 @@ def _configured_eod(path: str) -> str | None:
         return None
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{config_path} cannot be used: {error}") from error
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise ValueError(f"{config_path} has eos_token={token!r}: expected a text")
+    return token
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

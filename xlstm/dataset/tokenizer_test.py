@@ -144,6 +144,9 @@ def test_eod_as_a_public_model_names_it(tmp_path):
         assert load_tokenizer(path, "<s>").eod_id == 0
     config.write_text(json.dumps({"eos_token": None}))
     assert load_tokenizer(path).eod_token == "</s>"
+    config.write_text('{"eos_token": 5}')
+    with pytest.raises(ValueError, match="eos_token=5: expected a text"):
+        load_tokenizer(path)
     config.write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json cannot be used"):
         load_tokenizer(path)

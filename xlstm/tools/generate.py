@@ -29,6 +29,7 @@ from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.llm.load_model import LoadedModel, load_model
 from xlstm.trainer.llm.progress_file import load_progress, save_progress
 from xlstm.trainer.llm.text_generation import (
+    Piece,
     WritingOptions,
     Written,
     encode_prompt,
@@ -51,7 +52,7 @@ _NUM_TOKENS = flags.DEFINE_integer(
     "num_tokens", 200, "Largest number of tokens behind each prompt.", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "How many prompts are continued at once.", lower_bound=1
+    "batch_size", 8, "How many prompts are continued at once; with a state, all.", lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "Divides the logits; 0 takes the likeliest token."
@@ -65,7 +66,7 @@ _REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Makes tokens that have occurred less likely; 1 for none."
 )
 _STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a text; several times.")
-_SEED = flags.DEFINE_integer("seed", 0, "Decides what is sampled.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Decides what is sampled, below 2**32.", lower_bound=0)
 _SAVE_STATE = flags.DEFINE_string("save_state", None, "File for the state behind the texts.")
 _LOAD_STATE = flags.DEFINE_string(
     "load_state", None, "File of --save_state: the texts go on, each behind its prompt, if any."
@@ -77,13 +78,20 @@ _NO_TOKENIZER = "the model came without a tokenizer: give --prompt_ids and --out
 
 
 def _read_prompts() -> list[str]:
-    prompts = list(_PROMPT.value)
-    if _PROMPT_FILE.value == "-":
-        prompts += sys.stdin.read().splitlines()
-    elif _PROMPT_FILE.value:
-        with open(resolve_path(_PROMPT_FILE.value), encoding="utf-8") as file:
-            prompts += file.read().splitlines()
-    return prompts
+    if not _PROMPT_FILE.value:
+        return list(_PROMPT.value)
+    try:
+        if _PROMPT_FILE.value == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with open(resolve_path(_PROMPT_FILE.value), "rb") as file:
+                content = file.read()
+        lines = content.decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise OSError(f"--prompt_file={_PROMPT_FILE.value} is not UTF-8: {error}") from None
+    if not content:
+        raise OSError(f"--prompt_file={_PROMPT_FILE.value} is empty: write a prompt a line")
+    return [*_PROMPT.value, *lines]
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -95,7 +103,8 @@ def _parse_ids(text: str) -> list[int]:
 
 def _prompts(model: LoadedModel, texts: list[str], before: Progress | None) -> list[list[int]]:
     """The ids of all prompts; a document without any begins with its marker alone."""
-    if model.tokenizer is None and (texts or not _PROMPT_IDS.value) and before is None:
+    has_ids = _PROMPT_IDS.value or before is not None
+    if model.tokenizer is None and (texts or not has_ids):
         raise ValueError(_NO_TOKENIZER)
     if _PROMPT_IDS.value and texts:
         raise ValueError("prompts are given as text and as --prompt_ids: give them in one way")
@@ -130,12 +139,16 @@ class _Clock:
     """How fast tokens come."""
 
     def __init__(self):
-        self._start, self._first, self._num_tokens = time.perf_counter(), None, 0
+        self._start, self._first, self._last = time.perf_counter(), None, None
+        self._num_tokens = 0
 
     def count(self, num_tokens: int) -> None:
         """Takes note of tokens that have come; those that came first are not counted."""
+        if not num_tokens:
+            return
+        self._last = time.perf_counter()
         if self._first is None:
-            self._first = time.perf_counter()
+            self._first = self._last
         else:
             self._num_tokens += num_tokens
 
@@ -143,8 +156,9 @@ class _Clock:
         if self._first is None:
             return "no token was written"
         text = f"first tokens after {self._first - self._start:.1f} s"
-        seconds = time.perf_counter() - self._first
-        return f"{text}, then {self._num_tokens / seconds:,.0f} a second"
+        if not self._num_tokens:
+            return text
+        return f"{text}, then {self._num_tokens / (self._last - self._first):,.0f} a second"
 
 
 def _show(number: int, num_prompts: int, prompt: str, written: Written) -> None:
@@ -180,10 +194,10 @@ def write_all(
     if streams:
         print(texts[0], end="", flush=True)
 
-    def on_piece(row: int, ids: list[int], text: str) -> None:
-        clock.count(len(ids))
+    def on_pieces(pieces: list[Piece]) -> None:
+        clock.count(sum(len(piece.ids) for piece in pieces))
         if streams:
-            print(text, end="", flush=True)
+            print(*(piece.text for piece in pieces), sep="", end="", flush=True)
 
     all_written, progress = [], None
     for first in range(0, len(prompts), size):
@@ -193,7 +207,7 @@ def write_all(
             options,
             before=before,
             first_number=first,
-            on_piece=on_piece,
+            on_pieces=on_pieces,
         )
         if is_first and not streams:
             for row, text in enumerate(written, first):
@@ -233,10 +247,10 @@ def main(argv: list[str]) -> None:
         prompts = _prompts(model, texts, before)
         texts = texts or [""] * len(prompts)
         all_written, progress = write_all(model, prompts, texts, before)
-        if save_path:
-            save_progress(save_path, progress, model)
         if json_path and jax.process_index() == 0:
             _write_json(json_path, texts, all_written)
+        if save_path:
+            save_progress(save_path, progress, model)
 
 
 if __name__ == "__main__":

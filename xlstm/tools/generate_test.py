@@ -74,6 +74,7 @@ def test_a_text_goes_on_from_a_saved_state(folder):
     [
         ("--prompt_ids=a: expected whole numbers", ["--prompt_ids=a"]),
         ("give them in one way", ["--prompt_ids=1", "--prompt=x"]),
+        ("--prompt_file=/dev/null is empty", ["--prompt_file=/dev/null"]),
         ("run/config.json is not a saved state", ["--load_state=run/config.json"]),
         ("does not divide over mesh.tp=3", ["--mesh=tp=3", "--simulate_devices=3"]),
     ],

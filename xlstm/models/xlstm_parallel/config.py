@@ -1,6 +1,7 @@
 """Configuration of the xLSTM language model."""
 
 import dataclasses
+import math
 import typing
 
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ class ModelConfig:
             value = getattr(self, name)
             if kind is int and value < 1:
                 raise ValueError(f"model.{name}={value}: it must be at least 1")
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"model.{name}={value}: it must be a finite number")
             if name in _CAPS and not value >= 0:
                 raise ValueError(f"model.{name}={value}: it must be positive, or 0 for none")
             if kind is float and name not in _ANY_SIGN + _CAPS and not value > 0:

@@ -55,7 +55,8 @@ def test_sizes_are_at_least_one(name, value):
         ({"embedding_dim": 128, "num_heads": 3}, "num_heads=3 does not divide qk_dim = 64"),
         ({"num_heads": 8, "v_dim_factor": 0.03125}, "num_heads=8 does not divide v_dim = 4"),
         ({"qk_dim_factor": 0.0}, "qk_dim_factor=0.0: it must be positive"),
-        ({"gate_soft_cap": float("nan")}, "gate_soft_cap=nan: it must be positive, or 0 for none"),
+        ({"qk_dim_factor": float("inf")}, "qk_dim_factor=inf: it must be a finite number"),
+        ({"gate_soft_cap": float("nan")}, "gate_soft_cap=nan: it must be a finite number"),
         (
             {"output_logit_soft_cap": -1.0},
             "logit_soft_cap=-1.0: it must be positive, or 0 for none",

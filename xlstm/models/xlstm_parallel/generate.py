@@ -162,11 +162,14 @@ def begin(config: LanguageModelConfig, batch_size: int, mesh: Mesh | None = None
 
     if mesh is None:
         return make()
+    return jax.jit(make, out_shardings=progress_shardings(config, batch_size, mesh))()
+
+
+def progress_shardings(config: LanguageModelConfig, batch_size: int, mesh: Mesh) -> Progress:
+    """Where a mesh has what `Progress` holds, see `begin`."""
     rows = rows_spec(batch_size, mesh)
     specs = Progress(P(*rows), state_specs(config, *rows), P(*rows), P(*rows), P(*rows))
-    return jax.jit(
-        make, out_shardings=jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-    )()
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
 
 
 def rows_spec(batch_size: int, mesh: Mesh) -> P:

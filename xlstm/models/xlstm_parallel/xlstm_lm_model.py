@@ -236,7 +236,8 @@ def initial_state(config: LanguageModelConfig, batch_size: int) -> PyTree:
     cell = zero_state((*leading, model.num_heads), qk_dim, v_dim)
     if model.block == "xlstm_7b":
         return cell
-    return PreUpState(cell, jnp.zeros((*leading, model.conv_width - 1, model.inner_dim)))
+    inputs = (*leading, model.conv_width - 1, model.inner_dim)
+    return PreUpState(cell, jnp.zeros(inputs, jnp.float32))
 
 
 def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None) -> PyTree:

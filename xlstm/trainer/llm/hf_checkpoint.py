@@ -147,12 +147,12 @@ def export_model(
     """
     published = to_hf_config(config.model, config.backend, dtype)
     fingerprint = read_run_info(workdir.checkpoints, step)["tokenizer"]
-    tokenizer = None if fingerprint is None else read_tokenizer(workdir, fingerprint)
+    tokenizer = read_tokenizer(workdir, fingerprint)
     generation = _read_generation_config(workdir.path) or _marker_ids(tokenizer)
     shapes = parameter_shapes(config.model)
     tensors = hf_tensors(shapes)
-    arrays = open_params(workdir.checkpoints, step, shapes)
     with new_folder(target) as folder:
+        arrays = open_params(workdir.checkpoints, step, shapes)
         num_files = write_tensors(
             folder,
             tensors,

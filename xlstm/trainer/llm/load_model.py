@@ -86,7 +86,7 @@ def load_model(config: RunConfig, workdir: Workdir, step: int) -> LoadedModel:
     mesh = create_mesh(config.mesh)
     check_model(config.model, mesh)
     fingerprint = read_run_info(workdir.checkpoints, step)["tokenizer"]
-    tokenizer = None if fingerprint is None else read_tokenizer(workdir, fingerprint)
+    tokenizer = read_tokenizer(workdir, fingerprint)
     state, _, _ = create_language_model_run(config, mesh, abstract=True)
     params = without_stages(read_params(workdir.checkpoints, step, state.params), mesh)
     folder = CheckpointFolder(workdir.checkpoints).of_step(step)

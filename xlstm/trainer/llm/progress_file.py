@@ -1,7 +1,6 @@
 """A file that holds how far texts are, so that they can be continued later."""
 
 import io
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,6 @@ _FINGERPRINT = "checkpoint"
 def _named_leaves(progress: Progress) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(progress)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _as_numpy(x: jax.Array) -> np.ndarray:
-    """The whole array, in a type that NumPy's files know."""
-    return to_host(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
 
 
 def _like(config: LanguageModelConfig, batch_size: int) -> Progress:
@@ -51,7 +45,7 @@ def save_progress(path: str, progress: Progress, model: LoadedModel) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    arrays = {name: _as_numpy(x) for name, x in _named_leaves(progress).items()}
+    arrays = {name: to_host(x) for name, x in _named_leaves(progress).items()}
     if jax.process_index() == 0:
         content = io.BytesIO()
         np.savez(content, **arrays, **{_FINGERPRINT: np.array(model.fingerprint)})
@@ -75,7 +69,9 @@ def load_progress(path: str, model: LoadedModel) -> Progress:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # Damage in it may raise anything.
         raise ValueError(f"{path} is not a saved state: {error}") from error
     fingerprint = str(arrays.pop(_FINGERPRINT, ""))
     if fingerprint != model.fingerprint:
@@ -83,7 +79,7 @@ def load_progress(path: str, model: LoadedModel) -> Progress:
             f"{path} was saved with another checkpoint (fingerprint {fingerprint[:12] or 'none'},"
             f" this one has {model.fingerprint[:12]})"
         )
-    like = _like(model.config, len(arrays.get("done", ())))
+    like = _like(model.config, np.size(arrays.get("done", ())))
     wanted = _named_leaves(like)
     if {name: x.shape for name, x in arrays.items()} != {n: x.shape for n, x in wanted.items()}:
         raise ValueError(f"{path} is not a saved state of this model: its arrays are others")

@@ -37,7 +37,7 @@ def check_same_tokenizer(known: str | None, found: str) -> None:
         )
 
 
-def read_tokenizer(workdir: Workdir, fingerprint: str | None) -> Tokenizer:
+def read_tokenizer(workdir: Workdir, fingerprint: str | None) -> Tokenizer | None:
     """Reads the tokenizer of a run.
 
     Args:
@@ -45,11 +45,14 @@ def read_tokenizer(workdir: Workdir, fingerprint: str | None) -> Tokenizer:
         fingerprint: That of the tokenizer, as a checkpoint's `run_info` has it; None for a model
             that came without one.
 
+    Returns:
+        The tokenizer; None for such a model.
+
     Raises:
-        ValueError: If there is none, or another one.
+        ValueError: If it is missing, or another one.
     """
     if fingerprint is None:
-        raise ValueError(f"the model in {workdir.path} came without a tokenizer: use token ids")
+        return None
     is_byte = fingerprint == ByteTokenizer.fingerprint
     tokenizer = load_tokenizer(ByteTokenizer.name if is_byte else workdir.tokenizer)
     if tokenizer.fingerprint != fingerprint:

@@ -3,18 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from xlstm.models.xlstm_parallel.generate import (
     NO_TOKEN,
     Progress,
     begin,
+    progress_shardings,
     read,
     row_keys,
-    rows_spec,
     write,
 )
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
@@ -43,6 +43,23 @@ class WritingOptions:
     stops: tuple[str, ...] = ()
     seed: int = 0
     token_by_token: bool = False
+
+    def __post_init__(self):
+        """Checks what `SamplingConfig` does not."""
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens={self.num_tokens}: it must be at least 1")
+        if "" in self.stops:
+            raise ValueError("a stop string is empty: every text would end at once")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: it must be from 0 to {2**32 - 1}")
+
+
+class Piece(NamedTuple):
+    """What is new in a row: ids, and the text that is certain by now."""
+
+    row: int
+    ids: list[int]
+    text: str
 
 
 @dataclasses.dataclass
@@ -73,7 +90,7 @@ def write_texts(
     *,
     before: Progress | None = None,
     first_number: int = 0,
-    on_piece: Callable[[int, list[int], str], None] = lambda row, ids, text: None,
+    on_pieces: Callable[[list[Piece]], None] = lambda pieces: None,
 ) -> tuple[list[Written], Progress]:
     """Continues a batch of prompts of any lengths.
 
@@ -83,7 +100,7 @@ def write_texts(
         options: What is to be written.
         before: How far the texts are that the prompts continue; None if they begin.
         first_number: The number of the first prompt among all, for the seed.
-        on_piece: Called with the row, and new ids and text, as they come.
+        on_pieces: Called with what is new, as it comes.
 
     Returns:
         What was written behind each prompt, and how far the texts are then.
@@ -93,10 +110,13 @@ def write_texts(
     """
     _check_prompts(model, prompts, before)
     rows = range(len(prompts))
-    rows_sharding = NamedSharding(model.mesh, rows_spec(len(prompts), model.mesh))
-    tokens, lengths = (jax.device_put(x, rows_sharding) for x in _padded(prompts))
+    # All that goes in always lies alike, so that each program is compiled once.
+    shardings = progress_shardings(model.config, len(prompts), model.mesh)
+    tokens, lengths = (jax.device_put(x, shardings.done) for x in _padded(prompts))
     progress = before or begin(model.config, len(prompts), model.mesh)
+    progress = jax.device_put(progress, shardings)
     progress = read(model.params, progress, tokens, lengths, config=model.config)
+    progress = jax.device_put(progress, shardings)
     seed = jax.random.PRNGKey(options.seed)
     keys = row_keys(seed, [first_number + row for row in rows])
     written = [Written() for _ in rows]
@@ -116,7 +136,7 @@ def write_texts(
             max_tokens=size,
             stop_ids=stop_ids,
         )
-        done = to_host(progress.done)
+        done, pieces = to_host(progress.done), []
         for row, ids in enumerate(to_host(tokens)):
             ids = ids[ids != NO_TOKEN].tolist()
             if not ids:
@@ -128,26 +148,28 @@ def write_texts(
             elif streams and streams[row].is_stopped:
                 written[row].reason = "stop"
             written[row].text += text
-            on_piece(row, ids, text)
+            pieces.append(Piece(row, ids, text))
+        on_pieces(pieces)
         if all(text.reason != "length" for text in written):
             break
-        progress = progress._replace(done=np.array([x.reason != "length" for x in written]))
+        done = np.array([x.reason != "length" for x in written])
+        progress = jax.device_put(progress._replace(done=done), shardings)
     for row, stream in enumerate(streams):
         rest = stream.finish()
         written[row].text += rest
-        on_piece(row, [], rest)
+        on_pieces([Piece(row, [], rest)])
     return written, progress
 
 
 def _check_prompts(
     model: LoadedModel, prompts: Sequence[Sequence[int]], before: Progress | None
 ) -> None:
-    vocab_size = model.config.model.vocab_size
+    vocab_size = (model.tokenizer or model.config.model).vocab_size
     for number, prompt in enumerate(prompts):
         unknown = [token for token in prompt if not 0 <= token < vocab_size]
         if unknown:
             raise ValueError(
-                f"prompt {number} has the token id {unknown[0]}: the model has ids from 0 to"
+                f"prompt {number} has the token id {unknown[0]}: the model knows ids from 0 to"
                 f" {vocab_size - 1}"
             )
         if not prompt and before is None:

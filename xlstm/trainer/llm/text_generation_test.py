@@ -9,6 +9,7 @@ import pytest
 from xlstm.dataset.tokenizer import ByteTokenizer
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
+from xlstm.models.xlstm_parallel.generate import read, write
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
@@ -74,7 +75,7 @@ def test_pieces_make_up_the_text(model, token_by_token):
         model,
         prompts,
         options(2, token_by_token=token_by_token),
-        on_piece=lambda *piece: pieces.append(piece),
+        on_pieces=pieces.extend,
     )
     for row, text in enumerate(written):
         assert "".join(piece for r, _, piece in pieces if r == row) == text.text
@@ -130,6 +131,23 @@ def test_files_that_are_no_saved_state(model, tmp_path):
     for name in ("text", "other.npz"):
         with pytest.raises(ValueError, match=f"{name} "):
             load_progress(str(tmp_path / name), model)
+
+
+def test_each_program_is_compiled_once():
+    mesh = create_mesh(MeshConfig(dp=2, tp=2), jax.devices()[:4])
+    loaded = LoadedModel(CONFIG, without_stages(boxed_params(), mesh), mesh, None)
+    sizes = [program._cache_size() for program in (read, write)]
+    (text, _), _ = write_texts(loaded, [[1], [2, 3]], options(70))
+    assert len(text.ids) == 70  # Three calls.
+    assert [program._cache_size() for program in (read, write)] == [size + 1 for size in sizes]
+
+
+@pytest.mark.parametrize("bad", [{"stops": ("",)}, {"seed": 2**32}, {"seed": -1}])
+def test_bad_options(bad):
+    with pytest.raises(ValueError, match=r"stop string is empty|seed=.* from 0 to 4294967295"):
+        options(**bad)
+    with pytest.raises(ValueError, match="num_tokens=0: it must be at least 1"):
+        options(0)
 
 
 def test_bad_prompts(model):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from xlstm.dataset.tokenizer import Tokenizer
 
 _LONGEST_CHARACTER = 4  # Bytes in UTF-8, and so tokens at most.
+_CONTEXT = 16  # Ids before the new ones that may decide how their text begins.
 _NO_CHARACTER = "\ufffd"
 
 
@@ -24,9 +25,11 @@ class TextStream:
             stops: Strings that end the text and do not belong to it.
         """
         self._tokenizer, self._stops = tokenizer, stops
-        # The last ids whose text is known, then those since; one after the other they may say
-        # something else than each alone.
-        self._known, self._new = list(prompt[-_LONGEST_CHARACTER:]), []
+        # The last ids whose text is known, that text, then the ids since; one after the other they
+        # may say something else than each alone.
+        self._known, self._new = list(prompt[-_CONTEXT:]), []
+        # A character that the prompt ends within belongs to what follows.
+        self._known_text = tokenizer.decode(self._known).rstrip(_NO_CHARACTER)
         self._held = ""  # What may be the beginning of a stop string.
         self.is_stopped = False
 
@@ -41,20 +44,22 @@ class TextStream:
                 break
         text = self._text_of(whole)
         if whole:
-            self._known, self._new = self._new[:whole], self._new[whole:]
+            self._known = (self._known + self._new[:whole])[-_CONTEXT:]
+            self._known_text = self._tokenizer.decode(self._known)
+            self._new = self._new[whole:]
         return self._up_to_stop(text)
 
     def finish(self) -> str:
         """Returns the rest of the text."""
         rest = self._up_to_stop(self._text_of(len(self._new)))
         rest += "" if self.is_stopped else self._held
-        self._known, self._new, self._held = [], [], ""
+        self._new, self._held = [], ""
         return rest
 
     def _text_of(self, size: int) -> str:
         """The text of the first so many of the new ids."""
-        before = self._tokenizer.decode(self._known)
-        return self._tokenizer.decode(self._known + self._new[:size])[len(before) :]
+        text = self._tokenizer.decode(self._known + self._new[:size])
+        return text[len(self._known_text) :]
 
     def _up_to_stop(self, text: str) -> str:
         if self.is_stopped:

@@ -1,4 +1,5 @@
 import pytest
+import tokenizers
 
 from xlstm.dataset.testing import write_tokenizer_json
 from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
@@ -47,7 +48,19 @@ def test_bytes_that_are_no_text_do_not_stop_it():
 
 def test_a_prompt_may_end_within_a_character():
     first, second = "ä".encode()
-    assert TextStream(ByteTokenizer(), [first], []).add([second, ord("b")]).endswith("b")
+    assert TextStream(ByteTokenizer(), [65, first], []).add([second, ord("b")]) == "äb"
+
+
+def test_tokens_without_a_text_do_not_cost_a_space(tmp_path):
+    vocab = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁b": 3}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    inner.decoder = tokenizers.decoders.Metaspace()
+    inner.add_special_tokens(["<unk>", "</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    for size in (1, 2, 9):
+        stream = TextStream(tokenizer, [1, 2], [])
+        assert "".join(_pieces(stream, [3, 0, 0, 2, 1, 3], size)) == " b a b"
 
 
 @pytest.mark.parametrize("size", [1, 3, 50])
