@@ -20,9 +20,8 @@ from rich.table import Table
 
 from xlstm.dataset.pipeline import open_stores
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
+from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.config import load_run_config
-from xlstm.tools.mesh_flag import mesh_sizes
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
@@ -32,12 +31,9 @@ from xlstm.trainer.llm.data import create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.run_tokenizer import check_same_tokenizer
-from xlstm.trainer.llm.workdir import Workdir, find_checkpoint
+from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.logger.base_logger import validation_suffixes
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
-)
 _DATA = flags.DEFINE_list(
     "data", None, "Token stores, as name=path or path [the run's validation sets, to their end]."
 )
@@ -67,8 +63,7 @@ def _changed(config: RunConfig) -> RunConfig:
         context_length=_CONTEXT_LENGTH.value or data.context_length,
     )
     trainer = dataclasses.replace(config.trainer, num_minibatches=1)
-    mesh = dataclasses.replace(config.mesh, **mesh_sizes())
-    return dataclasses.replace(config, data=data, trainer=trainer, mesh=mesh)
+    return dataclasses.replace(config, data=data, trainer=trainer)
 
 
 def _named_store(entry: str) -> str:
@@ -142,14 +137,12 @@ def main(argv: list[str]) -> None:
     """Evaluates as the flags say, and prints a table."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not _CHECKPOINT.value:
-        raise ValueError("--checkpoint is missing: name the folder of a run")
+    path = checkpoint_path()
     json_path = output_path("json", _JSON.value)
     initialize_devices()
     with ending_together():
-        workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
-        config = _changed(load_run_config(workdir))
-        row = evaluate_checkpoint(config, workdir, step)
+        config, workdir, step = open_checkpoint(path)
+        row = evaluate_checkpoint(_changed(config), workdir, step)
         if jax.process_index() == 0:
             if json_path:
                 write_atomically(json_path, json.dumps({"step": step} | row, indent=2) + "\n")

@@ -20,9 +20,8 @@ from absl import flags
 
 from xlstm.models.xlstm_parallel.generate import Progress
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
+from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.config import load_run_config
-from xlstm.tools.mesh_flag import mesh_sizes
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import from_first_process
@@ -35,11 +34,7 @@ from xlstm.trainer.llm.text_generation import (
     encode_prompt,
     write_texts,
 )
-from xlstm.trainer.llm.workdir import find_checkpoint
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
-)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "File with a prompt a line; - for the standard input."
@@ -230,17 +225,13 @@ def main(argv: list[str]) -> None:
     """Generates as the flags say."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not _CHECKPOINT.value:
-        raise ValueError("--checkpoint is missing: name the folder of a run")
+    path = checkpoint_path()
     json_path = output_path("json", _JSON.value)
     save_path = output_path("save_state", _SAVE_STATE.value)
     initialize_devices()
     with ending_together():
         texts = from_first_process(_read_prompts)
-        workdir, step = find_checkpoint(resolve_path(_CHECKPOINT.value))
-        config = load_run_config(workdir)
-        mesh = dataclasses.replace(config.mesh, **mesh_sizes())
-        model = load_model(dataclasses.replace(config, mesh=mesh), workdir, step)
+        model = load_model(*open_checkpoint(path))
         before = (
             load_progress(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
         )

@@ -1,0 +1,52 @@
+"""The flags `--checkpoint` and `--mesh`, of the tools that use a trained model."""
+
+import dataclasses
+
+from absl import flags
+
+from xlstm.distributed.mesh import MESH_AXES
+from xlstm.tools.command_line import resolve_path
+from xlstm.tools.config import load_run_config
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.workdir import Workdir, find_checkpoint
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
+)
+_MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh, such as fsdp=4,tp=2 [dp alone].")
+
+
+def checkpoint_path() -> str:
+    """The absolute path of the checkpoint; raises ValueError if the flag is missing."""
+    if not _CHECKPOINT.value:
+        raise ValueError("--checkpoint is missing: name the folder of a run")
+    return resolve_path(_CHECKPOINT.value)
+
+
+def open_checkpoint(path: str) -> tuple[RunConfig, Workdir, int]:
+    """Finds a checkpoint.
+
+    Args:
+        path: What `checkpoint_path` returned.
+
+    Returns:
+        The run's configuration, but for the mesh, which is that of the flag; its folder; the step.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or a flag cannot be.
+    """
+    workdir, step = find_checkpoint(path)
+    config = load_run_config(workdir)
+    mesh = dataclasses.replace(config.mesh, **_mesh_sizes())
+    return dataclasses.replace(config, mesh=mesh), workdir, step
+
+
+def _mesh_sizes() -> dict[str, int]:
+    """The size of every mesh axis."""
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"dp": -1}
+    for entry in _MESH.value:
+        axis, _, size = entry.partition("=")
+        if axis not in sizes or not size.lstrip("-").isdigit():
+            raise ValueError(f"--mesh has {entry!r}: write sizes as fsdp=4,tp=2")
+        sizes[axis] = int(size)
+    return sizes
