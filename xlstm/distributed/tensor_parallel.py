@@ -32,8 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from xlstm.common_types import PyTree
 from xlstm.distributed.mesh import axis_index, axis_size, bound_axes
 
-# What `row_parallel` and `scatter_features` return, under this name for `jax.checkpoint_policies`:
-# whoever keeps it need not communicate again in the backward pass.
+# What `row_parallel`, `scatter_features` and `features_to_tokens` return, under this name for
+# `jax.checkpoint_policies`: whoever keeps it need not communicate again in the backward pass.
 SCATTERED = "scattered_tokens"
 
 _TOKENS = 1  # The dimension of T in all arrays.
@@ -170,6 +170,25 @@ def scatter_features(x: jax.Array, axis_name: str) -> jax.Array:
     return checkpoint_name(
         lax.psum_scatter(x, axis_name, scatter_dimension=x.ndim - 1, tiled=True), SCATTERED
     )
+
+
+def tokens_to_features(x: jax.Array, axis_name: str) -> jax.Array:
+    """Exchanges tokens for features: `(B, T / n, D)` to this device's features `(B, T, D / n)`."""
+    if axis_size(axis_name) == 1:
+        return x
+    return lax.all_to_all(x, axis_name, x.ndim - 1, _TOKENS, tiled=True)
+
+
+def features_to_tokens(x: jax.Array, axis_name: str) -> jax.Array:
+    """Exchanges features for tokens: `(B, T, D / n)` to this device's tokens `(B, T / n, D)`.
+
+    Raises:
+        ValueError: If `T` does not divide.
+    """
+    _part_size(x.shape[_TOKENS], axis_name)
+    if axis_size(axis_name) == 1:
+        return x
+    return checkpoint_name(lax.all_to_all(x, axis_name, _TOKENS, x.ndim - 1, tiled=True), SCATTERED)
 
 
 def embed_tokens(table: jax.Array, tokens: jax.Array, axis_names: str | Sequence[str]) -> jax.Array:

@@ -1,4 +1,6 @@
-"""Projection that mixes few neighbouring channels."""
+"""Projection that mixes neighbouring channels."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -7,20 +9,25 @@ import jax.numpy as jnp
 from xlstm.models.shared.init import small_init
 from xlstm.models.shared.parameters import boxed_parameter
 
+_LARGEST_SUM = 8  # Channels of a block up to which products are summed one by one.
+
 
 class BlockDiagonal(nn.Module):
-    """`y = x W` over the last axis, where W is zero but for square blocks on its diagonal.
+    """`y = x W + b` over the last axis, where W is zero but for square blocks on its diagonal.
 
     Attributes:
         block_size: Channels that are mixed, S.
         dtype: Type of the computation and of the output.
+        bias_init: Initializer of the `bias`, shape `(C,)`; None for no bias.
 
     References:
-        Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figure 11 (blocks of 4).
+        Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figures 10 (a block a head) and 11 (blocks of
+        4).
     """
 
     block_size: int
     dtype: jnp.dtype = jnp.float32
+    bias_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -28,15 +35,20 @@ class BlockDiagonal(nn.Module):
         shape = (x.shape[-1] // self.block_size, self.block_size, self.block_size)
         init_fn = small_init(self.block_size)
         kernel = boxed_parameter(self, "kernel", init_fn, shape, ("tp", None, None))
-        return multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.bias_init is not None:
+            bias = boxed_parameter(self, "bias", self.bias_init, x.shape[-1:], ("tp",))
+            y = y + bias.astype(self.dtype)
+        return y
 
 
 @jax.custom_vjp
 def multiply_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies by a matrix of blocks on the diagonal.
 
-    It and its gradient for `x` are sums of few products that XLA fuses. For the gradient of the
-    blocks a batched matrix product is the fastest; for all three it takes five times as long.
+    With small blocks it and its gradient for `x` are sums of few products that XLA fuses. For the
+    gradient of the blocks a batched matrix product is the fastest; for all three it takes five
+    times as long.
 
     Args:
         x: `(..., C)`.
@@ -47,6 +59,8 @@ def multiply_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     num_blocks, size, _ = kernel.shape
     blocks = x.reshape(*x.shape[:-1], num_blocks, size)
+    if size > _LARGEST_SUM:
+        return jnp.einsum("...gi,gio->...go", blocks, kernel).reshape(x.shape)
     return sum(blocks[..., i : i + 1] * kernel[:, i] for i in range(size)).reshape(x.shape)
 
 

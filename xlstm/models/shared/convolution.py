@@ -1,11 +1,26 @@
 """Causal convolution over time, of every channel by itself."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlstm.common_types import PyTree
 from xlstm.models.shared.init import small_init
 from xlstm.models.shared.parameters import boxed_parameter
+
+
+class ConvolutionalState(NamedTuple):
+    """State, after a token, of a layer with a convolution before its cell.
+
+    Attributes:
+        cell: That of the cell.
+        inputs: The convolution's last inputs, float32 `(B, W - 1, C)`.
+    """
+
+    cell: PyTree
+    inputs: jax.Array
 
 
 class CausalConvolution(nn.Module):

@@ -1,5 +1,7 @@
 """Gated feed-forward layer."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,14 @@ def feed_forward_dim(embedding_dim: int, proj_factor: float, round_up_to: int) -
 
 
 class GatedFeedForward(nn.Module):
-    """`proj_down(silu(proj_up_gate(x)) * proj_up(x))` (SwiGLU).
+    """`proj_down(activation(proj_up_gate(x)) * proj_up(x))`: SwiGLU, or GEGLU with `nn.gelu`.
 
     Attributes:
         hidden_dim: Size between the projections.
         num_blocks: Number of residual blocks of the model, for the initial scale.
         dtype: Type of the computation.
         overlap: Whether `tp` sends and multiplies at once.
+        activation: Of the gate.
 
     References:
         Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6.
@@ -31,6 +34,7 @@ class GatedFeedForward(nn.Module):
     num_blocks: int
     dtype: jnp.dtype = jnp.float32
     overlap: bool = False
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,6 +49,6 @@ class GatedFeedForward(nn.Module):
         down_init = wang_init(embedding_dim, self.num_blocks)
         down = Dense(embedding_dim, down_init, ("tp", None), dtype=self.dtype, name="proj_down")
         hidden = column_parallel(
-            lambda x: nn.silu(gate(x)) * value(x), x, "tp", overlap=self.overlap
+            lambda x: self.activation(gate(x)) * value(x), x, "tp", overlap=self.overlap
         )
         return row_parallel(down, hidden, "tp", overlap=self.overlap)

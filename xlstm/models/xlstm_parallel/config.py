@@ -1,6 +1,7 @@
 """Configuration of the xLSTM language model."""
 
 import dataclasses
+import functools
 import math
 import typing
 
@@ -10,8 +11,11 @@ from xlstm.common_types import DTYPES
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.shared.feed_forward import feed_forward_dim
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.slstm.cell import FORGET_GATES
+from xlstm.models.xlstm_parallel.pattern import BlockPattern, find_pattern, parse_ratio
 
-_BLOCKS = ("xlstm_7b", "xlstm_2024")
+_MLSTM_BLOCKS = ("xlstm_7b", "xlstm_2024")
+_SLSTM = "slstm"
 _REMAT = ("none", "dots", "block")
 _CAPS = ("gate_soft_cap", "output_logit_soft_cap")
 _ANY_SIGN = ("igate_bias_init", "dropout")
@@ -25,23 +29,28 @@ class ModelConfig:
     belong to one block alone.
     """
 
-    block: str = "xlstm_7b"  # The residual block: xlstm_7b, an mLSTM layer and a feed-forward
+    block: str = "xlstm_7b"  # The mLSTM block: xlstm_7b, an mLSTM layer and a feed-forward
     # layer; xlstm_2024, that of the paper before it, one mLSTM layer in a wider space.
     vocab_size: int = 256  # Number of token ids, V.
     embedding_dim: int = 128  # Size of the residual stream, D.
     num_blocks: int = 4  # Number of residual blocks.
-    num_heads: int = 4  # Number of mLSTM heads, NH.
+    slstm_at: tuple[int, ...] = ()  # Which of them, counted from 0, are sLSTM blocks; or instead
+    ratio: str = ""  # "[a:b]": of a + b blocks in a row the last b are sLSTM blocks; "": none is.
+    num_heads: int = 4  # Number of mLSTM heads, and of sLSTM heads, NH.
     qk_dim_factor: float = 0.5  # xlstm_7b: queries and keys of all heads together have this factor
     # times D.
     v_dim_factor: float = 1.0  # xlstm_7b: values of all heads together have this factor times D.
     ffn_proj_factor: float = 2.667  # xlstm_7b: the feed-forward layer's hidden size is this factor
     # times D,
-    ffn_round_up_to_multiple_of: int = 64  # xlstm_7b: rounded up to a multiple of this.
+    ffn_round_up_to_multiple_of: int = 64  # Hidden sizes are rounded up to a multiple of this.
     inner_dim_factor: float = 2.0  # xlstm_2024: the layer has this factor times D channels, as have
     # its queries, keys and values, of all heads together.
-    conv_width: int = 4  # xlstm_2024: tokens that a token's queries and keys see, itself included.
+    conv_width: int = 4  # xlstm_2024: tokens that a token's queries and keys see, itself included;
+    # in sLSTM blocks, its input and forget gates.
     qkv_block_size: int = 4  # xlstm_2024: channels that are mixed for a query, key or value.
-    gate_soft_cap: float = 15.0  # Bound of the gate pre-activations; 0 for none, as in 2024.
+    slstm_ffn_proj_factor: float = 4 / 3  # sLSTM: as ffn_proj_factor, rounded up as well.
+    slstm_forget_gate: str = "sigmoid"  # sLSTM: sigmoid or exponential.
+    gate_soft_cap: float = 15.0  # mLSTM: bound of the gate pre-activations; 0 for none, as in 2024.
     output_logit_soft_cap: float = 30.0  # Bound of the logits; 0 for none, as in 2024.
     norm_eps: float = 1e-6  # Added to the variances in the norms.
     igate_bias_init: float = -10.0  # xlstm_7b: initial bias of the input gates. (In xlstm_2024 they
@@ -63,31 +72,57 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={value}: it must be positive, or 0 for none")
             if kind is float and name not in _ANY_SIGN + _CAPS and not value > 0:
                 raise ValueError(f"model.{name}={value}: it must be positive")
-        if self.block not in _BLOCKS:
-            raise ValueError(
-                f"model.block={self.block!r} is unknown; there are {', '.join(_BLOCKS)}"
-            )
+        self._check_names()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
+        self._check_slstm()
         self._check_head_sizes()
-        if self.dtype not in DTYPES:
+
+    def _check_names(self) -> None:
+        for name, known in [
+            ("block", _MLSTM_BLOCKS),
+            ("slstm_forget_gate", FORGET_GATES),
+            ("dtype", DTYPES),
+            ("remat", _REMAT),
+        ]:
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"model.{name}={value!r} is unknown; there are {', '.join(known)}")
+
+    def _check_slstm(self) -> None:
+        if self.ratio and self.slstm_at:
             raise ValueError(
-                f"model.dtype={self.dtype!r} is unknown; there are {', '.join(DTYPES)}"
+                f"model.ratio={self.ratio!r} and model.slstm_at={self.slstm_at} both say which"
+                " blocks are sLSTM blocks: give one of them"
             )
-        if self.remat not in _REMAT:
+        if self.ratio and self.num_blocks % sum(parse_ratio(self.ratio)):
             raise ValueError(
-                f"model.remat={self.remat!r} is unknown; there are {', '.join(_REMAT)}"
+                f"model.num_blocks={self.num_blocks} is no multiple of the"
+                f" {sum(parse_ratio(self.ratio))} blocks of model.ratio={self.ratio!r}"
+            )
+        at = self.slstm_at
+        if any(not 0 <= number < self.num_blocks for number in at) or len(set(at)) < len(at):
+            raise ValueError(
+                f"model.slstm_at={at}: they must be different numbers from 0 to"
+                f" model.num_blocks - 1 = {self.num_blocks - 1}"
             )
 
     def _check_head_sizes(self) -> None:
-        is_wide = self.block == "xlstm_2024"
-        for name in ("inner_dim",) if is_wide else ("qk_dim", "v_dim"):
+        kinds = self.pattern.counts
+        is_wide = "xlstm_2024" in kinds
+        names = {"xlstm_7b": ("qk_dim", "v_dim"), "xlstm_2024": ("inner_dim",)}
+        for name in names[self.block] if self.block in kinds else ():
             size = getattr(self, name)
             if size % self.num_heads or size < self.num_heads:
                 raise ValueError(
                     f"model.num_heads={self.num_heads} does not divide {name} = {size}"
                     f" (model.{name}_factor * model.embedding_dim)"
                 )
+        if _SLSTM in kinds and self.embedding_dim % self.num_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} does not divide"
+                f" model.embedding_dim={self.embedding_dim}, as sLSTM blocks need"
+            )
         head_dim = self.inner_dim // self.num_heads
         if is_wide and head_dim % self.qkv_block_size:
             raise ValueError(
@@ -95,6 +130,17 @@ class ModelConfig:
                 " channels of a head (model.inner_dim_factor * model.embedding_dim /"
                 " model.num_heads)"
             )
+
+    @functools.cached_property
+    def pattern(self) -> BlockPattern:
+        """The kinds of the blocks: that of the field `block`, and `slstm`."""
+        if self.ratio:
+            num_mlstm, num_slstm = parse_ratio(self.ratio)
+            kinds = [self.block] * num_mlstm + [_SLSTM] * num_slstm
+            return find_pattern(kinds * (self.num_blocks // len(kinds)))
+        return find_pattern(
+            [_SLSTM if n in self.slstm_at else self.block for n in range(self.num_blocks)]
+        )
 
     @property
     def inner_dim(self) -> int:
@@ -117,11 +163,20 @@ class ModelConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden size of the feed-forward layer; 0 for a block without one."""
-        if self.block == "xlstm_2024":
+        """Hidden size of the feed-forward layer of the mLSTM blocks; 0 where they have none."""
+        if "xlstm_7b" not in self.pattern.counts:
             return 0
         return feed_forward_dim(
             self.embedding_dim, self.ffn_proj_factor, self.ffn_round_up_to_multiple_of
+        )
+
+    @property
+    def slstm_ffn_dim(self) -> int:
+        """Hidden size of the feed-forward layer of the sLSTM blocks; 0 where there are none."""
+        if _SLSTM not in self.pattern.counts:
+            return 0
+        return feed_forward_dim(
+            self.embedding_dim, self.slstm_ffn_proj_factor, self.ffn_round_up_to_multiple_of
         )
 
     @property

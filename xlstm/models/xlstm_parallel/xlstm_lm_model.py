@@ -4,31 +4,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import PRNGKeyArray, PyTree
 from xlstm.distributed.data_parallel import Target, gather_on_use
 from xlstm.distributed.mesh import VOCAB_AXES, axis_index, axis_size
 from xlstm.distributed.pipeline_parallel import execute_pipeline
-from xlstm.distributed.tensor_parallel import SCATTERED, cross_entropy, gather_tokens, own_tokens
+from xlstm.distributed.tensor_parallel import cross_entropy, gather_tokens, own_tokens
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.dropout import dropout, token_keys
 from xlstm.models.shared.embedding import Embedding
 from xlstm.models.shared.init import small_init
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
 from xlstm.models.shared.soft_cap import soft_cap
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState, zero_state
-from xlstm.models.xlstm_parallel.blocks.mlstm.block import mLSTMBlock, mLSTMPreUpBlock
-from xlstm.models.xlstm_parallel.blocks.mlstm.pre_up_layer import PreUpState
+from xlstm.models.xlstm_parallel.blocks.kinds import KINDS
+from xlstm.models.xlstm_parallel.blocks.stack import block_stack, stack_places
 from xlstm.models.xlstm_parallel.blocks.stream import Stream
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
-# The blocks by their names in the configuration, each with the norm that goes before the head.
-_BLOCKS = {"xlstm_7b": (mLSTMBlock, RMSNorm), "xlstm_2024": (mLSTMPreUpBlock, LayerNorm)}
+# The norm before the head, by the mLSTM block.
+_OUT_NORMS = {"xlstm_7b": RMSNorm, "xlstm_2024": LayerNorm}
 
 
 class xLSTMLMModel(nn.Module):
-    """Embedding, a scan over residual blocks, a norm and an untied head.
+    """Embedding, residual blocks (see `block_stack`), a norm and an untied head.
 
     The blocks' parameters have a leading axis of the blocks, which is cut over `pp`: inside of
     `shard_map` each device runs its own blocks.
@@ -41,27 +39,17 @@ class xLSTMLMModel(nn.Module):
 
     def setup(self):
         """Makes the layers; a parameter is read by one of them alone."""
-        config, num_stages = self.config.model, axis_size("pp")
-        num_blocks = config.num_blocks // num_stages
+        config = self.config.model
         dtype, gathered = config.compute_dtype, self._gathering_parameters
         in_init = small_init(config.embedding_dim)
-        block, norm = _BLOCKS[config.block]
         # A pipeline runs its blocks many times, and gathers them once before, see `_run_stages`.
-        block = block if num_stages > 1 else gathered(block)
-        blocks = nn.scan(
-            _rematerialized(block, config.remat),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=num_blocks,
-            unroll=min(config.scan_unroll, num_blocks),
-            metadata_params={nn.PARTITION_NAME: "pp"},
-        )
+        wrap = gathered if axis_size("pp") == 1 else lambda block: block
         self.embeddings = gathered(Embedding)(
             config.vocab_size, config.embedding_dim, in_init, dtype
         )
-        self.blocks = blocks(self.config)
+        self.blocks = block_stack(self.config, wrap)(self.config)
         self.stage = _Stage(self.blocks)
-        self.out_norm = gathered(norm)(config.norm_eps, dtype)
+        self.out_norm = gathered(_OUT_NORMS[config.block])(config.norm_eps, dtype)
         self.lm_head = gathered(Dense)(config.vocab_size, in_init, (None, VOCAB_AXES), dtype=dtype)
 
     def __call__(
@@ -158,27 +146,23 @@ class xLSTMLMModel(nn.Module):
             target, gather_dtype=mesh.gather_dtype, scatter_dtype=mesh.scatter_dtype
         )
 
-    def _block_numbers(self) -> jax.Array:
-        num_blocks = self.config.model.num_blocks // axis_size("pp")
-        return axis_index("pp") * num_blocks + jnp.arange(num_blocks)
-
     def _carry_state(self, stream: Stream) -> Stream:
         """Runs all blocks, each from its own state on."""
         if axis_size("pp") > 1:
             raise ValueError("a state does not go through pipeline stages; pass state=None")
-        return self.blocks(stream, self._block_numbers())[0]
+        return self.blocks(stream, stack_places(self.config.model.pattern))[0]
 
     def _run_stages(self, stream: Stream) -> jax.Array:
         """Runs all blocks; the output `(B, T / tp, D)` is the same on all stages."""
         num_stages = axis_size("pp")
         if num_stages == 1:
-            return self.blocks(stream, self._block_numbers())[0].x
+            return self.blocks(stream, stack_places(self.config.model.pattern))[0].x
 
         def run(model: xLSTMLMModel, stream: Stream) -> Stream:
             return execute_pipeline(
                 model.stage,
                 stream,
-                model._block_numbers(),
+                stack_places(model.config.model.pattern),
                 num_microbatches=model.config.mesh.count_microbatches(num_stages),
                 model_axis_name="pp",
             )
@@ -200,23 +184,8 @@ class _Stage(nn.Module):
 
     blocks: nn.Module
 
-    def __call__(self, stream: Stream, numbers: jax.Array) -> Stream:
-        return self.blocks(stream, numbers)[0]
-
-
-def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The block, keeping less for its backward pass: what is cheap is computed again."""
-    if remat == "none":
-        return block
-    policies = {
-        "dots": jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(SCATTERED),
-        ),
-        "block": jax.checkpoint_policies.nothing_saveable,
-    }
-    # The scan around it already keeps XLA from merging the two computations.
-    return nn.remat(block, policy=policies[remat], prevent_cse=False)
+    def __call__(self, stream: Stream, places: PyTree) -> Stream:
+        return self.blocks(stream, places)[0]
 
 
 def initial_state(config: LanguageModelConfig, batch_size: int) -> PyTree:
@@ -227,17 +196,15 @@ def initial_state(config: LanguageModelConfig, batch_size: int) -> PyTree:
         batch_size: `B`.
 
     Returns:
-        The zero state with leading axes `(num_blocks, B)`: an `MLSTMState`, or a `PreUpState` for
-        the block `xlstm_2024`.
+        The zero state of the blocks, leading axes `(num_blocks, B)`; if they are of several kinds,
+        a dictionary of those of each kind. See `KINDS`.
     """
     model = config.model
-    leading = (model.num_blocks, batch_size)
-    qk_dim, v_dim = model.qk_dim // model.num_heads, model.v_dim // model.num_heads
-    cell = zero_state((*leading, model.num_heads), qk_dim, v_dim)
-    if model.block == "xlstm_7b":
-        return cell
-    inputs = (*leading, model.conv_width - 1, model.inner_dim)
-    return PreUpState(cell, jnp.zeros(inputs, jnp.float32))
+    states = {
+        kind: KINDS[kind].zero_state(model, (count, batch_size))
+        for kind, count in model.pattern.counts.items()
+    }
+    return _of_the_only_kind(states)
 
 
 def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None) -> PyTree:
@@ -250,6 +217,9 @@ def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None)
     Returns:
         The partition specs of `initial_state`: heads and their channels are cut over `tp`.
     """
-    heads, channels = P(None, rows, "tp"), P(None, rows, None, "tp")
-    cell = MLSTMState(heads, heads, heads)
-    return cell if config.model.block == "xlstm_7b" else PreUpState(cell, channels)
+    specs = {kind: KINDS[kind].state_specs(rows) for kind in config.model.pattern.counts}
+    return _of_the_only_kind(specs)
+
+
+def _of_the_only_kind(states: dict[str, PyTree]) -> PyTree:
+    return states if len(states) > 1 else next(iter(states.values()))

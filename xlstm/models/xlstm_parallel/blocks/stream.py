@@ -8,6 +8,18 @@ from jax import lax
 from xlstm.common_types import PRNGKeyArray, PyTree
 
 
+class BlockPlace(NamedTuple):
+    """Where a block stands in the model; int32 scalars that count from 0.
+
+    Attributes:
+        number: Among all blocks.
+        of_kind: Among the blocks of its kind.
+    """
+
+    number: jax.Array
+    of_kind: jax.Array
+
+
 class Stream(NamedTuple):
     """What goes from block to block, with the examples on the leading axis.
 
@@ -17,8 +29,9 @@ class Stream(NamedTuple):
         dropout_keys: A random key for each of this device's tokens, `(B, T / tp, ...)`, or None.
         padding: True for tokens that leave no trace in any state, bool `(B, T)`, or None. They are
             the last ones of an example.
-        states: The states of all blocks before the first token, leading axes `(num_blocks, B)`, or
-            None. Each block replaces its own, in place where XLA can.
+        states: The states of all blocks before the first token, or None: for a block, those of its
+            kind, leading axes `(number of these blocks, B)`. Each block replaces its own, in place
+            where XLA can.
     """
 
     x: jax.Array
@@ -27,16 +40,17 @@ class Stream(NamedTuple):
     padding: jax.Array | None = None
     states: PyTree | None = None
 
-    def state_of(self, number: jax.Array) -> PyTree | None:
+    def state_of(self, place: BlockPlace) -> PyTree | None:
         """The state of one block, without the axis of the blocks."""
         return jax.tree.map(
-            lambda states: lax.dynamic_index_in_dim(states, number, keepdims=False), self.states
+            lambda states: lax.dynamic_index_in_dim(states, place.of_kind, keepdims=False),
+            self.states,
         )
 
-    def after(self, number: jax.Array, x: jax.Array, state: PyTree | None) -> "Stream":
+    def after(self, place: BlockPlace, x: jax.Array, state: PyTree | None) -> "Stream":
         """What one block hands on: its output, and its state replaced."""
         states = jax.tree.map(
-            lambda states, new: lax.dynamic_update_index_in_dim(states, new, number, 0),
+            lambda states, new: lax.dynamic_update_index_in_dim(states, new, place.of_kind, 0),
             self.states,
             state,
         )

@@ -1,14 +1,13 @@
 """Residual blocks with an mLSTM layer."""
 
 import flax.linen as nn
-import jax
 
 from xlstm.models.shared.dropout import dropout
 from xlstm.models.shared.feed_forward import GatedFeedForward
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
 from xlstm.models.xlstm_parallel.blocks.mlstm.layer import mLSTMLayer
 from xlstm.models.xlstm_parallel.blocks.mlstm.pre_up_layer import mLSTMPreUpLayer
-from xlstm.models.xlstm_parallel.blocks.stream import Stream
+from xlstm.models.xlstm_parallel.blocks.stream import BlockPlace, Stream
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
@@ -22,28 +21,28 @@ class mLSTMBlock(nn.Module):
     config: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, stream: Stream, number: jax.Array) -> tuple[Stream, None]:
+    def __call__(self, stream: Stream, place: BlockPlace) -> tuple[Stream, None]:
         """Runs the block.
 
         Args:
             stream: What came from the block before.
-            number: Which block this is, counted from 0; an int32 scalar.
+            place: Which block this is.
 
         Returns:
             What goes to the next block, and None, as a scan wants it.
         """
         config = self.config.model
         dtype, x = config.compute_dtype, stream.x
-        # Site 0 is the embedding.
+        # Site 0 is the embedding; every block has two.
         normed = RMSNorm(config.norm_eps, dtype, name="norm_mlstm")(x)
         layer = mLSTMLayer(self.config, name="mlstm_layer")
-        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(number))
-        x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * number + 1)
+        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(place))
+        x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * place.number + 1)
         normed = RMSNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         overlap = self.config.mesh.tp_overlap
         ffn = GatedFeedForward(config.ffn_dim, config.num_blocks, dtype, overlap, name="ffn")
-        x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * number + 2)
-        return stream.after(number, x, state), None
+        x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * place.number + 2)
+        return stream.after(place, x, state), None
 
 
 class mLSTMPreUpBlock(nn.Module):
@@ -59,12 +58,11 @@ class mLSTMPreUpBlock(nn.Module):
     config: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, stream: Stream, number: jax.Array) -> tuple[Stream, None]:
+    def __call__(self, stream: Stream, place: BlockPlace) -> tuple[Stream, None]:
         """Runs the block; see `mLSTMBlock`."""
         config = self.config.model
         normed = LayerNorm(config.norm_eps, config.compute_dtype, name="norm_mlstm")(stream.x)
         layer = mLSTMPreUpLayer(self.config, name="mlstm_layer")
-        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(number))
-        # Site 0 is the embedding.
-        x = stream.x + dropout(y, config.dropout, stream.dropout_keys, number + 1)
-        return stream.after(number, x, state), None
+        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(place))
+        x = stream.x + dropout(y, config.dropout, stream.dropout_keys, 2 * place.number + 1)
+        return stream.after(place, x, state), None

@@ -13,7 +13,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     neutral_gates,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
-from xlstm.models.xlstm_parallel.blocks.mlstm.moments import moments_of
+from xlstm.models.xlstm_parallel.blocks.moments import sow_gate_moments
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
@@ -53,9 +53,8 @@ def run_cell(
 ) -> tuple[jax.Array, MLSTMState | None]:
     """Runs the configured backend, and normalizes each head, for a layer in its compact method.
 
-    The layer gets the parameters `multihead_norm`. Whoever makes the collection `intermediates`
-    mutable finds in it, as the layer's `gate_moments`, the `Moments` of this device's gates over
-    all tokens: of the soft-capped pre-activations `igate` and `fgate`, and of `ogate`.
+    The layer gets the parameters `multihead_norm`, and sows `gate_moments`, see `sow_gate_moments`:
+    of the soft-capped pre-activations `igate` and `fgate`, and of `ogate`.
 
     Args:
         layer: The layer.
@@ -88,8 +87,5 @@ def run_cell(
     )
     h, state = h if state is not None else (h, None)
     h = MultiHeadLayerNorm(model.norm_eps, model.compute_dtype, name="multihead_norm")(h)
-    if layer.is_mutable_collection("intermediates"):
-        gates = {"igate": igate, "fgate": fgate, "ogate": inputs.ogate}
-        moments = {name: moments_of(gate) for name, gate in gates.items()}
-        layer.sow("intermediates", "gate_moments", moments)
+    sow_gate_moments(layer, igate, fgate, inputs.ogate)
     return h, state

@@ -1,7 +1,6 @@
 """The mLSTM layer of the 2024 paper: the cell runs in a space twice as wide as the model."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,25 +8,12 @@ import jax.numpy as jnp
 
 from xlstm.distributed.tensor_parallel import column_parallel, row_parallel, scatter_features
 from xlstm.models.shared.block_diagonal import BlockDiagonal
-from xlstm.models.shared.convolution import CausalConvolution
+from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalState
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.init import small_init, wang_init
 from xlstm.models.shared.parameters import boxed_parameter
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import MLSTMState
 from xlstm.models.xlstm_parallel.blocks.mlstm.cell import CellInputs, forget_bias_init, run_cell
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
-
-
-class PreUpState(NamedTuple):
-    """State of the layer after a token.
-
-    Attributes:
-        cell: That of the cell, leading axes `(B, NH)`.
-        inputs: The convolution's last inputs, float32 `(B, conv_width - 1, inner_dim)`.
-    """
-
-    cell: MLSTMState
-    inputs: jax.Array
 
 
 class mLSTMPreUpLayer(nn.Module):
@@ -53,16 +39,16 @@ class mLSTMPreUpLayer(nn.Module):
         x: jax.Array,
         reset: jax.Array | None,
         padding: jax.Array | None,
-        state: PreUpState | None,
-    ) -> tuple[jax.Array, PreUpState | None]:
+        state: ConvolutionalState | None,
+    ) -> tuple[jax.Array, ConvolutionalState | None]:
         """Runs the layer.
 
         Args:
             x: This device's tokens, `(B, T / tp, D)`.
             reset: Where the state is dropped before the token, bool `(B, T)`, or None.
             padding: Which tokens leave no trace in the state, bool `(B, T)`, or None.
-            state: State of this device's heads and channels before the first token, or None for
-                zero.
+            state: State of this device's heads and channels before the first token, its cell's an
+                `MLSTMState`; None for zero.
 
         Returns:
             The output `(B, T / tp, D)`, and the last state if `state` was given, else None.
@@ -97,7 +83,7 @@ class mLSTMPreUpLayer(nn.Module):
         down = Dense(embedding_dim, down_init, ("tp", None), dtype=dtype, name="proj_down")
         y = (h + skip.astype(dtype) * c) * inputs.ogate
         y = row_parallel(down, y, "tp", overlap=overlap)
-        return y, None if state is None else PreUpState(cell_state, last_inputs)
+        return y, None if state is None else ConvolutionalState(cell_state, last_inputs)
 
 
 class _HeadGate(nn.Module):

@@ -1,0 +1,101 @@
+"""The sLSTM layer: convolution and gates before the cell, heads divided over `tp`."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlstm.distributed.tensor_parallel import features_to_tokens, tokens_to_features
+from xlstm.models.shared.block_diagonal import BlockDiagonal
+from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalState
+from xlstm.models.shared.init import small_init
+from xlstm.models.shared.norm import MultiHeadLayerNorm
+from xlstm.models.shared.parameters import boxed_parameter
+from xlstm.models.xlstm_parallel.blocks.moments import sow_gate_moments
+from xlstm.models.xlstm_parallel.blocks.slstm.cell import gate_preactivations, slstm
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+
+
+class sLSTMLayer(nn.Module):
+    """Multi-head sLSTM; its input and forget gates see `silu(conv(x))`, the others `x`.
+
+    A head sees its own channels alone, of the input too: devices exchange tokens for channels, and
+    nothing is summed. It sows `gate_moments`, see `sow_gate_moments`.
+
+    Attributes:
+        config: Configuration of the model.
+
+    References:
+        Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figure 10.
+    """
+
+    config: LanguageModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        reset: jax.Array | None,
+        padding: jax.Array | None,
+        state: ConvolutionalState | None,
+    ) -> tuple[jax.Array, ConvolutionalState | None]:
+        """Runs the layer.
+
+        Args:
+            x: This device's tokens, `(B, T / tp, D)`.
+            reset: Where the state is dropped before the token, bool `(B, T)`, or None.
+            padding: Which tokens leave no trace in the state, bool `(B, T)`, or None.
+            state: State of this device's heads and channels before the first token, its cell's an
+                `SLSTMState`; None for zero.
+
+        Returns:
+            The output `(B, T / tp, D)`, and the last state if `state` was given, else None.
+        """
+        config = self.config.model
+        dtype, head_dim = config.compute_dtype, x.shape[-1] // config.num_heads
+        cell_state, last_inputs = state or (None, None)
+        x = tokens_to_features(x, "tp")
+        conv = CausalConvolution(config.conv_width, dtype, name="conv")
+        c, last_inputs = conv(x, reset, padding, last_inputs)
+        c = nn.silu(c)
+
+        def gate(name: str, y: jax.Array, bias_init: Callable) -> jax.Array:
+            y = BlockDiagonal(head_dim, dtype, bias_init, name=name)(y)
+            return y.reshape(*y.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+        zeros = nn.initializers.zeros
+        inputs = (
+            gate("z_preact", x, zeros),
+            gate("igate_preact", c, zeros),
+            gate("fgate_preact", c, _forget_bias_init(head_dim)),
+            gate("ogate_preact", x, zeros),
+        )
+        shape = (inputs[0].shape[1], head_dim, 4 * head_dim)
+        axes = ("tp", None, None)
+        recurrent = boxed_parameter(self, "recurrent", small_init(head_dim), shape, axes)
+        recurrent = recurrent.astype(dtype)
+        h, cell_state = slstm(
+            *inputs,
+            recurrent,
+            cell_state,
+            reset=reset,
+            padding=padding,
+            forget_gate=config.slstm_forget_gate,
+        )
+        if self.is_mutable_collection("intermediates"):
+            _, i, f, o = gate_preactivations(inputs, recurrent, h, reset)
+            sow_gate_moments(self, i, f, nn.sigmoid(o))
+        y = MultiHeadLayerNorm(config.norm_eps, dtype, name="multihead_norm")(h)
+        y = features_to_tokens(y, "tp")
+        return y, None if state is None else ConvolutionalState(cell_state, last_inputs)
+
+
+def _forget_bias_init(head_dim: int) -> Callable:
+    """Spreads the initial memory spans of the channels of a head: 3 to 6."""
+
+    def init(rng, shape, dtype):
+        del rng
+        return jnp.tile(jnp.linspace(3.0, 6.0, head_dim, dtype=dtype), shape[0] // head_dim)
+
+    return init
