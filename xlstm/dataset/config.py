@@ -14,6 +14,9 @@ class DataConfig:
         ValueError: A field has a value that cannot work.
     """
 
+    task: str = ""  # A task whose examples are made on the fly, in place of stores: see tasks.py.
+    task_lengths: tuple[int, ...] = (1, 40)  # Shortest and longest example to train on.
+    validation_lengths: tuple[str, ...] = ()  # Lengths of a task to validate on, "41-256" say.
     stores: tuple[str, ...] = (STDLIB,)  # Token stores (folders); "stdlib": Python's own library.
     weights: tuple[float, ...] = ()  # Share of each store in training; empty: by its tokens.
     context_length: int = 256  # Tokens in a row of a batch.
@@ -39,15 +42,48 @@ class DataConfig:
             )
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, but is {self.seed}")
+        self._check_task()
         self._check_weights()
         self._check_ramp()
         self._check_validation_stores()
+
+    @property
+    def validation_ranges(self) -> dict[str, tuple[int, int]]:
+        """Shortest and longest length of each of `validation_lengths`, by its text."""
+        ranges = {text: re.fullmatch(r"(\d+)-(\d+)", text) for text in self.validation_lengths}
+        return {text: (int(match[1]), int(match[2])) for text, match in ranges.items() if match}
 
     @property
     def validation_paths(self) -> dict[str, str]:
         """The path of each of `validation_stores`, by its name."""
         entries = [entry.partition("=") for entry in self.validation_stores]
         return {name: path for name, _, path in entries}
+
+    def _check_task(self):
+        if not self.task:
+            if self.validation_lengths:
+                raise ValueError("data.validation_lengths needs a data.task")
+            return
+        if self.weights or self.validation_stores:
+            raise ValueError(
+                f"data.task={self.task!r} takes the place of stores: leave data.weights and"
+                " data.validation_stores empty"
+            )
+        ranges, lengths = self.validation_ranges, self.task_lengths
+        if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
+            raise ValueError(
+                f"data.task_lengths must be two lengths from 1 on, such as (1, 40), not {lengths}"
+            )
+        for text in self.validation_lengths:
+            if text not in ranges or not 1 <= ranges[text][0] <= ranges[text][1]:
+                raise ValueError(
+                    f"data.validation_lengths has {text!r}: write two lengths from 1 on, such as"
+                    " 41-256"
+                )
+        if len(set(ranges)) != len(self.validation_lengths):
+            raise ValueError(
+                f"data.validation_lengths names lengths twice: {self.validation_lengths}"
+            )
 
     def _check_weights(self):
         if not self.weights:

@@ -19,11 +19,11 @@ from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
 from xlstm.dataset.windows import JoinedWindows, Windows, validation_documents
 
 # Reading a batch takes far less than a step: this hides hiccups of the disk, no more.
-_PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 # Rows to repeat a store for. Grain has a `repeat` without end, but its length, the largest of
 # integers, overflows on being put into batches of one row.
-_ENDLESS = 2**52
+ENDLESS = 2**52
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def train_batches(
     def read_phase(phase: Phase, rows: int) -> grain.IterDataset:
         # The order in pieces of `rows` rows; of every `shard_count` pieces, one is wanted.
         pieces = order[phase.first_row :].batch(rows, batch_fn=list)[shard_index::shard_count]
-        return pieces[: phase.num_steps].map(read).to_iter_dataset(_PREFETCH)
+        return pieces[: phase.num_steps].map(read).to_iter_dataset(PREFETCH)
 
     return itertools.chain.from_iterable(map(read_phase, phases, shares))
 
@@ -164,7 +164,7 @@ def _training_order(config: DataConfig, sources: Sequence[Windows]) -> grain.Map
             # Not `seed` itself: Grain counts it up each epoch, so that neighbours share orders.
             seed = int(np.random.SeedSequence([config.seed, place]).generate_state(1)[0])
             numbers = grain.MapDataset.range(first, first + len(source))
-            orders.append(numbers.shuffle(seed=seed).repeat(_ENDLESS // len(source) + 1))
+            orders.append(numbers.shuffle(seed=seed).repeat(ENDLESS // len(source) + 1))
             kept.append(weight)
         first += len(source)
     return grain.MapDataset.mix(orders, kept)

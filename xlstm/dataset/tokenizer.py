@@ -107,12 +107,30 @@ class JsonTokenizer(Tokenizer):
         """
         try:
             with open(path, "rb") as file:
-                self.definition = file.read()
-            inner = tokenizers.Tokenizer.from_str(self.definition.decode("utf-8"))
+                definition = file.read()
         except OSError as error:
             raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        self._set(definition, path, eod_token)
+
+    @classmethod
+    def from_definition(cls, definition: bytes, name: str, eod_token: str) -> "JsonTokenizer":
+        """Makes one of the content of a `tokenizer.json`.
+
+        Args:
+            definition: The content.
+            name: What to call it.
+            eod_token: The marker's entry in the vocabulary.
+        """
+        made = cls.__new__(cls)
+        made._set(definition, name, eod_token)
+        return made
+
+    def _set(self, definition: bytes, path: str, eod_token: str | None) -> None:
+        try:
+            inner = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
         except Exception as error:  # The library raises plain `Exception`s.
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        self.definition = definition
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True

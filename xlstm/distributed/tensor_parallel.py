@@ -244,3 +244,25 @@ def cross_entropy(
     sums = jnp.stack([jnp.sum(jnp.exp(shifted), axis=-1), of_target], axis=-1)
     sums = scatter_tokens(sums, axis_names)
     return jnp.log(sums[..., 0]) - sums[..., 1]
+
+
+def is_predicted(
+    logits: jax.Array, targets: jax.Array, axis_names: str | Sequence[str]
+) -> jax.Array:
+    """Whether a target's logit is larger than all others, when the vocabulary is divided.
+
+    Args:
+        logits: Logits of this device's part of the vocabulary for all tokens, `(B, T, V / n)`.
+        targets: Ids `(B, T)`.
+        axis_names: The mesh axes over which the vocabulary is divided.
+
+    Returns:
+        Of this device's tokens, bool `(B, T / n)`; where two share the first place, neither has it.
+    """
+    places, is_here = _places(targets, logits.shape[-1], axis_names)
+    is_target = is_here[..., None] & (places[..., None] == jnp.arange(logits.shape[-1]))
+    of_target = jnp.max(jnp.where(is_target, logits, -jnp.inf), axis=-1)
+    of_others = jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1)
+    if axis_size(axis_names) > 1:
+        of_target, of_others = lax.pmax((of_target, of_others), bound_axes(axis_names))
+    return own_tokens(of_target > of_others, axis_names)

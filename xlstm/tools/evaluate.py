@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from xlstm.dataset.pipeline import open_stores
+from xlstm.dataset.data import open_data
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
 from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
@@ -27,7 +27,7 @@ from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import create_run_mesh
+from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.run_tokenizer import check_same_tokenizer
@@ -36,6 +36,9 @@ from xlstm.trainer.logger.base_logger import validation_suffixes
 
 _DATA = flags.DEFINE_list(
     "data", None, "Token stores, as name=path or path [the run's validation sets, to their end]."
+)
+_LENGTHS = flags.DEFINE_list(
+    "lengths", None, "Lengths of the run's task, such as 41-64,65-256 [those of the run]."
 )
 _MAX_BATCHES = flags.DEFINE_integer(
     "max_batches", None, "Largest number of batches of each set [all].", lower_bound=1
@@ -52,6 +55,12 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
 def _changed(config: RunConfig) -> RunConfig:
     """The run's configuration with what the flags change."""
     data = config.data
+    if _DATA.value is not None and data.task:
+        raise ValueError(f"the run is on data.task={data.task!r}: give --lengths, not --data")
+    if _LENGTHS.value is not None and not data.task:
+        raise ValueError("--lengths is for runs on a task: give --data")
+    if _LENGTHS.value is not None:
+        data = dataclasses.replace(data, validation_lengths=tuple(_LENGTHS.value))
     if _DATA.value is not None:
         named = [_named_store(entry) for entry in _DATA.value]
         data = dataclasses.replace(data, validation_fraction=0.0, validation_stores=tuple(named))
@@ -74,19 +83,18 @@ def _named_store(entry: str) -> str:
 
 
 def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[ValidationSet]:
-    held_out = config.data.validation_fraction > 0
-    stores = open_stores(config.data, workdir.stdlib_store) if held_out else []
-    sets = open_validation_sets(config.data, stores)
+    if config.data.task or config.data.validation_fraction > 0:
+        sets = open_data(config.data, workdir.stdlib_store).validation_sets()
+    else:
+        sets = open_validation_sets(config.data, [])
     if not sets:
-        raise ValueError("the run has no validation sets: name token stores by --data")
+        raise ValueError(
+            "the run has no validation sets: name token stores by --data, or --lengths"
+        )
     # All sets have the same one.
     tokenizer, known = sets[0].tokenizer, read_run_info(workdir.checkpoints, step)
     check_same_tokenizer(known["tokenizer"], tokenizer.fingerprint)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of the data has {tokenizer.vocab_size} ids, the model only"
-            f" model.vocab_size={config.model.vocab_size}"
-        )
+    check_vocabulary(config, tokenizer)
     return sets
 
 
@@ -121,14 +129,16 @@ def evaluate_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> dict[
 
 def _table(row: dict[str, float], title: str) -> Table:
     table = Table(title=title)
-    for column in ("set", "nats a token", "perplexity", "bits a byte"):
+    for column in ("set", "nats a token", "perplexity", "accuracy", "bits a byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for suffix in validation_suffixes(row):
+        bits = row.get(f"val_bits_per_byte{suffix}")
         table.add_row(
             suffix.removeprefix("_") or "held out",
             f"{row['val_loss' + suffix]:.4f}",
             f"{row['val_perplexity' + suffix]:,.2f}",
-            f"{row['val_bits_per_byte' + suffix]:.4f}",
+            f"{row['val_accuracy' + suffix]:.4f}",
+            f"{bits:.4f}" if bits is not None else "",
         )
     return table
 

@@ -144,7 +144,13 @@ def test_metrics_are_rows_of_every_step(straight):
     validation = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in validation] == [0, 50, 100]
     for row in validation:
-        assert row.keys() == {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
+        assert row.keys() == {
+            "step",
+            "val_loss",
+            "val_perplexity",
+            "val_accuracy",
+            "val_bits_per_byte",
+        }
 
 
 def test_the_loss_falls(straight):

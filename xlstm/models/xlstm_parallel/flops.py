@@ -18,10 +18,14 @@ def count_flops_per_token(config: LanguageModelConfig, context_length: int) -> i
         Floating-point operations a token, two for a multiplication with its addition.
     """
     model = config.model
-    block = _PRODUCTS[model.block](model)
-    head = model.embedding_dim * model.vocab_size
-    cells = model.num_blocks * _cell_flops(model, config.backend, context_length)
-    return 3 * (2 * (model.num_blocks * block + head) + cells)
+    total = 2 * model.embedding_dim * model.vocab_size
+    for kind, count in model.pattern.counts.items():
+        if kind == "slstm":
+            cell = 8 * model.embedding_dim**2 // model.num_heads  # The recurrent product.
+        else:
+            cell = _mlstm_flops(model, config.backend, context_length)
+        total += count * (2 * _PRODUCTS[kind](model) + cell)
+    return 3 * total
 
 
 def _products_of_7b(model: ModelConfig) -> int:
@@ -38,10 +42,20 @@ def _products_of_2024(model: ModelConfig) -> int:
     return model.inner_dim * (up_and_down + model.conv_width + qkv_and_gates)
 
 
-_PRODUCTS = {"xlstm_7b": _products_of_7b, "xlstm_2024": _products_of_2024}
+def _products_of_slstm(model: ModelConfig) -> int:
+    """Multiplications a token around the cell of a block, forward."""
+    gates = 4 * model.embedding_dim // model.num_heads
+    return model.embedding_dim * (model.conv_width + gates + 3 * model.slstm_ffn_dim)
 
 
-def _cell_flops(model: ModelConfig, backend: BackendConfig, context_length: int) -> int:
+_PRODUCTS = {
+    "xlstm_7b": _products_of_7b,
+    "xlstm_2024": _products_of_2024,
+    "slstm": _products_of_slstm,
+}
+
+
+def _mlstm_flops(model: ModelConfig, backend: BackendConfig, context_length: int) -> int:
     """Operations of the mLSTM cell of all heads of a block, forward."""
     # A token sees half of the tokens of its chunk, on average, with two products for each.
     a_pair = model.qk_dim + model.v_dim

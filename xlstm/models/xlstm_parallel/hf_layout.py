@@ -193,6 +193,8 @@ def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict
         raise ValueError(
             f"the public layout has no place for the block {model.block}, only for xlstm_7b"
         )
+    if "slstm" in model.pattern.counts:
+        raise ValueError("the public layout has no place for sLSTM blocks")
     if not backend.stabilize_correctly:
         raise ValueError(
             "the public layout has no place for a model with backend.stabilize_correctly=False:"

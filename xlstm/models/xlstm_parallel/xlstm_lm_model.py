@@ -9,7 +9,12 @@ from xlstm.common_types import PRNGKeyArray, PyTree
 from xlstm.distributed.data_parallel import Target, gather_on_use
 from xlstm.distributed.mesh import VOCAB_AXES, axis_index, axis_size
 from xlstm.distributed.pipeline_parallel import execute_pipeline
-from xlstm.distributed.tensor_parallel import cross_entropy, gather_tokens, own_tokens
+from xlstm.distributed.tensor_parallel import (
+    cross_entropy,
+    gather_tokens,
+    is_predicted,
+    own_tokens,
+)
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.dropout import dropout, token_keys
 from xlstm.models.shared.embedding import Embedding
@@ -138,6 +143,27 @@ class xLSTMLMModel(nn.Module):
         nll = cross_entropy(logits, targets, VOCAB_AXES)
         mask = own_tokens(targets_mask, VOCAB_AXES)
         return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
+
+    def count_predicted(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        targets_mask: jax.Array,
+        reset: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Judges predictions of targets; arguments as for `next_token_nll`.
+
+        Returns:
+            The sum of the negative log-likelihoods over this device's targets that count, in nats;
+            how many of them have the largest logit of all tokens; and their number; float32
+            scalars.
+        """
+        logits = self._logits(self._run_stages(Stream(self.embeddings(tokens), reset)))
+        nll = cross_entropy(logits, targets, VOCAB_AXES)
+        is_right = is_predicted(logits, targets, VOCAB_AXES)
+        mask = own_tokens(targets_mask, VOCAB_AXES)
+        sums = jnp.where(mask, nll, 0), is_right & mask, mask
+        return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)
 
     def _gathering_parameters(self, target: Target) -> Target:
         """The module class or function of a module, gathering over `fsdp` what it uses."""

@@ -4,23 +4,19 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from xlstm.dataset.pipeline import batch_origins, train_batches
-from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.data import Data
 from xlstm.trainer.base.files import write_atomically
-from xlstm.trainer.llm.config import RunConfig
 
 
-def dump_batch(config: RunConfig, stores: Sequence[TokenStore], directory: str, step: int) -> str:
+def dump_batch(data: Data, directory: str, step: int) -> str:
     """Writes the global batch of a step, and where its rows come from.
 
     Args:
-        config: The run's configuration.
-        stores: Its token stores.
+        data: What the run reads.
         directory: Where `step_<step>.npz` (the arrays of the batch) and `step_<step>.json` (for
             each row, its store and its documents) go.
         step: The step, counted from 1.
@@ -28,10 +24,10 @@ def dump_batch(config: RunConfig, stores: Sequence[TokenStore], directory: str, 
     Returns:
         A clause that names documents and file.
     """
-    origins = batch_origins(config.data, stores, step - 1)
+    origins = data.batch_origins(step - 1)
     path = os.path.join(directory, f"step_{step}")
     if jax.process_index() == 0:
-        batch = next(iter(train_batches(config.data, stores, start_step=step - 1)))
+        batch = next(iter(data.train_batches(start_step=step - 1)))
         arrays = io.BytesIO()
         np.savez_compressed(arrays, **dataclasses.asdict(batch))
         os.makedirs(directory, exist_ok=True)

@@ -75,14 +75,14 @@ class _Work:
 
     minibatches: int
     ticks: int  # Runs of a stage for each minibatch.
-    blocks: int  # Of one stage.
+    stages: int
     tokens: int  # Of a minibatch, on one device of the batch axes.
     tokens_per_tick: int
     embedding_bytes: int  # Of one token's vector.
 
-    @property
-    def block_runs(self) -> int:
-        return self.minibatches * self.ticks * self.blocks
+    def block_runs(self, num_blocks: int) -> int:
+        """How often a device runs its blocks, of so many in all stages."""
+        return self.minibatches * self.ticks * num_blocks // self.stages
 
 
 def _work(config: RunConfig, mesh: Mesh) -> _Work:
@@ -94,7 +94,7 @@ def _work(config: RunConfig, mesh: Mesh) -> _Work:
     return _Work(
         minibatches=minibatches,
         ticks=microbatches + stages - 1,
-        blocks=config.model.num_blocks // stages,
+        stages=stages,
         tokens=tokens,
         tokens_per_tick=tokens // microbatches,
         embedding_bytes=config.model.embedding_dim * np.dtype(config.model.compute_dtype).itemsize,
@@ -103,36 +103,57 @@ def _work(config: RunConfig, mesh: Mesh) -> _Work:
 
 def _tensor_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
     """Tokens between the layers: a gather and a scatter for each, and their transposes."""
-    work, size = _work(config, mesh), mesh.shape["tp"]
-    num_bytes = work.tokens_per_tick * work.embedding_bytes
-    layers = 1 if config.model.block == "xlstm_2024" else 2
-    # A backward pass that computes the block again gathers its inputs again; if nothing at all was
-    # kept, it scatters again too, but for the last layer's output.
-    gathers = (2 if config.model.remat == "none" else 3) * layers
-    scatters = 2 * layers + (layers - 1 if config.model.remat == "block" else 0)
-    if config.mesh.tp_overlap:
-        # A ring of `size - 1` steps, each with a part of the tokens; a scatter's transpose is one.
-        count = work.block_runs * (gathers + scatters) * (size - 1)
-        purpose = "tokens of layers"
-        yield Traffic("collective-permute", ("tp",), count, count * num_bytes // size, purpose)
-    else:
-        for kind, each in (("all-gather", gathers), ("reduce-scatter", scatters)):
-            count = work.block_runs * each
-            yield Traffic(kind, ("tp",), count, count * num_bytes, "tokens of layers")
-    if config.model.block == "xlstm_2024":
-        yield from _gate_traffic(config, work)
+    work = _work(config, mesh)
+    for kind, count in config.model.pattern.counts.items():
+        yield from _layer_traffic(config, mesh, _GATHERING_LAYERS[kind], work.block_runs(count))
+        if kind == "xlstm_2024":
+            yield from _gate_traffic(config, work, work.block_runs(count))
+        if kind == "slstm":
+            yield _exchange_traffic(config, mesh, work.block_runs(count))
     for kind in ("all-gather", "reduce-scatter"):
         count = 2 * work.minibatches  # One is forward, the other's transpose backward.
         num_bytes = count * work.tokens * work.embedding_bytes
         yield Traffic(kind, ("tp",), count, num_bytes, "tokens of embedding, head")
 
 
-def _gate_traffic(config: RunConfig, work: _Work) -> Iterator[Traffic]:
+# Layers of a block that gather the tokens and scatter sums, by the block's kind.
+_GATHERING_LAYERS = {"xlstm_7b": 2, "xlstm_2024": 1, "slstm": 1}
+
+
+def _layer_traffic(config: RunConfig, mesh: Mesh, layers: int, runs: int) -> Iterator[Traffic]:
+    """What layers that gather and scatter send in so many runs of their block."""
+    work, size = _work(config, mesh), mesh.shape["tp"]
+    num_bytes = work.tokens_per_tick * work.embedding_bytes
+    # A backward pass that computes the block again gathers its inputs again; if nothing at all was
+    # kept, it scatters again too, but for the last layer's output.
+    gathers = (2 if config.model.remat == "none" else 3) * layers
+    scatters = 2 * layers + (layers - 1 if config.model.remat == "block" else 0)
+    if config.mesh.tp_overlap:
+        # A ring of `size - 1` steps, each with a part of the tokens; a scatter's transpose is one.
+        count = runs * (gathers + scatters) * (size - 1)
+        purpose = "tokens of layers"
+        yield Traffic("collective-permute", ("tp",), count, count * num_bytes // size, purpose)
+        return
+    for kind, each in (("all-gather", gathers), ("reduce-scatter", scatters)):
+        count = runs * each
+        yield Traffic(kind, ("tp",), count, count * num_bytes, "tokens of layers")
+
+
+def _exchange_traffic(config: RunConfig, mesh: Mesh, runs: int) -> Traffic:
+    """Tokens for channels and back in sLSTM layers, and the transposes."""
+    work = _work(config, mesh)
+    again = {"none": 0, "dots": 1, "block": 2}[config.model.remat]
+    count = runs * (4 + again)
+    num_bytes = count * work.tokens_per_tick * work.embedding_bytes // mesh.shape["tp"]
+    return Traffic("all-to-all", ("tp",), count, num_bytes, "tokens of sLSTM layers")
+
+
+def _gate_traffic(config: RunConfig, work: _Work, runs: int) -> Iterator[Traffic]:
     """Gates that see the channels of all heads: two sums a block, and their transposes."""
     num_bytes = work.tokens_per_tick * config.model.num_heads * _FLOAT_BYTES
     sums = 4 if config.model.remat == "block" else 2
     for kind, each in (("reduce-scatter", sums), ("all-gather", 2)):
-        count = work.block_runs * each
+        count = runs * each
         yield Traffic(kind, ("tp",), count, count * num_bytes, "gates")
 
 
@@ -164,6 +185,7 @@ def _pipeline_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
 
 
 def _boxes(params: PyTree) -> list[tuple[str, nn.Partitioned]]:
+    """The boxes, each with the part of the model that it is in."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_partitioned)
     return [(path[0].key, box) for path, box in leaves]
 
@@ -184,8 +206,8 @@ def _parameter_traffic(config: RunConfig, mesh: Mesh, params: PyTree) -> Iterato
         scatters, scattered = work.minibatches, work.minibatches * held
         if part == "blocks" and mesh.shape["pp"] == 1:
             # Block by block, and again in the backward pass.
-            gathers, gathered = again * work.block_runs, again * scattered
-            scatters = work.block_runs
+            scatters = work.block_runs(box.value.shape[0])
+            gathers, gathered = again * scatters, again * scattered
         purpose = "weights"
         yield Traffic("all-gather", ("fsdp",), gathers, gathered * gather_size, purpose)
         yield Traffic("reduce-scatter", ("fsdp",), scatters, scattered * scatter_size, purpose)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from xlstm.dataset.batch import Batch
-from xlstm.dataset.token_store import TOKENS_FILE, TokenStore
+from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.distributed.mesh import BATCH_AXES, create_mesh
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.train_step import BATCH_SPEC
@@ -38,10 +38,15 @@ def _check_context_length(config: RunConfig, mesh: Mesh) -> None:
 
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
     """Raises ValueError if a model does not divide over a mesh."""
+    pattern = model.pattern
+    repeats = "model.num_blocks"
+    if not pattern.is_uniform:
+        repeats = f"the pattern of {pattern.length()} blocks of both kinds, whose number of repeats"
     for name, size, axes in [
-        ("model.num_blocks", model.num_blocks, ("pp",)),
+        (repeats, pattern.repeats, ("pp",)),
         ("model.num_heads", model.num_heads, ("tp",)),
         ("the hidden size of the feed-forward layer, model.ffn_dim", model.ffn_dim, ("tp",)),
+        ("that of sLSTM blocks, model.slstm_ffn_dim", model.slstm_ffn_dim, ("tp",)),
         ("model.vocab_size", model.vocab_size, ("pp", "tp")),
     ]:
         _check_divides(name, size, axes, mesh)
@@ -97,19 +102,13 @@ def batch_share(mesh: Mesh) -> dict[str, int]:
     return {"shard_index": first // size, "shard_count": num_shards // size}
 
 
-def check_vocabulary(config: RunConfig, stores: Iterable[TokenStore]) -> None:
-    """Raises ValueError if a store has more token ids than the model."""
-    for store in stores:
-        if store.meta.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the token store {store.path} has {store.meta.vocab_size} token ids, the model"
-                f" only model.vocab_size={config.model.vocab_size}"
-            )
-
-
-def corpus_checksums(stores: Iterable[TokenStore]) -> list[str]:
-    """The checksum of each store's tokens, by which a run knows its data again."""
-    return [store.meta.files[TOKENS_FILE]["sha256"] for store in stores]
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the data has more token ids than the model."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} of the data has {tokenizer.vocab_size} token ids, the"
+            f" model only model.vocab_size={config.model.vocab_size}"
+        )
 
 
 def global_batches(local_batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch]:

@@ -8,17 +8,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xlstm.common_types import Metrics, PyTree
+from xlstm.dataset.task_data import TaskValidationSet
 from xlstm.dataset.validation import ValidationSet
 from xlstm.trainer.base.train_step import create_eval_step
 from xlstm.trainer.llm.data import batch_share, global_batches
-from xlstm.trainer.llm.loss import next_token_nll
+from xlstm.trainer.llm.loss import count_predicted
 
 
 def create_evaluation(
     mesh: Mesh,
     params_specs: PyTree,
     apply_fn: Callable,
-    sets: Sequence[ValidationSet],
+    sets: Sequence[ValidationSet | TaskValidationSet],
     max_batches: int | None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Callable[[PyTree], dict[str, float]]:
@@ -34,17 +35,18 @@ def create_evaluation(
 
     Returns:
         A function of boxed parameters. For each set it returns `val_loss` (nats a token),
-        `val_perplexity` and `val_bits_per_byte`, with `_<name>` behind if the set has a name. It
-        raises ValueError if a loss is not finite.
+        `val_perplexity`, `val_accuracy` (the share of tokens that have the largest logit) and, for
+        text, `val_bits_per_byte`, with `_<name>` behind if the set has a name. It raises ValueError
+        if a loss is not finite.
     """
     share = batch_share(mesh)
     eval_step = create_eval_step(
-        mesh, params_specs, lambda params, batch: next_token_nll(params, apply_fn, batch)
+        mesh, params_specs, lambda params, batch: count_predicted(params, apply_fn, batch)
     )
 
-    def sum_up(params: PyTree, validation_set: ValidationSet) -> np.ndarray:
-        """The negative log-likelihood and the number of targets."""
-        total, last = np.zeros(2), None
+    def sum_up(params: PyTree, validation_set: ValidationSet | TaskValidationSet) -> np.ndarray:
+        """The negative log-likelihood, the right predictions, and the number of targets."""
+        total, last = np.zeros(3), None
         batches = validation_set.batches(max_batches=max_batches, **share)
         for batch in global_batches(batches, mesh):
             # One batch waits its turn while the devices compute the one before.
@@ -57,20 +59,22 @@ def create_evaluation(
         row = {}
         for validation_set in sets:
             suffix = f"_{validation_set.name}" if validation_set.name else ""
-            nll, count = sum_up(params, validation_set)
+            nll, num_right, count = sum_up(params, validation_set)
             if not math.isfinite(nll):
                 raise ValueError(f"val_loss{suffix} is {nll}: the model has diverged")
             loss, num_bytes = nll / count, validation_set.num_bytes(max_batches)
             row |= {
                 f"val_loss{suffix}": loss,
                 f"val_perplexity{suffix}": math.exp(min(loss, 700)),
-                # Of very little text all targets may be markers of documents.
-                f"val_bits_per_byte{suffix}": nll / math.log(2) / max(num_bytes, 1),
+                f"val_accuracy{suffix}": num_right / count,
             }
+            if num_bytes is not None:
+                # Of very little text all targets may be markers of documents.
+                row[f"val_bits_per_byte{suffix}"] = nll / math.log(2) / max(num_bytes, 1)
         return row
 
     return evaluate
 
 
 def _fetch(sums: Metrics | None) -> np.ndarray:
-    return np.zeros(2) if sums is None else np.array(jax.device_get(sums), np.float64)
+    return np.zeros(3) if sums is None else np.array(jax.device_get(sums), np.float64)

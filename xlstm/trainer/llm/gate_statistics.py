@@ -1,16 +1,19 @@
 """What the gates of every block do: means and standard deviations over the tokens of a step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from xlstm.common_types import PyTree
 from xlstm.distributed.mesh import axis_index, axis_size
-from xlstm.models.xlstm_parallel.blocks.mlstm.moments import Moments
+from xlstm.models.xlstm_parallel.blocks.moments import Moments
+from xlstm.models.xlstm_parallel.blocks.stack import named_runs
+from xlstm.models.xlstm_parallel.pattern import BlockPattern
 
 
-def gate_moments(variables: PyTree) -> dict[str, Moments]:
+def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]:
     """Takes the gates' moments from what the model has sown, inside of `shard_map`.
 
     Every token counts, with a target or without. Each device has its own heads, and the blocks of
@@ -18,20 +21,31 @@ def gate_moments(variables: PyTree) -> dict[str, Moments]:
 
     Args:
         variables: The model's mutable variables, with the collection `intermediates`.
+        pattern: The model's pattern of blocks.
 
     Returns:
-        Moments of the gates `igate`, `fgate` and `ogate`, see `run_cell`; each leaf has shape
-        `(num_blocks,)`, with zeros for the blocks of other stages.
+        Moments of the gates `igate`, `fgate` and `ogate`, see `sow_gate_moments`; each leaf has
+        shape `(num_blocks,)`, with zeros for the blocks of other stages.
     """
-    (moments,) = variables["intermediates"]["blocks"]["mlstm_layer"]["gate_moments"]
+    sown = variables["intermediates"]["blocks"]
+    if pattern.is_uniform:
+        sown = {name: sown for name in named_runs(pattern)}
+    repeats = pattern.repeats // axis_size("pp")
 
-    def place(sown: jax.Array) -> jax.Array:
-        num_here = sown.shape[-1]  # Before it a pipeline has an axis of micro-batches.
-        here = jnp.sum(sown.reshape(-1, num_here), axis=0)
-        blocks = jnp.zeros(num_here * axis_size("pp"), here.dtype)
-        return lax.dynamic_update_slice(blocks, here, (axis_index("pp") * num_here,))
+    def place(numbers: jax.Array, sown: jax.Array) -> jax.Array:
+        # Before the blocks a pipeline has an axis of micro-batches.
+        here = jnp.sum(sown.reshape(-1, numbers.size), axis=0)
+        blocks = jnp.zeros(pattern.length() * pattern.repeats, here.dtype)
+        return blocks.at[numbers].set(here)
 
-    return jax.tree.map(place, moments)
+    placed = []
+    for name, run in named_runs(pattern).items():
+        (layer,) = sown[name].values()
+        (moments,) = layer["gate_moments"]
+        firsts = (axis_index("pp") * repeats + jnp.arange(repeats)) * pattern.length() + run.first
+        numbers = (firsts[:, None] + jnp.arange(run.length)).ravel()
+        placed.append(jax.tree.map(functools.partial(place, numbers), moments))
+    return jax.tree.map(lambda *runs: sum(runs), *placed)
 
 
 def gate_row(moments: dict[str, Moments]) -> dict[str, float]:

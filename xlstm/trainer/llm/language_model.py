@@ -53,7 +53,10 @@ def create_language_model_run(
     train_step = create_train_step(
         mesh,
         specs,
-        functools.partial(create_loss_fn, gate_statistics=config.logger.gate_statistics),
+        functools.partial(
+            create_loss_fn,
+            gate_pattern=config.model.pattern if config.logger.gate_statistics else None,
+        ),
         count_targets=lambda batch: jnp.sum(batch.targets_mask, dtype=jnp.float32),
         update=functools.partial(
             update_state,

@@ -8,6 +8,7 @@ import jax
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree
 from xlstm.dataset.batch import Batch
 from xlstm.distributed.single_gpu import LossFn
+from xlstm.models.xlstm_parallel.pattern import BlockPattern
 from xlstm.trainer.llm.gate_statistics import gate_moments
 
 
@@ -28,6 +29,14 @@ def next_token_nll(
     return _apply(params, apply_fn, batch, dropout_keys)
 
 
+def count_predicted(
+    params: PyTree, apply_fn: Callable, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.count_predicted`."""
+    tokens = batch.inputs, batch.targets, batch.targets_mask, batch.reset
+    return apply_fn({"params": params}, *tokens, method="count_predicted")
+
+
 def _apply(
     params: PyTree, apply_fn: Callable, batch: Batch, keys: PRNGKeyArray | None, **options: Any
 ) -> Any:
@@ -44,7 +53,7 @@ def _apply(
 
 
 def create_loss_fn(
-    num_minibatches: int, num_targets: jax.Array, *, gate_statistics: bool = False
+    num_minibatches: int, num_targets: jax.Array, *, gate_pattern: BlockPattern | None = None
 ) -> LossFn:
     """Makes the loss of a minibatch.
 
@@ -54,7 +63,8 @@ def create_loss_fn(
     Args:
         num_minibatches: Number of minibatches that gradients are accumulated over.
         num_targets: Number of targets that count in the whole global batch.
-        gate_statistics: Whether there is a metric `gates` too, see `gate_moments`.
+        gate_pattern: The model's pattern of blocks if there is to be a metric `gates` too, see
+            `gate_moments`.
 
     Returns:
         A loss function for `xlstm.distributed.single_gpu`; its metric `loss` is (nll, targets).
@@ -67,9 +77,9 @@ def create_loss_fn(
         rng: PRNGKeyArray,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         del rng  # Every example has a key of its own, which the mesh has no part in.
-        if gate_statistics:
+        if gate_pattern:
             sums, variables = _apply(params, apply_fn, *batch, mutable=["intermediates"])
-            metrics = {"loss": sums, "gates": gate_moments(variables)}
+            metrics = {"loss": sums, "gates": gate_moments(variables, gate_pattern)}
         else:
             metrics = {"loss": next_token_nll(params, apply_fn, *batch)}
         return metrics["loss"][0] * num_minibatches / num_targets, (metrics, None)

@@ -14,10 +14,9 @@ from rich.console import Console
 from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.batch_sizes import rows_before
-from xlstm.dataset.pipeline import open_stores, train_batches
-from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.data import Data, open_data
 from xlstm.dataset.tokenizer import Tokenizer
-from xlstm.dataset.validation import ValidationSet, open_validation_sets
+from xlstm.dataset.validation import ValidationSet
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.callback import Callback
@@ -42,7 +41,6 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
     batch_share,
     check_vocabulary,
-    corpus_checksums,
     create_run_mesh,
     global_batches,
 )
@@ -76,9 +74,8 @@ class _Run:
         config: The configuration.
         mesh: The mesh.
         workdir: The run's folder.
-        stores: What it trains on.
+        data: What it reads.
         validation_sets: What it validates on.
-        corpora: Checksums of that.
         code: The version of the code that runs.
         console: Where the first process speaks.
         clock: What the time is spent on.
@@ -90,9 +87,8 @@ class _Run:
     config: RunConfig
     mesh: Mesh
     workdir: Workdir
-    stores: Sequence[TokenStore]
+    data: Data
     validation_sets: Sequence[ValidationSet]
-    corpora: list[str]
     code: dict[str, str]
     console: Console
     clock: Clock
@@ -165,7 +161,7 @@ def open_run(
         OSError: If something cannot be read or written.
     """
     run = _prepare(config, workdir_path, allow_config_change)
-    tokenizer = run.stores[0].load_tokenizer()
+    tokenizer = run.data.tokenizer
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.source:
         run.say("beginning with the parameters of step {1:,} in {0.path}".format(*run.source))
@@ -184,7 +180,7 @@ def open_run(
         if start_step:
             _say_going_on(run, start_step)
         if jax.process_index() == 0:
-            write_config(run.workdir, config, run.corpora)
+            write_config(run.workdir, config, run.data.checksums)
             write_tokenizer(run.workdir, tokenizer)
         loggers = _create_loggers(run, start_step)
         stack.enter_context(_closing(loggers))
@@ -232,20 +228,18 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
     init_from = "" if has_begun else config.trainer.init_from
     source = find_checkpoint(init_from) if init_from else None
-    stores = open_stores(config.data, workdir.stdlib_store)
-    check_vocabulary(config, stores)
+    data = open_data(config.data, workdir.stdlib_store)
+    check_vocabulary(config, data.tokenizer)
     if source:
-        check_source(*source, stores[0].meta.fingerprint)
-    corpora = corpus_checksums(stores)
-    check_workdir(workdir, config, corpora, allow_config_change=allow_config_change)
+        check_source(*source, data.tokenizer.fingerprint)
+    check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
     return _Run(
         config=config,
         mesh=mesh,
         workdir=workdir,
-        stores=stores,
-        validation_sets=open_validation_sets(config.data, stores),
-        corpora=corpora,
+        data=data,
+        validation_sets=data.validation_sets(),
         code=code_version(),
         console=console,
         clock=clock,
@@ -288,7 +282,11 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
         keep_interval=trainer.keep_checkpoint_interval,
         keep_best=trainer.keep_best_checkpoint,
         run_info=run_info(
-            run.config, run.corpora, run.stores[0].meta.fingerprint, run.code, run.mesh.shape
+            run.config,
+            run.data.checksums,
+            run.data.tokenizer.fingerprint,
+            run.code,
+            run.mesh.shape,
         ),
         report=run.say,
     )
@@ -308,7 +306,7 @@ def _say_going_on(run: _Run, step: int) -> None:
 
 def _batches_from(run: _Run, step: int) -> Iterator[Batch]:
     share = batch_share(run.mesh)
-    batches = train_batches(run.config.data, run.stores, start_step=step, **share)
+    batches = run.data.train_batches(start_step=step, **share)
     return global_batches(batches, run.mesh)
 
 
@@ -344,7 +342,7 @@ def _create_callbacks(
     bad_steps = BadStepsCallback(
         trainer.nan_policy,
         trainer.max_skipped_steps,
-        dump_batch=functools.partial(dump_batch, config, run.stores, run.workdir.bad_batches),
+        dump_batch=functools.partial(dump_batch, run.data, run.workdir.bad_batches),
         roll_back=functools.partial(_roll_back, run, loggers, checkpointer),
         report=run.say,
     )

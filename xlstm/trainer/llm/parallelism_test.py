@@ -54,13 +54,20 @@ _MESHES = [
 
 
 def _config(
-    num_minibatches=1, block="xlstm_7b", dropout=0.0, remat="dots", dtype="float32", **mesh
+    num_minibatches=1,
+    block="xlstm_7b",
+    dropout=0.0,
+    remat="dots",
+    dtype="float32",
+    ratio="",
+    **mesh,
 ):
     return RunConfig(
         model=ModelConfig(
             block=block,
             vocab_size=_V,
             embedding_dim=32,
+            ratio=ratio,
             num_blocks=8,
             num_heads=8,
             ffn_round_up_to_multiple_of=8,
@@ -255,6 +262,24 @@ def test_the_block_of_2024_trains_as_on_one_device(num_minibatches, remat, sizes
     config = _config(num_minibatches, "xlstm_2024", remat=remat, **sizes)
     run, expected = _prepare(config), _on_one_device(num_steps=_QUICK_STEPS, block="xlstm_2024")
     # Heads with small outputs, which their norm makes large: replicas alone round by 1e-5.
+    _assert_same(_train(run, _QUICK_STEPS), expected, rtol=3e-5)
+    assert expected.losses[-1] < 0.99 * expected.losses[0]
+    _assert_sends_what_it_should(config, run)
+
+
+@pytest.mark.parametrize(
+    "num_minibatches, remat, sizes",
+    [
+        (1, "dots", {"fsdp": 2, "pp": 2, "tp": 2}),
+        pytest.param(4, "block", {"fsdp": 4, "tp": 2}, id="mixed fsdp, tp full"),
+        pytest.param(1, "none", {"pp": 2, "tp": 4, "tp_overlap": True}, id="mixed overlap full"),
+    ],
+    ids=str,
+)
+def test_a_mixed_stack_trains_as_on_one_device(num_minibatches, remat, sizes):
+    model = {"block": "xlstm_2024", "ratio": "[1:1]"}
+    config = _config(num_minibatches, remat=remat, **model, **sizes)
+    run, expected = _prepare(config), _on_one_device(num_steps=_QUICK_STEPS, **model)
     _assert_same(_train(run, _QUICK_STEPS), expected, rtol=3e-5)
     assert expected.losses[-1] < 0.99 * expected.losses[0]
     _assert_sends_what_it_should(config, run)

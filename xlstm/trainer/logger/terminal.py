@@ -43,12 +43,14 @@ class TerminalLogger(Logger):
     def log(self, step: int, row: dict[str, float]) -> None:
         """Shows a row: evaluations as lines that stay, the rest in the bar."""
         for suffix in validation_suffixes(row):
-            self._console.print(
+            text = (
                 f"step {step:>7,}  validation loss {row['val_loss' + suffix]:.4f}"
                 f"  perplexity {row['val_perplexity' + suffix]:.2f}"
-                f"  bits per byte {row['val_bits_per_byte' + suffix]:.3f}"
-                f"{suffix and f'  ({suffix[1:]})'}"
+                f"  accuracy {row['val_accuracy' + suffix]:.1%}"
             )
+            bits = row.get(f"val_bits_per_byte{suffix}")  # Of text alone.
+            text += "" if bits is None else f"  bits per byte {bits:.3f}"
+            self._console.print(f"{text}{suffix and f'  ({suffix[1:]})'}")
         if "loss" not in row or "tokens_per_second" not in row:
             return  # An evaluation, or a step that was left out.
         status = (

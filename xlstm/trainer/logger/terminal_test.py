@@ -39,7 +39,15 @@ def test_evaluations_are_lines_that_stay():
     for is_terminal in (False, True):
         console = _console(is_terminal)
         logger = TerminalLogger(console, 0, 20)
-        logger.log(10, {"val_loss": 1.2346, "val_perplexity": 3.437, "val_bits_per_byte": 1.78})
+        logger.log(
+            10,
+            {
+                "val_loss": 1.2346,
+                "val_perplexity": 3.437,
+                "val_accuracy": 0.5,
+                "val_bits_per_byte": 1.78,
+            },
+        )
         logger.close()
         assert "validation loss 1.2346  perplexity 3.44" in _text(console)
         assert re.search(r"step +10 ", _text(console))

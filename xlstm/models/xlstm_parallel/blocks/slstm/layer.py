@@ -17,6 +17,11 @@ from xlstm.models.xlstm_parallel.blocks.slstm.cell import gate_preactivations, s
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
+import os
+
+_FB = tuple(float(x) for x in os.environ.get("FB", "3,6").split(","))
+
+
 class sLSTMLayer(nn.Module):
     """Multi-head sLSTM; its input and forget gates see `silu(conv(x))`, the others `x`.
 
@@ -73,7 +78,13 @@ class sLSTMLayer(nn.Module):
         )
         shape = (inputs[0].shape[1], head_dim, 4 * head_dim)
         axes = ("tp", None, None)
-        recurrent = boxed_parameter(self, "recurrent", small_init(head_dim), shape, axes)
+        recurrent = boxed_parameter(
+            self,
+            "recurrent",
+            nn.initializers.normal(float(os.environ.get("RS", "0.16"))),
+            shape,
+            axes,
+        )
         recurrent = recurrent.astype(dtype)
         h, cell_state = slstm(
             *inputs,
@@ -96,6 +107,6 @@ def _forget_bias_init(head_dim: int) -> Callable:
 
     def init(rng, shape, dtype):
         del rng
-        return jnp.tile(jnp.linspace(3.0, 6.0, head_dim, dtype=dtype), shape[0] // head_dim)
+        return jnp.tile(jnp.linspace(*_FB, head_dim, dtype=dtype), shape[0] // head_dim)
 
     return init
