@@ -13,11 +13,14 @@ from xlstm.distributed.tensor_parallel import (
     column_parallel,
     cross_entropy,
     embed_tokens,
+    features_to_tokens,
     gather_tokens,
+    is_predicted,
     own_tokens,
     row_parallel,
     scatter_features,
     scatter_tokens,
+    tokens_to_features,
 )
 
 B, T, D, F, V = 2, 16, 4, 24, 32
@@ -265,9 +268,34 @@ def test_cross_entropy_of_bfloat16_logits_is_float32(tokens):
     assert_close(gradient.astype(jnp.float32), expected[0].astype(jnp.bfloat16))
 
 
+def test_tokens_are_exchanged_for_features(x):
+    features = P(None, None, "tp")
+    actual = shard(lambda x: tokens_to_features(x, "tp"), TOKENS, features)(x)
+    np.testing.assert_array_equal(actual, x)
+    back = shard(lambda x: features_to_tokens(x, "tp"), features, TOKENS)
+    np.testing.assert_array_equal(back(x), x)
+    weights = normal(5, B, T, D)
+    grad = jax.grad(lambda x: jnp.sum(weights * back(x)))(x)
+    np.testing.assert_array_equal(grad, weights)
+    assert tokens_to_features(x, "tp") is features_to_tokens(x, "tp") is x
+
+
+@over_one_and_two_axes
+def test_a_target_is_predicted_if_its_logit_is_the_largest(axes):
+    logits = jnp.round(normal(3, B, T, V))  # Two often share the first place.
+    targets = jnp.argmax(logits, axis=-1).at[:, ::4].add(1) % V
+    fn = shard(lambda x, y: is_predicted(x, y, axes), (P(None, None, axes), P()), P(None, axes))
+    first, second = np.sort(logits, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
+    of_target = np.take_along_axis(np.asarray(logits), np.asarray(targets)[..., None], -1)[..., 0]
+    expected = (of_target == first) & (first > second)
+    np.testing.assert_array_equal(fn(logits, targets), expected)
+    assert 0 < expected.sum() < expected.size
+
+
 @pytest.mark.parametrize(
     "fn",
     [
+        lambda x: features_to_tokens(x, "tp"),
         lambda x: own_tokens(x, "tp"),
         lambda x: scatter_tokens(x, "tp"),
         lambda x: row_parallel(lambda x: x, x, "tp"),

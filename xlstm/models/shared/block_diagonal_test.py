@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from xlstm.models.shared.block_diagonal import BlockDiagonal, multiply_blocks
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
@@ -16,10 +17,12 @@ def dense_product(x, kernel):
     return x @ matrix.at[places[:, :, None], places[:, None, :]].set(kernel)
 
 
-def test_product_and_gradients_are_those_of_the_matrix():
+# Small blocks are multiplied otherwise than large ones.
+@pytest.mark.parametrize("size", [3, 12])
+def test_product_and_gradients_are_those_of_the_matrix(size):
     rng = np.random.default_rng(0)
-    x, dy = rng.standard_normal((2, 2, 5, 12))
-    kernel = rng.standard_normal((4, 3, 3))
+    x, dy = rng.standard_normal((2, 2, 5, 4 * size))
+    kernel = rng.standard_normal((4, size, size))
 
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILATION, static_argnums=0)
     def run(product, x, kernel, dy):
@@ -41,3 +44,13 @@ def test_parameters_are_float32_and_boxed():
     assert kernel.value.shape == (1024, 4, 4) and kernel.value.dtype == jnp.float32
     np.testing.assert_allclose(kernel.value.std(), np.sqrt(2 / (5 * 4)), rtol=0.03)
     assert y.dtype == jnp.bfloat16
+
+
+def test_a_bias_is_added():
+    x = jnp.ones((1, 8))
+    with_bias = BlockDiagonal(4, bias_init=lambda rng, shape, dtype: jnp.arange(8.0))
+    y, variables = with_bias.init_with_output(jax.random.key(0), x)
+    assert variables["params"]["bias"].names == ("tp",)
+    without = {"params": {"kernel": variables["params"]["kernel"]}}
+    expected = BlockDiagonal(4).apply(without, x) + np.arange(8.0)
+    np.testing.assert_allclose(y, expected, atol=1e-6)

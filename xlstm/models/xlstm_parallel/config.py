@@ -49,6 +49,8 @@ class ModelConfig:
     # in sLSTM blocks, its input and forget gates.
     qkv_block_size: int = 4  # xlstm_2024: channels that are mixed for a query, key or value.
     slstm_ffn_proj_factor: float = 4 / 3  # sLSTM: as ffn_proj_factor, rounded up as well.
+    slstm_recurrent_scale: float = 1.0  # sLSTM: initial recurrent weights have this deviation, over
+    # the root of a head's channels.
     slstm_forget_gate: str = "sigmoid"  # sLSTM: sigmoid or exponential.
     gate_soft_cap: float = 15.0  # mLSTM: bound of the gate pre-activations; 0 for none, as in 2024.
     output_logit_soft_cap: float = 30.0  # Bound of the logits; 0 for none, as in 2024.

@@ -73,6 +73,22 @@ def test_count_is_that_of_the_program_for_the_block_of_2024():
     assert both == expected + 3 * masked + sums - 3 * convolution - 2 * projections
 
 
+def test_count_is_that_of_the_program_for_slstm_blocks():
+    model = dataclasses.replace(_MODEL, ratio="[0:1]")
+    config = LanguageModelConfig(model)
+    forward, both = _products_per_token(config)
+    # The convolution is written as sums of products of arrays.
+    convolution = 2 * model.num_blocks * model.embedding_dim * model.conv_width
+    # The backward pass computes the recurrent products once more, rather than keep them.
+    again = model.num_blocks * 8 * model.embedding_dim**2 // model.num_heads
+    expected = count_flops_per_token(config, _T)
+    assert forward == expected / 3 - convolution
+    assert both == expected - 3 * convolution + again
+    mixed = dataclasses.replace(_MODEL, slstm_at=(1,))
+    counts = [count_flops_per_token(LanguageModelConfig(m), _T) for m in (_MODEL, mixed, model)]
+    assert 3 * (counts[1] - counts[0]) == counts[2] - counts[0]
+
+
 def test_recomputation_does_not_count():
     counts = set()
     for remat in ("none", "dots", "block"):

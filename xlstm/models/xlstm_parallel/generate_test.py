@@ -148,16 +148,16 @@ def test_more_text_behind_what_was_read():
 
 
 @pytest.mark.parametrize(
-    "axes, block",
+    "axes, options",
     [
-        ({"tp": 2, "fsdp": 2}, "xlstm_7b"),
-        ({"tp": 2, "fsdp": 2}, "xlstm_2024"),
-        ({"dp": 4}, "xlstm_7b"),
+        ({"tp": 2, "fsdp": 2}, {}),
+        ({"tp": 2, "fsdp": 2}, {"block": "xlstm_2024", "slstm_at": (1,)}),
+        ({"dp": 4}, {}),
     ],
 )
-def test_on_a_mesh_it_is_the_same(axes, block):
+def test_on_a_mesh_it_is_the_same(axes, options):
     mesh = create_mesh(MeshConfig(**({"dp": 1} | axes)), jax.devices()[:4])
-    config = small_config(vocab_size=12, block=block)
+    config = small_config(vocab_size=12, **options)
     whole = lively_params(config, jax.random.key(1))
     boxes = jax.eval_shape(xLSTMLMModel(config).init, jax.random.key(0), PROMPTS)["params"]
     boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)

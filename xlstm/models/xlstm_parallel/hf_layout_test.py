@@ -139,6 +139,8 @@ def test_what_the_public_layout_has_no_place_for():
         to_hf_config(ModelConfig(), BackendConfig(stabilize_correctly=False), "float32")
     with pytest.raises(ValueError, match="no place for the block xlstm_2024"):
         to_hf_config(ModelConfig(block="xlstm_2024"), BackendConfig(), "float32")
+    with pytest.raises(ValueError, match="no place for sLSTM blocks"):
+        to_hf_config(ModelConfig(slstm_at=(1,)), BackendConfig(), "float32")
     with pytest.raises(ValueError, match="gate_soft_cap=0.0 is not supported"):
         to_hf_config(ModelConfig(gate_soft_cap=0.0), BackendConfig(), "float32")
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xlstm.models.xlstm_parallel.blocks.stream import Stream
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import (
     initial_state,
@@ -20,13 +21,28 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 TIME = 14
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, TIME))
 RESET = np.isin(np.arange(TIME), (0, 5, 6)) | np.zeros((2, TIME), bool)
-BLOCKS = "xlstm_7b", "xlstm_2024"
-PARAMS = {block: lively_params(small_config(block=block), jax.random.key(1)) for block in BLOCKS}
-of_both_blocks = pytest.mark.parametrize("block", BLOCKS)
+# Stacks by what makes them. The last has a pattern that begins with two blocks of one kind.
+STACKS = {
+    "xlstm_7b": {},
+    "xlstm_2024": {"block": "xlstm_2024"},
+    "[0:1]": {"ratio": "[0:1]", "slstm_forget_gate": "exponential"},
+    "mixed": {"block": "xlstm_2024", "num_blocks": 6, "slstm_at": (2, 5)},
+}
+of_all_stacks = pytest.mark.parametrize("stack", STACKS)
+
+
+def stack_config(stack, backend="fwbw", **options):
+    return small_config(backend, **STACKS[stack] | options)
+
+
+PARAMS = {
+    stack_config(stack).model.pattern: lively_params(stack_config(stack), jax.random.key(1))
+    for stack in STACKS
+}
 
 
 def variables_of(config):
-    return {"params": PARAMS[config.model.block]}
+    return {"params": PARAMS[config.model.pattern]}
 
 
 def logits_of(config, tokens=TOKENS, reset=None):
@@ -39,10 +55,10 @@ def _jitted_logits(config):
 
 
 @pytest.mark.parametrize(
-    "backend, block", [("fwbw", "xlstm_7b"), ("recurrent", "xlstm_7b"), ("fwbw", "xlstm_2024")]
+    "backend, stack", [*(("fwbw", stack) for stack in STACKS), ("recurrent", "xlstm_7b")]
 )
-def test_step_by_step_is_the_whole(backend, block):
-    config = small_config(backend, block=block)
+def test_step_by_step_is_the_whole(backend, stack):
+    config = stack_config(stack, backend)
     step = quick_jit(
         lambda token, reset, state: xLSTMLMModel(config).apply(
             variables_of(config), token, reset, state
@@ -58,9 +74,9 @@ def test_step_by_step_is_the_whole(backend, block):
     assert np.abs(logits_of(config) - expected).max() > 1e-2
 
 
-@of_both_blocks
-def test_packed_documents_are_the_documents_alone(block):
-    config = small_config(block=block)
+@of_all_stacks
+def test_packed_documents_are_the_documents_alone(stack):
+    config = stack_config(stack)
     packed = logits_of(config, reset=RESET)
     # Read alone, a document is followed by tokens that it cannot see; so one compilation does.
     for start, end in ((0, 5), (5, 6), (6, TIME)):
@@ -69,12 +85,12 @@ def test_packed_documents_are_the_documents_alone(block):
 
 
 @pytest.mark.parametrize(
-    "backend, block",
+    "backend, stack",
     [(backend, "xlstm_7b") for backend in ("fwbw", "parallel_stabilized", "recurrent")]
-    + [("fwbw", "xlstm_2024")],
+    + [("fwbw", "xlstm_2024"), ("fwbw", "mixed")],
 )
-def test_padding_leaves_no_trace(backend, block):
-    config = small_config(backend, block=block)
+def test_padding_leaves_no_trace(backend, stack):
+    config = stack_config(stack, backend)
     read = quick_jit(
         lambda tokens, state, lengths: xLSTMLMModel(config).apply(
             variables_of(config), tokens, state, lengths, method="next_token_logits"
@@ -91,9 +107,9 @@ def test_padding_leaves_no_trace(backend, block):
     np.testing.assert_allclose(first[0], logits_of(config)[np.arange(2), lengths - 1], atol=1e-4)
 
 
-@of_both_blocks
-def test_logits_do_not_see_the_future(block):
-    config = small_config(block=block)
+@of_all_stacks
+def test_logits_do_not_see_the_future(stack):
+    config = stack_config(stack)
     changed = TOKENS.copy()
     changed[:, 9] = (changed[:, 9] + 1) % 11
     before, after = logits_of(config), logits_of(config, changed)
@@ -101,10 +117,10 @@ def test_logits_do_not_see_the_future(block):
     assert np.all(np.abs(before - after)[:, 9:].max(axis=-1) > 0)
 
 
-@of_both_blocks
-def test_bfloat16_is_near_float32(block):
-    logits = logits_of(small_config(block=block, dtype="bfloat16"))
-    expected = logits_of(small_config(block=block))
+@pytest.mark.parametrize("stack", ["xlstm_7b", "xlstm_2024", "[0:1]"])  # Each of three blocks.
+def test_bfloat16_is_near_float32(stack):
+    logits = logits_of(stack_config(stack, dtype="bfloat16"))
+    expected = logits_of(stack_config(stack))
     assert logits.dtype == np.float32
     assert np.linalg.norm(logits - expected) < 5e-2 * np.linalg.norm(expected)
     assert np.any(logits != expected)
@@ -121,6 +137,35 @@ def test_logits_are_bounded():
     assert 0.4 < np.abs(logits).max() <= 0.5
 
 
+def test_a_mixed_stack_is_its_blocks_one_after_the_other():
+    """The same parameters, block by block, each as a stack of its own."""
+    config = stack_config("mixed", output_logit_soft_cap=0.0)
+    blocks = PARAMS[config.model.pattern]["blocks"]
+    counts = {"0_xlstm_2024": 0, "1_slstm": 0}
+    x = jax.random.normal(jax.random.key(2), (2, TIME, 16))
+    found = xLSTMLMModel(config).apply(variables_of(config), Stream(x, RESET), method="_run_stages")
+    for number in range(6):
+        name = "1_slstm" if number in (2, 5) else "0_xlstm_2024"
+        alone = small_config(
+            block="xlstm_2024", num_blocks=1, ratio="[0:1]" if "slstm" in name else "[1:0]"
+        )
+        place, counts[name] = counts[name], counts[name] + 1
+        params = jax.tree.map(lambda leaf, place=place: leaf[place : place + 1], blocks[name])
+        variables = {"params": PARAMS[config.model.pattern] | {"blocks": params}}
+        x = xLSTMLMModel(alone).apply(variables, Stream(x, RESET), method="_run_stages")
+    np.testing.assert_allclose(found, x, atol=1e-5)
+
+
+def test_what_is_compiled_does_not_grow_with_the_depth():
+    def size(num_blocks):
+        config = small_config(ratio="[3:1]", num_blocks=num_blocks)
+        model = xLSTMLMModel(config)
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+        return len(jax.jit(model.apply).lower({"params": params}, TOKENS).as_text())
+
+    assert size(16) < 1.02 * size(8)
+
+
 def test_initial_state_is_zero():
     C, n, m = initial_state(small_config(), 5)
     assert (C.shape, n.shape, m.shape) == ((3, 5, 2, 4, 8), (3, 5, 2, 4), (3, 5, 2))
@@ -128,18 +173,23 @@ def test_initial_state_is_zero():
     (C, n, m), inputs = initial_state(small_config(block="xlstm_2024"), 5)
     assert (C.shape, n.shape, m.shape) == ((3, 5, 2, 16, 16), (3, 5, 2, 16), (3, 5, 2))
     assert inputs.shape == (3, 5, 3, 32)
+    states = initial_state(stack_config("mixed"), 5)
+    assert [x.shape for x in states["slstm"].cell] == [(2, 5, 2, 8)] * 4
+    assert states["slstm"].inputs.shape == (2, 5, 3, 16)
+    assert states["xlstm_2024"].inputs.shape == (4, 5, 3, 32)
+    assert not any(np.any(x) for x in jax.tree.leaves(states))
     assert not any(np.any(x) for x in (C, n, m, inputs))
 
 
-@of_both_blocks
-def test_a_state_is_cut_over_rows_heads_and_channels(block):
-    config = small_config(block=block)
+@of_all_stacks
+def test_a_state_is_cut_over_rows_heads_and_channels(stack):
+    config = stack_config(stack)
     state, specs = initial_state(config, 4), state_specs(config, ("dp", "fsdp"))
     mesh = jax.sharding.AbstractMesh((2, 2, 2), ("dp", "fsdp", "tp"))
 
     def check(x, spec):
         part = jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)
-        assert (part[0], part[1], np.prod(part)) == (3, 1, x.size // 8)
+        assert (part[0], part[1], np.prod(part)) == (x.shape[0], 1, x.size // 8)
 
     jax.tree.map(check, state, specs)
 
@@ -192,6 +242,44 @@ AROUND = {
     "out_norm.scale": ((16,), (None,)),
     "lm_head.kernel": ((16, 11), (None, ("pp", "tp"))),
 }
+
+
+SLSTM = {
+    "norm_slstm.scale": ((16,), (None,)),
+    "slstm_layer.conv.kernel": ((4, 1, 16), (None, None, "tp")),
+    "slstm_layer.conv.bias": ((16,), ("tp",)),
+    **{
+        f"slstm_layer.{gate}_preact.{name}": value
+        for gate in ("z", "igate", "fgate", "ogate")
+        for name, value in {
+            "kernel": ((2, 8, 8), ("tp", None, None)),
+            "bias": ((16,), ("tp",)),
+        }.items()
+    },
+    "slstm_layer.recurrent": ((2, 8, 32), ("tp", None, None)),
+    "slstm_layer.multihead_norm.scale": ((16,), ("tp",)),
+    "norm_ffn.scale": ((16,), (None,)),
+    "ffn.proj_up_gate.kernel": ((16, 24), (None, "tp")),
+    "ffn.proj_up.kernel": ((16, 24), (None, "tp")),
+    "ffn.proj_down.kernel": ((24, 16), ("tp", None)),
+}
+
+
+def test_parameters_of_a_mixed_stack():
+    boxes = boxes_of(stack_config("mixed"))
+    found = {name: (x.value.shape, x.names) for name, x in boxes.items() if "blocks" in name}
+    runs = {"0_xlstm_2024": (4, BLOCK_2024), "1_slstm": (2, SLSTM)}
+    assert found == {
+        f"blocks.{run}.{name}": ((count, *shape), ("pp", *axes))
+        for run, (count, block) in runs.items()
+        for name, (shape, axes) in block.items()
+    }
+    layer = "blocks.1_slstm.slstm_layer."
+    bias = boxes[f"{layer}fgate_preact.bias"].value
+    np.testing.assert_allclose(bias, np.tile(np.linspace(3, 6, 8), (2, 2)), rtol=1e-6)
+    recurrent = boxes[f"{layer}recurrent"].value
+    np.testing.assert_allclose(recurrent.std(), 1 / np.sqrt(8), rtol=0.1)
+    assert np.any(recurrent[0] != recurrent[1])
 
 
 @pytest.mark.parametrize("block, expected", [("xlstm_7b", BLOCK_7B), ("xlstm_2024", BLOCK_2024)])
@@ -263,14 +351,16 @@ def test_number_of_parameters_of_xlstm_7b():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 6_865_424_896
 
 
-@of_both_blocks
-def test_gradients_reach_every_parameter(block):
+@of_all_stacks
+def test_gradients_reach_every_parameter(stack):
+    config = stack_config(stack)
+
     def loss(params):
-        model = xLSTMLMModel(small_config(block=block))
-        logits = model.apply({"params": params}, TOKENS, RESET)
+        logits = xLSTMLMModel(config).apply({"params": params}, TOKENS, RESET)
         return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
 
-    grads = flax.traverse_util.flatten_dict(quick_jit(jax.grad(loss))(PARAMS[block]), sep=".")
+    grads = quick_jit(jax.grad(loss))(PARAMS[config.model.pattern])
+    grads = flax.traverse_util.flatten_dict(grads, sep=".")
     for name, grad in grads.items():
         assert np.all(np.isfinite(grad)), name
         assert np.any(grad != 0), name

@@ -19,6 +19,7 @@ def get_config(task: str = ""):
     config.model.embedding_dim = 64  # Small: the tasks need structure and not size.
     config.model.num_blocks = 2  # The least that can be mixed.
     config.model.num_heads = 1  # All channels of an sLSTM block are mixed.
+    config.model.slstm_recurrent_scale = 4.0  # Large: small ones learn to count, and not to switch.
     config.model.gate_soft_cap = 0.0  # There are none in the paper.
     config.model.output_logit_soft_cap = 0.0  # There are none in the paper.
     config.model.remat = "none"  # There is room.

@@ -16,7 +16,6 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
     batch_share,
     check_vocabulary,
-    corpus_checksums,
     create_run_mesh,
     global_batches,
 )
@@ -145,22 +144,22 @@ def test_the_vocabulary_must_hold_the_store_s(tmp_path):
     store = write_store(tmp_path / "store", ["abc"], tokenizer)
     size = store.meta.vocab_size
     fits = RunConfig(model=ModelConfig(vocab_size=max(size, byte_store.meta.vocab_size)))
-    check_vocabulary(fits, [byte_store, store])
+    check_vocabulary(fits, byte_store.load_tokenizer())
+    check_vocabulary(fits, store.load_tokenizer())
     small = dataclasses.replace(fits, model=ModelConfig(vocab_size=size - 1))
     with pytest.raises(ValueError) as caught:
-        check_vocabulary(small, [store])
+        check_vocabulary(small, store.load_tokenizer())
     message = str(caught.value)
-    assert str(tmp_path / "store") in message
     assert str(size) in message and f"model.vocab_size={size - 1}" in message
 
 
-def test_a_corpus_is_known_by_its_text_not_its_place(tmp_path):
-    stores = [
-        write_store(tmp_path / name, texts)
-        for name, texts in {"a": ["x", "y"], "b": ["x", "y"], "c": ["x", "z"]}.items()
-    ]
-    one, same, other = corpus_checksums(stores)
-    assert one == same != other
+def test_stages_repeat_the_pattern_of_a_mixed_stack():
+    model = ModelConfig(num_blocks=8, ratio="[3:1]", num_heads=4)
+    create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=4, pp=2)))
+    with pytest.raises(ValueError) as caught:
+        create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=2, pp=4)))
+    message = "pattern of 4 blocks of both kinds, whose number of repeats=2 does not divide over"
+    assert message in str(caught.value)
 
 
 def test_rows_are_placed_on_the_mesh():

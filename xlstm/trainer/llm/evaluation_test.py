@@ -49,14 +49,16 @@ def _evaluate(sets, params, max_batches=None, num_devices=1, **sizes):
 
 
 def _expected(validation_set, params, max_batches):
-    """Loss, perplexity and bits per byte in float64."""
+    """Loss, perplexity, accuracy and bits per byte in float64."""
     logits = np.float64(params["logits"])
     nll_of = np.log(np.exp(logits).sum()) - logits
     batches = list(validation_set.batches(max_batches=max_batches))
     targets = np.concatenate([batch.targets[batch.targets_mask] for batch in batches])
     nll = nll_of[targets].sum()
     num_bytes = (targets != 0).sum()  # The marker of a document's end is no text.
-    return nll / targets.size, np.exp(nll / targets.size), nll / np.log(2) / num_bytes, len(batches)
+    accuracy = (targets == logits.argmax()).mean()
+    bits = nll / np.log(2) / num_bytes
+    return nll / targets.size, np.exp(nll / targets.size), accuracy, bits, len(batches)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"dp": 2, "fsdp": 4, "num_devices": 8}], ids=str)
@@ -65,9 +67,10 @@ def test_every_set_is_measured(sets, sizes, max_batches):
     row, num_calls = _evaluate(sets, _params(), max_batches, **sizes)
     expected, num_batches = {}, 0
     for validation_set, suffix in zip(sets, ["", "_wiki"], strict=True):
-        loss, perplexity, bits, count = _expected(validation_set, _params(), max_batches)
+        loss, perplexity, accuracy, bits, count = _expected(validation_set, _params(), max_batches)
         expected[f"val_loss{suffix}"] = loss
         expected[f"val_perplexity{suffix}"] = perplexity
+        expected[f"val_accuracy{suffix}"] = accuracy
         expected[f"val_bits_per_byte{suffix}"] = bits
         num_batches += count
     assert row == pytest.approx(expected, rel=1e-5)

@@ -65,12 +65,12 @@ def _run(compute, mesh, params, out_specs):
     return jax.device_get(run(params, _batch()))
 
 
-def _forward(**sizes):
+def _forward(num_devices=8, model_options=None, **sizes):
     """The metrics of a batch."""
-    mesh, model, params = _setup(8, {}, **sizes)
+    mesh, model, params = _setup(num_devices, model_options or {}, **sizes)
 
     def compute(params, batch, num_targets):
-        loss_fn = create_loss_fn(1, num_targets, gate_statistics=True)
+        loss_fn = create_loss_fn(1, num_targets, gate_pattern=model.config.model.pattern)
         _, (metrics, _) = loss_fn(params, model.apply, batch, None)
         return lax.psum(metrics, mesh.axis_names)
 
@@ -81,6 +81,7 @@ def _forward(**sizes):
 def _step(gate_statistics):
     """Gradients and metrics of a step with everything that a step can have."""
     mesh, model, params = _setup(8, {"remat": "block"}, fsdp=2, pp=2, tp=2)
+    pattern = model.config.model.pattern if gate_statistics else None
 
     def compute(params, batch, num_targets):
         grads, metrics, _ = accumulate_gradients(
@@ -88,7 +89,7 @@ def _step(gate_statistics):
             batch,
             jax.random.key(0),
             2,
-            create_loss_fn(2, num_targets, gate_statistics=gate_statistics),
+            create_loss_fn(2, num_targets, gate_pattern=pattern),
             use_scan=True,
         )
         return sum_gradients(grads, mesh.axis_names), lax.psum(metrics, mesh.axis_names)
@@ -112,7 +113,7 @@ def _expected():
             mutable=["intermediates"],
             capture_intermediates=lambda module, method: module.name in names,
         )
-        return variables, gate_moments(variables)
+        return variables, gate_moments(variables, model.config.model.pattern)
 
     variables, moments = jax.device_get(apply(params))
     captured = variables["intermediates"]["blocks"]["mlstm_layer"]
@@ -176,3 +177,13 @@ def test_a_gate_that_does_not_move_has_no_deviation():
     row = gate_row({"igate": (count, mean, np.nextafter(mean**2, np.float32(0)))})
     assert [row[f"igate_std/{block}"] for block in range(3)] == [0, 0, 0]
     assert row["igate_mean/2"] == -10
+
+
+def test_a_mixed_stack_has_statistics_of_every_block():
+    options = {"ratio": "[1:1]", "block": "xlstm_2024"}
+    expected = gate_row(_forward(1, options)["gates"])
+    _assert_same(gate_row(_forward(8, options, fsdp=2, pp=2, tp=2)["gates"]), expected)
+    assert {f"igate_mean/{block}" for block in range(_BLOCKS)} < expected.keys()
+    assert len({round(value, 4) for value in expected.values()}) == len(expected)
+    # Those of sLSTM blocks are shares of what a sigmoid lets through.
+    assert all(0 < expected[f"ogate_mean/{block}"] < 1 for block in (1, 3))

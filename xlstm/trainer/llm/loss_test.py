@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from xlstm.dataset.batch import Batch
-from xlstm.models.xlstm_parallel.blocks.mlstm.moments import Moments
+from xlstm.models.xlstm_parallel.blocks.moments import Moments
+from xlstm.models.xlstm_parallel.pattern import find_pattern
 from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
 
 _B, _T, _V = 2, 5, 7
@@ -81,7 +82,7 @@ def test_gate_statistics_come_with_the_loss():
         layer = {"gate_moments": ({"igate": moments},)}
         return _apply(*arguments, **options), {"intermediates": {"blocks": {"mlstm_layer": layer}}}
 
-    loss_fn = create_loss_fn(4, jnp.float32(100.0), gate_statistics=True)
+    loss_fn = create_loss_fn(4, jnp.float32(100.0), gate_pattern=find_pattern(["xlstm_7b"] * 3))
     loss, (metrics, mutable) = loss_fn(_params(), apply_fn, (_batch(), None), None)
     nll, count = _expected(_params(), _batch())
     np.testing.assert_allclose(loss, nll * 4 / 100, rtol=1e-6)

@@ -270,7 +270,7 @@ class _Cotangents(NamedTuple):
 
 
 def _mix(h: jax.Array, recurrent: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Products of `(..., NH, B, DH)` with the heads' weights, in their type; `dtype` is returned."""
+    """Products of `(..., NH, B, DH)` with weights of heads, in their type; `dtype` comes out."""
     return jnp.einsum(
         "...nbd,nde->...nbe", h.astype(recurrent.dtype), recurrent, preferred_element_type=dtype
     )

@@ -1,5 +1,6 @@
 """The sLSTM layer: convolution and gates before the cell, heads divided over `tp`."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,17 +10,11 @@ import jax.numpy as jnp
 from xlstm.distributed.tensor_parallel import features_to_tokens, tokens_to_features
 from xlstm.models.shared.block_diagonal import BlockDiagonal
 from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalState
-from xlstm.models.shared.init import small_init
 from xlstm.models.shared.norm import MultiHeadLayerNorm
 from xlstm.models.shared.parameters import boxed_parameter
 from xlstm.models.xlstm_parallel.blocks.moments import sow_gate_moments
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import gate_preactivations, slstm
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
-
-
-import os
-
-_FB = tuple(float(x) for x in os.environ.get("FB", "3,6").split(","))
 
 
 class sLSTMLayer(nn.Module):
@@ -78,13 +73,8 @@ class sLSTMLayer(nn.Module):
         )
         shape = (inputs[0].shape[1], head_dim, 4 * head_dim)
         axes = ("tp", None, None)
-        recurrent = boxed_parameter(
-            self,
-            "recurrent",
-            nn.initializers.normal(float(os.environ.get("RS", "0.16"))),
-            shape,
-            axes,
-        )
+        init_fn = nn.initializers.normal(config.slstm_recurrent_scale / math.sqrt(head_dim))
+        recurrent = boxed_parameter(self, "recurrent", init_fn, shape, axes)
         recurrent = recurrent.astype(dtype)
         h, cell_state = slstm(
             *inputs,
@@ -107,6 +97,6 @@ def _forget_bias_init(head_dim: int) -> Callable:
 
     def init(rng, shape, dtype):
         del rng
-        return jnp.tile(jnp.linspace(*_FB, head_dim, dtype=dtype), shape[0] // head_dim)
+        return jnp.tile(jnp.linspace(3.0, 6.0, head_dim, dtype=dtype), shape[0] // head_dim)
 
     return init
