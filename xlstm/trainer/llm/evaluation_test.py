@@ -13,11 +13,14 @@ from xlstm.trainer.llm.evaluation import create_evaluation
 _VOCAB_SIZE = 257
 
 
-def _apply(variables, inputs, targets, targets_mask, reset, keys, method):
+def _apply(variables, inputs, targets, targets_mask, reset, method):
     """A model that knows how frequent each token is, and nothing of the one before."""
-    assert method == "next_token_nll" and keys is None
-    nll = -jax.nn.log_softmax(variables["params"]["logits"])[targets]
-    return jnp.sum(jnp.where(targets_mask, nll, 0.0)), jnp.sum(targets_mask, dtype=jnp.float32)
+    assert method == "count_predicted"
+    logits = variables["params"]["logits"]
+    nll = -jax.nn.log_softmax(logits)[targets]
+    is_right = (targets == jnp.argmax(logits)) & targets_mask
+    sums = jnp.where(targets_mask, nll, 0.0), is_right, targets_mask
+    return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)
 
 
 @pytest.fixture(scope="module")

@@ -250,3 +250,38 @@ def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store)
     other = dataclasses.replace(long.schedule, peak_lr=1.0)
     with pytest.raises(ValueError, match="schedule.peak_lr was 0.001, is 1.0"):
         train_language_model(dataclasses.replace(long, schedule=other), str(tmp_path / "parts"))
+
+
+def test_a_mixed_stack_on_a_task_goes_on_as_if_never_stopped(tmp_path, store):
+    task = {
+        "data": {
+            "task": "parity",
+            "stores": ("stdlib",),
+            "context_length": 32,
+            "task_lengths": (1, 20),
+            "validation_lengths": ("1-20", "21-40"),
+        },
+        "model": {"vocab_size": 4, "block": "xlstm_2024", "num_blocks": 2, "ratio": "[1:1]"},
+    }
+    trainer = {"num_steps": 6, "eval_interval": 3, "eval_batches": 2}
+    config = _config(store, **task, trainer=trainer)
+    train_language_model(config, str(tmp_path / "whole"))
+    first = dataclasses.replace(config.trainer, num_steps=4)
+    train_language_model(dataclasses.replace(config, trainer=first), str(tmp_path / "parts"))
+    train_language_model(config, str(tmp_path / "parts"))
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    states = [_last_state(config, tmp_path / name) for name in ("whole", "parts")]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
+    rows = [row for row in _rows(tmp_path / "whole") if "loss" not in row]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    names = {
+        f"val_{what}_lengths_{lengths}"
+        for what in ("loss", "perplexity", "accuracy")
+        for lengths in ("1_20", "21_40")
+    }
+    assert rows[-1].keys() == names | {"step"}
+    # Another task is other data.
+    other = dataclasses.replace(config.data, task="majority")
+    with pytest.raises(ValueError, match="data.task was 'parity', is 'majority'"):
+        train_language_model(dataclasses.replace(config, data=other), str(tmp_path / "whole"))
