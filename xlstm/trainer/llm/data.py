@@ -38,12 +38,15 @@ def _check_context_length(config: RunConfig, mesh: Mesh) -> None:
 
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
     """Raises ValueError if a model does not divide over a mesh."""
-    pattern = model.pattern
-    repeats = "model.num_blocks"
-    if not pattern.is_uniform:
-        repeats = f"the pattern of {pattern.length()} blocks of both kinds, whose number of repeats"
+    pattern, stages = model.pattern, mesh.shape["pp"]
+    if not pattern.is_uniform and pattern.repeats % stages:
+        raise ValueError(
+            f"the blocks of mesh.pp={stages} stages cannot be alike: the pattern of"
+            f" {pattern.length()} mLSTM and sLSTM blocks repeats {pattern.repeats} times"
+            f" (model.num_blocks={model.num_blocks}); {stages} would have to divide that"
+        )
     for name, size, axes in [
-        (repeats, pattern.repeats, ("pp",)),
+        ("model.num_blocks", model.num_blocks, ("pp",)),
         ("model.num_heads", model.num_heads, ("tp",)),
         ("the hidden size of the feed-forward layer, model.ffn_dim", model.ffn_dim, ("tp",)),
         ("that of sLSTM blocks, model.slstm_ffn_dim", model.slstm_ffn_dim, ("tp",)),

@@ -158,8 +158,8 @@ def test_stages_repeat_the_pattern_of_a_mixed_stack():
     create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=4, pp=2)))
     with pytest.raises(ValueError) as caught:
         create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=2, pp=4)))
-    message = "pattern of 4 blocks of both kinds, whose number of repeats=2 does not divide over"
-    assert message in str(caught.value)
+    assert "mesh.pp=4 stages cannot be alike: the pattern of 4 mLSTM" in str(caught.value)
+    assert "repeats 2 times (model.num_blocks=8); 4 would have to divide" in str(caught.value)
 
 
 def test_rows_are_placed_on_the_mesh():
