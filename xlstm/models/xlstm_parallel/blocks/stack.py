@@ -69,7 +69,7 @@ def block_stack(config: LanguageModelConfig, wrap: Wrapper) -> type[nn.Module]:
                 blocks = scan(of_kind(run.kind), run.length, None, model.scan_unroll)
                 if states is not None:
                     stream = stream._replace(states=states[run.kind])
-                places = _places_of(pattern, run, repeat)
+                places = places_of(pattern, run, repeat)
                 stream, _ = blocks(self.config, name=name)(stream, places)
                 if states is not None:
                     states = states | {run.kind: stream.states}
@@ -107,11 +107,21 @@ def named_runs(pattern: BlockPattern) -> dict[str, Run]:
     return {f"{place}_{run.kind}": run for place, run in enumerate(pattern.runs)}
 
 
-def _places_of(pattern: BlockPattern, run: Run, repeat: jax.Array) -> BlockPlace:
-    blocks = jnp.arange(run.length)
+def places_of(pattern: BlockPattern, run: Run, repeats: jax.Array) -> BlockPlace:
+    """Places of a run's blocks in some repetitions of the pattern.
+
+    Args:
+        pattern: The model's pattern.
+        run: One of its runs.
+        repeats: Numbers of the repetitions, `(...)`.
+
+    Returns:
+        Arrays `(..., run.length)`.
+    """
+    repeats, blocks = repeats[..., None], jnp.arange(run.length)
     return BlockPlace(
-        repeat * pattern.length() + run.first + blocks,
-        repeat * pattern.length(run.kind) + run.first_of_kind + blocks,
+        repeats * pattern.length() + run.first + blocks,
+        repeats * pattern.length(run.kind) + run.first_of_kind + blocks,
     )
 
 
