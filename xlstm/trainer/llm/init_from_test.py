@@ -155,7 +155,7 @@ def test_a_run_that_has_begun_needs_its_source_no_more(runs, stores, tmp_path):
     config, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source
     os.makedirs(os.path.join(begun.checkpoints, "50"))
-    write_config(begun, config, run.corpora)
+    write_config(begun, config, run.data.checksums)
     shutil.rmtree(source)
     _, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source is None
