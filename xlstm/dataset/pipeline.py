@@ -6,7 +6,7 @@ knows the step can go on from there, with any number of processes.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -19,7 +19,7 @@ from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
 from xlstm.dataset.windows import JoinedWindows, Windows, validation_documents
 
 # Reading a batch takes far less than a step: this hides hiccups of the disk, no more.
-PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+_PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 # Rows to repeat a store for. Grain has a `repeat` without end, but its length, the largest of
 # integers, overflows on being put into batches of one row.
@@ -91,8 +91,6 @@ def train_batches(
         ValueError: The step is negative, a batch from there on cannot be divided, or a store has
             too little text.
     """
-    phases = phases_from(config, start_step)
-    shares = [rows_per_shard(phase.batch_size, shard_index, shard_count) for phase in phases]
     sources = _training_windows(config, stores)
     windows, eod_id = JoinedWindows(sources), stores[0].meta.eod_id
     order = _training_order(config, sources)
@@ -100,10 +98,37 @@ def train_batches(
     def read(numbers: list[int]) -> Batch:
         return full_batch(np.stack([windows[number] for number in numbers]), eod_id)
 
+    return read_batches(config, order, read, start_step, shard_index, shard_count)
+
+
+def read_batches(
+    config: DataConfig,
+    order: grain.MapDataset,
+    read: Callable[[list[int]], Batch],
+    start_step: int,
+    shard_index: int,
+    shard_count: int,
+) -> Iterator[Batch]:
+    """Reads rows in batches of the sizes that the configuration wants.
+
+    Args:
+        config: Has the sizes.
+        order: The endless sequence of the numbers of the rows.
+        read: Makes a batch of the rows of some numbers.
+        start_step: See `train_batches`, as for the others and for what is raised.
+        shard_index: Which share of every global batch to read.
+        shard_count: Number of shares.
+
+    Returns:
+        An iterator over that share of the global batches.
+    """
+    phases = phases_from(config, start_step)
+    shares = [rows_per_shard(phase.batch_size, shard_index, shard_count) for phase in phases]
+
     def read_phase(phase: Phase, rows: int) -> grain.IterDataset:
         # The order in pieces of `rows` rows; of every `shard_count` pieces, one is wanted.
         pieces = order[phase.first_row :].batch(rows, batch_fn=list)[shard_index::shard_count]
-        return pieces[: phase.num_steps].map(read).to_iter_dataset(PREFETCH)
+        return pieces[: phase.num_steps].map(read).to_iter_dataset(_PREFETCH)
 
     return itertools.chain.from_iterable(map(read_phase, phases, shares))
 

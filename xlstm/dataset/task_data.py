@@ -5,7 +5,6 @@ there, with any number of processes. It holds as many examples of random lengths
 the other; none is cut, and what is left is padding that does not count.
 """
 
-import itertools
 import json
 from collections.abc import Iterator
 
@@ -14,9 +13,9 @@ import numpy as np
 import tokenizers
 
 from xlstm.dataset.batch import Batch
-from xlstm.dataset.batch_sizes import Phase, phases_from, rows_per_shard
+from xlstm.dataset.batch_sizes import phases_from, rows_per_shard
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.pipeline import ENDLESS, PREFETCH, RowOrigin
+from xlstm.dataset.pipeline import ENDLESS, RowOrigin, read_batches
 from xlstm.dataset.tasks import EOD_ID, EOD_WORD, Task, create_task
 from xlstm.dataset.tokenizer import JsonTokenizer, Tokenizer
 
@@ -101,15 +100,9 @@ class TaskData:
         self, start_step: int = 0, shard_index: int = 0, shard_count: int = 1
     ) -> Iterator[Batch]:
         """See `train_batches` of the pipeline."""
-        phases = phases_from(self._config, start_step)
-        shares = [rows_per_shard(phase.batch_size, shard_index, shard_count) for phase in phases]
-
-        def read_phase(phase: Phase, rows: int) -> grain.IterDataset:
-            numbers = grain.MapDataset.range(phase.first_row, ENDLESS)
-            pieces = numbers.batch(rows, batch_fn=list)[shard_index::shard_count]
-            return pieces[: phase.num_steps].map(self._rows.batch).to_iter_dataset(PREFETCH)
-
-        return itertools.chain.from_iterable(map(read_phase, phases, shares))
+        order = grain.MapDataset.range(ENDLESS)
+        read = self._rows.batch
+        return read_batches(self._config, order, read, start_step, shard_index, shard_count)
 
     def batch_origins(self, step: int) -> list[RowOrigin]:
         """See `batch_origins` of the pipeline; the documents are the numbers of the rows."""

@@ -11,7 +11,8 @@ from xlstm.tools.config import default_config
 
 def get_config(task: str = ""):
     """Returns the configuration of a task."""
-    words, longest = len(create_task(task).words), create_task(task).max_length
+    made = create_task(task)
+    words, longest = len(made.words), made.max_length
     config = default_config()
     config.model.block = "xlstm_2024"  # That of the paper.
     config.model.ratio = "[1:1]"  # Both kinds of blocks; "[1:0]" and "[0:1]" are the others.

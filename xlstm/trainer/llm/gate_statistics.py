@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm.common_types import PyTree
-from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.models.xlstm_parallel.blocks.moments import Moments
-from xlstm.models.xlstm_parallel.blocks.stack import named_runs, places_of
+from xlstm.models.xlstm_parallel.blocks.stack import named_runs, own_repeats, places_of
 from xlstm.models.xlstm_parallel.pattern import BlockPattern
 
 
@@ -30,8 +29,6 @@ def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]
     sown = variables["intermediates"]["blocks"]
     if pattern.is_uniform:
         sown = {name: sown for name in named_runs(pattern)}
-    num_repeats = pattern.repeats // axis_size("pp")
-    repeats = axis_index("pp") * num_repeats + jnp.arange(num_repeats)
 
     def place(numbers: jax.Array, sown: jax.Array) -> jax.Array:
         # Before the blocks a pipeline has an axis of micro-batches.
@@ -43,7 +40,7 @@ def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]
     for name, run in named_runs(pattern).items():
         (layer,) = sown[name].values()
         (moments,) = layer["gate_moments"]
-        numbers = places_of(pattern, run, repeats).number.ravel()
+        numbers = places_of(pattern, run, own_repeats(pattern)).number.ravel()
         placed.append(jax.tree.map(functools.partial(place, numbers), moments))
     return jax.tree.map(lambda *runs: sum(runs), *placed)
 

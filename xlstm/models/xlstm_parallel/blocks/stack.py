@@ -97,9 +97,14 @@ def stack_places(pattern: BlockPattern) -> PyTree:
     Returns:
         Places of the blocks if they are of one kind, else the numbers of the repetitions.
     """
-    repeats = pattern.repeats // axis_size("pp")
-    numbers = axis_index("pp") * repeats + jnp.arange(repeats)
+    numbers = own_repeats(pattern)
     return BlockPlace(numbers, numbers) if pattern.is_uniform else numbers
+
+
+def own_repeats(pattern: BlockPattern) -> jax.Array:
+    """The numbers of the pattern's repetitions that are this stage's, int32 `(repeats / pp,)`."""
+    count = pattern.repeats // axis_size("pp")
+    return axis_index("pp") * count + jnp.arange(count)
 
 
 def named_runs(pattern: BlockPattern) -> dict[str, Run]:

@@ -83,7 +83,7 @@ def _run(arguments, cotangents, masks, cell, forget_gate):
     return outputs, vjp(cotangents)[0]
 
 
-def _compare(arguments, cotangents, masks, forget_gate):
+def _assert_is_the_oracle_s(arguments, cotangents, masks, forget_gate):
     found = _run(arguments, cotangents, masks, slstm, forget_gate)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arguments, cotangents))
@@ -109,12 +109,12 @@ def _compare(arguments, cotangents, masks, forget_gate):
 def test_outputs_states_and_gradients_are_the_oracle_s(num_heads, forget_gate, time):
     for seed, (gate_scale, with_state) in enumerate([(1, True), (1, False), (20, True)]):
         case = _arguments(seed, num_heads, time, gate_scale, with_state)
-        _compare(*case, forget_gate)
+        _assert_is_the_oracle_s(*case, forget_gate)
 
 
 @pytest.mark.parametrize("num_heads", [2, 3])
 def test_other_numbers_of_heads(num_heads):
-    _compare(*_arguments(7, num_heads, 7, 1, True), "sigmoid")
+    _assert_is_the_oracle_s(*_arguments(7, num_heads, 7, 1, True), "sigmoid")
 
 
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exponential"])
