@@ -137,4 +137,4 @@ def _tokenizer_of(task: Task) -> Tokenizer:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=EOD_WORD))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     definition = json.dumps(json.loads(inner.to_str()), indent=1, sort_keys=True)
-    return JsonTokenizer.from_definition(definition.encode(), f"task {task.name}", EOD_WORD)
+    return JsonTokenizer(definition.encode(), f"task {task.name}", EOD_WORD)

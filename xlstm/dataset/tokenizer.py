@@ -87,56 +87,36 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library, read from a local file.
+    """A `tokenizer.json` of the `tokenizers` library.
 
     Markers that are spelled out in a text are taken as ordinary text, so that no document can end
     another; where the vocabulary cannot spell them, they are left out. Truncation and padding that
     the file may ask for are off.
     """
 
-    def __init__(self, path: str, eod_token: str | None = None):
-        """Reads the file.
+    def __init__(self, definition: bytes, name: str, eod_token: str | None = None):
+        """Reads the content of a `tokenizer.json`.
 
         Args:
-            path: The `tokenizer.json`.
+            definition: The content.
+            name: The file's path, or what else to call it.
             eod_token: The marker's entry in the vocabulary; by default the first of `EOD_TOKENS`
                 that the vocabulary has.
 
         Raises:
-            ValueError: The file cannot be read or parsed, or has no such marker.
+            ValueError: It cannot be parsed, or has no such marker.
         """
-        try:
-            with open(path, "rb") as file:
-                definition = file.read()
-        except OSError as error:
-            raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-        self._set(definition, path, eod_token)
-
-    @classmethod
-    def from_definition(cls, definition: bytes, name: str, eod_token: str) -> "JsonTokenizer":
-        """Makes one of the content of a `tokenizer.json`.
-
-        Args:
-            definition: The content.
-            name: What to call it.
-            eod_token: The marker's entry in the vocabulary.
-        """
-        made = cls.__new__(cls)
-        made._set(definition, name, eod_token)
-        return made
-
-    def _set(self, definition: bytes, path: str, eod_token: str | None) -> None:
         try:
             inner = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
         except Exception as error:  # The library raises plain `Exception`s.
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+            raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
         self.definition = definition
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
         self._inner = inner
-        self.name = path
-        self.eod_token, self.eod_id = _find_eod(inner, path, eod_token)
+        self.name = name
+        self.eod_token, self.eod_id = _find_eod(inner, name, eod_token)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         digest = hashlib.sha256(self.definition + self.eod_token.encode())
         self.fingerprint = f"sha256:{digest.hexdigest()}"
@@ -204,7 +184,12 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
         raise ValueError(
             f"no tokenizer {name_or_path!r}: give 'byte' or the path of a tokenizer.json"
         )
-    return JsonTokenizer(name_or_path, eod_token or _configured_eod(name_or_path))
+    try:
+        with open(name_or_path, "rb") as file:
+            definition = file.read()
+    except OSError as error:
+        raise ValueError(f"cannot read the tokenizer {name_or_path}: {error.strerror}") from error
+    return JsonTokenizer(definition, name_or_path, eod_token or _configured_eod(name_or_path))
 
 
 def _configured_eod(path: str) -> str | None:
