@@ -28,12 +28,12 @@ class Batch:
     reset: np.ndarray | jax.Array
 
 
-def full_batch(windows: np.ndarray, eod_id: int) -> Batch:
+def full_batch(windows: np.ndarray, bos_id: int) -> Batch:
     """Turns full windows into a batch.
 
     Args:
         windows: `(B, T + 1)` int32.
-        eod_id: The marker that every document begins with.
+        bos_id: The marker that every document begins with.
 
     Returns:
         The batch of NumPy arrays `(B, T)`.
@@ -43,24 +43,24 @@ def full_batch(windows: np.ndarray, eod_id: int) -> Batch:
         inputs=inputs,
         targets=np.ascontiguousarray(windows[:, 1:]),
         targets_mask=np.ones(inputs.shape, bool),
-        reset=inputs == eod_id,
+        reset=inputs == bos_id,
     )
 
 
-def padded_batch(windows: Sequence[np.ndarray], shape: tuple[int, int], eod_id: int) -> Batch:
+def padded_batch(windows: Sequence[np.ndarray], shape: tuple[int, int], bos_id: int) -> Batch:
     """Turns windows, some perhaps short or missing, into a batch.
 
     Args:
         windows: At most `B` of at most `T + 1` tokens.
         shape: `(B, T + 1)`.
-        eod_id: The marker that every document begins with; it fills the places without a token.
+        bos_id: The marker that every document begins with; it fills the places without a token.
 
     Returns:
         The batch of NumPy arrays `(B, T)`, its mask False where there is no token.
     """
-    padded = np.full(shape, eod_id, np.int32)
+    padded = np.full(shape, bos_id, np.int32)
     present = np.zeros(shape, bool)
     for row, window in enumerate(windows):
         padded[row, : window.size] = window
         present[row, : window.size] = True
-    return full_batch(padded, eod_id).replace(targets_mask=present[:, 1:])
+    return full_batch(padded, bos_id).replace(targets_mask=present[:, 1:])

@@ -38,7 +38,7 @@ def encode_blocks(
         # Not forked: the progress bar runs in a thread, and forking threads can hang.
         multiprocessing.get_context("spawn"),
         _start_worker,
-        (tokenizer.name, tokenizer.eod_token),
+        (tokenizer.name, tokenizer.eod_token, tokenizer.bos_token),
     )
     pending = collections.deque()
     try:
@@ -55,12 +55,12 @@ def encode_blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer_name: str, eod_token: str) -> None:
+def _start_worker(tokenizer_name: str, eod_token: str, bos_token: str) -> None:
     """Prepares a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is for the parent to handle.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     global _tokenizer
-    _tokenizer = load_tokenizer(tokenizer_name, eod_token)
+    _tokenizer = load_tokenizer(tokenizer_name, eod_token, bos_token)
 
 
 def _die_with_parent() -> None:

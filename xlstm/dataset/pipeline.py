@@ -92,11 +92,11 @@ def train_batches(
             too little text.
     """
     sources = _training_windows(config, stores)
-    windows, eod_id = JoinedWindows(sources), stores[0].meta.eod_id
+    windows, bos_id = JoinedWindows(sources), stores[0].meta.bos_id
     order = _training_order(config, sources)
 
     def read(numbers: list[int]) -> Batch:
-        return full_batch(np.stack([windows[number] for number in numbers]), eod_id)
+        return full_batch(np.stack([windows[number] for number in numbers]), bos_id)
 
     return read_batches(config, order, read, start_step, shard_index, shard_count)
 

@@ -15,9 +15,10 @@ import tokenizers
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.batch_sizes import phases_from, rows_per_shard
 from xlstm.dataset.config import DataConfig
+from xlstm.dataset.json_tokenizer import JsonTokenizer
 from xlstm.dataset.pipeline import ENDLESS, RowOrigin, read_batches
 from xlstm.dataset.tasks import EOD_ID, EOD_WORD, Task, create_task
-from xlstm.dataset.tokenizer import JsonTokenizer, Tokenizer
+from xlstm.dataset.tokenizer import Tokenizer
 
 _VALIDATION_ROWS = 512  # Of each set.
 _TRAINING, _VALIDATION = 0, 1  # Streams of random numbers.

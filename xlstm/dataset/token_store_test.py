@@ -114,8 +114,8 @@ def test_meta_that_is_not_ours(path, content):
 
 
 def test_version_from_the_future(path):
-    edit_meta(path, version=2)
-    with pytest.raises(ValueError, match="format version 2, this program reads 1"):
+    edit_meta(path, version=3)
+    with pytest.raises(ValueError, match="format version 3, this program reads 1 and 2"):
         TokenStore.open(path)
 
 

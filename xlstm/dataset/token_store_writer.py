@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from xlstm.dataset.token_store import (
+    CORRECTIONS_FILE,
     DOCUMENTS_FILE,
     META_FILE,
     OFFSET_DTYPE,
@@ -33,16 +34,25 @@ class EncodedDocuments:
     """Some documents as a store holds them.
 
     Attributes:
-        tokens: `(T,)` ids of all of them, each document led by the marker.
-        lengths: `(N,)` int64, tokens per document, the marker included.
+        tokens: `(T,)` ids of all of them, with the markers.
+        lengths: `(N,)` int64, tokens per document, the markers included.
         text_bytes: The size of their text in UTF-8.
         num_empty: How many texts had no token and were left out.
+        num_characters: The characters of all texts.
+        corrections: `(C, 2)` int64, see `TokenStore`; the indices are into `tokens`.
+        num_unknown: How many tokens say only that the tokenizer does not know something.
+        left_out: The characters of each text that no token stands for, by the text's index among
+            all texts.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     text_bytes: int
     num_empty: int
+    num_characters: int = 0
+    corrections: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    num_unknown: int = 0
+    left_out: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocuments:
@@ -58,18 +68,28 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocum
     Raises:
         ValueError: A text is not valid Unicode.
     """
-    marker = np.array([tokenizer.eod_id], tokenizer.dtype)
-    pieces, lengths, text_bytes, num_empty = [marker[:0]], [], 0, 0
-    for text in texts:
-        ids = tokenizer.encode(text)
-        if not ids.size:
-            num_empty += 1
-            continue
-        pieces += [marker, ids]
-        lengths.append(1 + ids.size)
-        text_bytes += len(text.encode("utf-8"))
+    texts = list(texts)
+    encoded = tokenizer.encode_batch(texts)
+    lengths = encoded.lengths[encoded.lengths > 0]
+    # A marker in front of each document, and behind it if that is another one.
+    num_markers = 1 if tokenizer.bos_id == tokenizer.eod_id else 2
+    ends = np.cumsum(lengths + num_markers)
+    is_text = np.ones(ends[-1] if ends.size else 0, bool)
+    is_text[ends - 1] = num_markers == 1
+    is_text[ends - (lengths + num_markers)] = False
+    tokens = np.full(is_text.size, tokenizer.eod_id, tokenizer.dtype)
+    tokens[ends - (lengths + num_markers)] = tokenizer.bos_id
+    tokens[is_text] = encoded.ids
+    indices = np.flatnonzero(is_text)[encoded.corrected]
     return EncodedDocuments(
-        np.concatenate(pieces), np.array(lengths, np.int64), text_bytes, num_empty
+        tokens=tokens,
+        lengths=lengths + num_markers,
+        text_bytes=int(encoded.text_bytes[encoded.lengths > 0].sum()),
+        num_characters=sum(map(len, texts)),
+        num_empty=len(texts) - lengths.size,
+        corrections=np.stack([indices, encoded.corrected_bytes], axis=1),
+        num_unknown=encoded.num_unknown,
+        left_out=encoded.left_out,
     )
 
 
@@ -103,6 +123,7 @@ class TokenStoreWriter:
         os.makedirs(self._folder)
         self._tokens = _HashedFile(self._folder, TOKENS_FILE)
         self._documents = _HashedFile(self._folder, DOCUMENTS_FILE)
+        self._corrections: _HashedFile | None = None  # Made when there is one.
 
     def __enter__(self) -> "TokenStoreWriter":
         """Returns the writer."""
@@ -119,8 +140,8 @@ class TokenStoreWriter:
             if exc_type is None:
                 self._finish()
         finally:
-            self._tokens.abandon()
-            self._documents.abandon()
+            for file in self._open_files():
+                file.abandon()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, documents: EncodedDocuments) -> None:
@@ -137,11 +158,15 @@ class TokenStoreWriter:
         if not lengths.size:
             return
         starts = np.cumsum(lengths) - lengths
-        markers = np.flatnonzero(tokens == self._tokenizer.eod_id)
-        if tokens.dtype != self._tokenizer.dtype or not np.array_equal(markers, starts):
+        ends = starts + lengths - 1
+        bos_id, eod_id = self._tokenizer.bos_id, self._tokenizer.eod_id
+        in_place = np.array_equal(np.flatnonzero(tokens == bos_id), starts)
+        if eod_id != bos_id:
+            in_place &= np.array_equal(np.flatnonzero(tokens == eod_id), ends)
+        if tokens.dtype != self._tokenizer.dtype or not in_place:
             raise ValueError(
                 f"the documents were not encoded with this store's tokenizer "
-                f"{self._tokenizer.name}: each must start with its marker and hold no other"
+                f"{self._tokenizer.name}: each must have its markers and hold no other"
             )
         if tokens.max() >= self._tokenizer.vocab_size:
             raise ValueError(
@@ -150,9 +175,18 @@ class TokenStoreWriter:
             )
         self._tokens.write(tokens.tobytes())
         self._documents.write((starts + self._num_tokens).astype(OFFSET_DTYPE).tobytes())
+        if len(documents.corrections):
+            if self._corrections is None:
+                self._corrections = _HashedFile(self._folder, CORRECTIONS_FILE)
+            moved = documents.corrections + (self._num_tokens, 0)
+            self._corrections.write(moved.astype(OFFSET_DTYPE).tobytes())
         self._num_documents += lengths.size
         self._num_tokens += tokens.size
         self._text_bytes += documents.text_bytes
+
+    def _open_files(self) -> list["_HashedFile"]:
+        files = (self._tokens, self._documents, self._corrections)
+        return [file for file in files if file is not None]
 
     def _finish(self) -> None:
         """Writes what is missing, `meta.json` last, and renames the folder."""
@@ -160,7 +194,7 @@ class TokenStoreWriter:
             raise ValueError(f"no token store {self.path} was made: there is no text in the input")
         self._documents.write(np.array([self._num_tokens], OFFSET_DTYPE).tobytes())
         tokenizer = self._tokenizer
-        files = {file.name: file.close() for file in (self._tokens, self._documents)}
+        files = {file.name: file.close() for file in self._open_files()}
         if tokenizer.definition is not None:
             files[TOKENIZER_FILE] = _write_file(self._folder, TOKENIZER_FILE, tokenizer.definition)
         meta = StoreMeta(
@@ -169,6 +203,8 @@ class TokenStoreWriter:
             vocab_size=tokenizer.vocab_size,
             eod_id=tokenizer.eod_id,
             eod_token=tokenizer.eod_token,
+            bos_id=tokenizer.bos_id,
+            bos_token=tokenizer.bos_token,
             dtype=tokenizer.dtype.str,
             num_documents=self._num_documents,
             num_tokens=self._num_tokens,

@@ -1,235 +1,190 @@
-"""Tokenizers: text to token ids and back.
+"""Loads tokenizers: `byte`, or a `tokenizer.json` with the markers that files beside it name."""
 
-Two kinds: `byte` (an id is a UTF-8 byte; needs no file) and a `tokenizer.json` of the `tokenizers`
-library. Both have an end-of-document marker, which stands in front of every document of a token
-store and of every prompt; `encode` never yields it.
-"""
-
-import abc
-import functools
-import hashlib
+import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 import tokenizers
 
-TOKENIZER_FILE = "tokenizer.json"
+from xlstm.dataset.base_tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, read_definition
+from xlstm.dataset.json_tokenizer import JsonTokenizer, parse_tokenizer
+from xlstm.dataset.token_pieces import components
+
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+MODEL_CONFIG_FILE = "config.json"
+MARKERS_FILE = "document_markers.json"  # Ours: what a run decided.
 
 
-class Tokenizer(abc.ABC):
-    """Text to token ids and back.
+@dataclasses.dataclass(frozen=True)
+class Markers:
+    """What the files beside a `tokenizer.json`, and the file itself, say of its markers.
 
     Attributes:
-        name: "byte", or the path of the `tokenizer.json`.
-        vocab_size: Every id is below it.
-        eod_id: The id of the end-of-document marker.
-        eod_token: How the marker is written in the tokenizer's vocabulary.
-        fingerprint: Equal for two tokenizers exactly if they turn text into the same ids.
-        definition: The content of the `tokenizer.json`; None where the name says everything.
+        eod_token: The token behind a document; None if nothing names one.
+        bos_token: The token in front of a document; None if nothing names one.
+        disagreements: Sentences about files that name another token than `eod_token`.
     """
 
-    name: str
-    vocab_size: int
-    eod_id: int
-    eod_token: str
-    fingerprint: str
-    definition: bytes | None
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The smallest unsigned type, 8 to 32 bits, that holds every id."""
-        return smallest_dtype(self.vocab_size)
-
-    @abc.abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Turns a text into ids `(T,)` of the tokenizer's `dtype`, without any marker.
-
-        Raises:
-            ValueError: The text holds a lone surrogate, which no UTF-8 text can.
-        """
-
-    @abc.abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """Turns ids back into text; what is not valid UTF-8 becomes U+FFFD, markers vanish."""
-
-    @abc.abstractmethod
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """Counts the UTF-8 bytes of the text that ids `(T,)` stand for; markers have none."""
+    eod_token: str | None = None
+    bos_token: str | None = None
+    disagreements: tuple[str, ...] = ()
 
 
-class ByteTokenizer(Tokenizer):
-    """An id is a UTF-8 byte. The marker is NUL; NULs in a text, which say nothing, are left out."""
-
-    name = "byte"
-    vocab_size = 256
-    eod_id = 0
-    eod_token = "\0"
-    fingerprint = "byte"
-    definition = None
-
-    def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer.encode`."""
-        ids = np.frombuffer(_utf8(text), np.uint8)
-        return ids[ids != self.eod_id]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer.decode`."""
-        kept = [int(i) for i in ids if i != self.eod_id]
-        return bytes(kept).decode("utf-8", errors="replace")
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """See `Tokenizer.count_bytes`."""
-        return int(np.count_nonzero(ids != self.eod_id))
-
-
-class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library.
-
-    Markers that are spelled out in a text are taken as ordinary text, so that no document can end
-    another; where the vocabulary cannot spell them, they are left out. Truncation and padding that
-    the file may ask for are off.
-    """
-
-    def __init__(self, definition: bytes, name: str, eod_token: str | None = None):
-        """Reads the content of a `tokenizer.json`.
-
-        Args:
-            definition: The content.
-            name: The file's path, or what else to call it.
-            eod_token: The marker's entry in the vocabulary; by default the first of `EOD_TOKENS`
-                that the vocabulary has.
-
-        Raises:
-            ValueError: It cannot be parsed, or has no such marker.
-        """
-        try:
-            inner = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-        except Exception as error:  # The library raises plain `Exception`s.
-            raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
-        self.definition = definition
-        inner.no_truncation()
-        inner.no_padding()
-        inner.encode_special_tokens = True
-        self._inner = inner
-        self.name = name
-        self.eod_token, self.eod_id = _find_eod(inner, name, eod_token)
-        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        digest = hashlib.sha256(self.definition + self.eod_token.encode())
-        self.fingerprint = f"sha256:{digest.hexdigest()}"
-
-    def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer.encode`."""
-        _utf8(text)  # The library's own complaint about lone surrogates is not a ValueError.
-        ids = np.asarray(self._inner.encode(text, add_special_tokens=False).ids, self.dtype)
-        return ids[ids != self.eod_id]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer.decode`."""
-        kept = [int(i) for i in ids if i != self.eod_id]
-        return self._inner.decode(kept, skip_special_tokens=True)
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """See `Tokenizer.count_bytes`.
-
-        It is exact for byte-level vocabularies. Others are asked for the text, and that of a piece
-        may miss a space in front of it, or a character that it cuts.
-        """
-        if self._token_bytes is None:
-            return len(self.decode(ids).encode("utf-8"))
-        return int(self._token_bytes[ids].sum())
-
-    @functools.cached_property
-    def _token_bytes(self) -> np.ndarray | None:
-        """`(V,)`, the bytes of each token; None unless the vocabulary is byte-level."""
-        if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
-            return None
-        # There a character of a token stands for a byte, unless it was added as it is.
-        alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        sizes = np.zeros(self.vocab_size, np.int64)
-        for token, token_id in self._inner.get_vocab(with_added_tokens=True).items():
-            sizes[token_id] = len(token) if alphabet.issuperset(token) else len(_utf8(token))
-        for token_id, token in self._inner.get_added_tokens_decoder().items():
-            if token.special:
-                sizes[token_id] = 0
-        sizes[self.eod_id] = 0
-        return sizes
-
-
-def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    name_or_path: str, eod_token: str | None = None, bos_token: str | None = None
+) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
         name_or_path: "byte", or the path of a `tokenizer.json` (or of a folder that holds one).
-        eod_token: Which entry of the vocabulary is the end-of-document marker; not for "byte",
-            whose marker is NUL. By default the `eos_token` of a `tokenizer_config.json` beside the
-            file, or else the first of `EOD_TOKENS` that the vocabulary has.
+        eod_token: Which entry of the vocabulary is the marker behind documents; not for "byte",
+            whose marker is NUL. By default what `find_markers` finds, or else the first of
+            `EOD_TOKENS` that the vocabulary has.
+        bos_token: Which entry is the marker in front of documents. By default what `find_markers`
+            finds, or else the same as the one behind them.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: No such tokenizer, not readable, or without an end-of-document marker.
+        ValueError: No such tokenizer, not readable, or without such markers.
     """
     if name_or_path == ByteTokenizer.name:
-        if eod_token not in (None, ByteTokenizer.eod_token):
-            raise ValueError(f"the byte tokenizer's marker is NUL and cannot be {eod_token!r}")
+        for token in (eod_token, bos_token):
+            if token not in (None, ByteTokenizer.eod_token):
+                raise ValueError(f"the byte tokenizer's marker is NUL and cannot be {token!r}")
         return ByteTokenizer()
-    if os.path.isdir(name_or_path):
-        name_or_path = os.path.join(name_or_path, TOKENIZER_FILE)
-    if not os.path.exists(name_or_path):
-        raise ValueError(
-            f"no tokenizer {name_or_path!r}: give 'byte' or the path of a tokenizer.json"
-        )
-    try:
-        with open(name_or_path, "rb") as file:
-            definition = file.read()
-    except OSError as error:
-        raise ValueError(f"cannot read the tokenizer {name_or_path}: {error.strerror}") from error
-    return JsonTokenizer(definition, name_or_path, eod_token or _configured_eod(name_or_path))
+    path = tokenizer_path(name_or_path)
+    definition = read_definition(path)
+    if eod_token is None or bos_token is None:
+        markers = find_markers(path, definition)
+        eod_token, bos_token = eod_token or markers.eod_token, bos_token or markers.bos_token
+    return JsonTokenizer(definition, path, eod_token, bos_token)
 
 
-def _configured_eod(path: str) -> str | None:
-    """The `eos_token` of the file that public models have beside their `tokenizer.json`."""
-    config_path = os.path.join(os.path.dirname(path), TOKENIZER_CONFIG_FILE)
+def tokenizer_path(path: str) -> str:
+    """Returns the path of the `tokenizer.json` that a path of its own, or of its folder, names."""
+    return os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
+
+
+def find_markers(path: str, definition: bytes) -> Markers:
+    """Finds the markers that the files of a public model name.
+
+    In the folder of a run, `document_markers.json` says both. Else the marker behind documents is
+    the `eos_token` of `tokenizer_config.json`, else that of
+    `special_tokens_map.json`, else the (first) `eos_token_id` of `generation_config.json`, else
+    that of `config.json`. The one in front is what the tokenizer itself puts in front of a text,
+    else the `bos_token_id` of those files.
+
+    Args:
+        path: The path of the `tokenizer.json`.
+        definition: Its content.
+
+    Returns:
+        The markers.
+
+    Raises:
+        ValueError: A file cannot be read, or does not name tokens as it should.
+    """
+    decided = [tokenizer_token(path, MARKERS_FILE, key) for key in ("eod_token", "bos_token")]
+    if None not in decided:
+        return Markers(*decided)
+    inner, parsed = parse_tokenizer(definition, path), json.loads(definition)
+    named: list[tuple[str, list[str]]] = []
+    for file in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
+        token = tokenizer_token(path, file, "eos_token")
+        named += [(file, [token])] if token is not None else []
+    bos_token = _leading_token(parsed)
+    for file in (GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE):
+        content = _read_beside(path, file)
+        tokens = _tokens_of_ids(content, "eos_token_id", inner)
+        named += [(file, tokens)] if tokens else []
+        bos_token = bos_token or next(iter(_tokens_of_ids(content, "bos_token_id", inner)), None)
+    if not named:
+        return Markers(bos_token=bos_token)
+    first_file, (eod_token, *_) = named[0]
+    others = [
+        f"{file} says {' or '.join(map(repr, tokens))}"
+        for file, tokens in named[1:]
+        if eod_token not in tokens
+    ]
+    text = f"the token at the end of a text is {eod_token!r}, as {first_file} says"
+    disagreements = (f"{text}; but {', '.join(others)}",) if others else ()
+    return Markers(eod_token, bos_token, disagreements)
+
+
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Returns whether two tokenizers turn texts into the same ids, with the same markers."""
+    # Equal files need no comparison of what they say.
+    is_equal = one.definition == other.definition and one.eod_id == other.eod_id
+    return (is_equal and one.bos_id == other.bos_id) or one.identity == other.identity
+
+
+def describe(tokenizer: Tokenizer) -> str:
+    """Returns what tells a tokenizer from others, for messages."""
+    if tokenizer.definition is None:
+        return tokenizer.name
+    markers = tokenizer.eod_token
+    if tokenizer.bos_id != tokenizer.eod_id:
+        markers = f"{tokenizer.bos_token} ... {markers}"
+    return f"{tokenizer.fingerprint[:19]}, {tokenizer.vocab_size} ids, {markers!r}"
+
+
+def _read_beside(path: str, name: str) -> dict[str, Any]:
+    """Reads a JSON object beside a file; an empty one if it is not there."""
+    path = os.path.join(os.path.dirname(path), name)
     try:
-        with open(config_path, encoding="utf-8") as file:
-            token = json.load(file).get("eos_token")
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{config_path} cannot be used: {error}") from error
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be used: it holds no JSON object")
+    return content
+
+
+def tokenizer_token(path: str, file: str, key: str) -> str | None:
+    """Reads a token that a file beside a `tokenizer.json` names.
+
+    Args:
+        path: The path of the `tokenizer.json`.
+        file: The name of the file.
+        key: The field, which holds the token or an object with its `content`.
+
+    Returns:
+        The token; None if there is no such file, or it does not name one.
+
+    Raises:
+        ValueError: If the file cannot be read, or the field holds something else.
+    """
+    token = _read_beside(path, file).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
-        raise ValueError(f"{config_path} has eos_token={token!r}: expected a text")
+        raise ValueError(f"{file} has {key}={token!r}: expected a text")
     return token
 
 
-def smallest_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest little-endian unsigned type that holds the ids below `vocab_size`."""
-    return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
+def _tokens_of_ids(content: dict[str, Any], key: str, inner: tokenizers.Tokenizer) -> list[str]:
+    """Returns the tokens that a field names by id or a list of ids, without unknown ones."""
+    ids = content.get(key)
+    ids = ids if isinstance(ids, list) else [ids]
+    tokens = [inner.id_to_token(i) for i in ids if type(i) is int and i >= 0]
+    return [token for token in tokens if token is not None]
 
 
-def _find_eod(inner: tokenizers.Tokenizer, path: str, token: str | None) -> tuple[str, int]:
-    """Finds the end-of-document marker: the one asked for, or else the first usual one."""
-    candidates = EOD_TOKENS if token is None else (token,)
-    for candidate in candidates:
-        token_id = inner.token_to_id(candidate)
-        if token_id is not None:
-            return candidate, token_id
-    looked_for = ", ".join(repr(candidate) for candidate in candidates)
-    raise ValueError(f"{path} has no end-of-document token (looked for {looked_for}): name one")
-
-
-def _utf8(text: str) -> bytes:
-    """Returns the text's UTF-8 bytes; raises ValueError where it has none."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds a lone surrogate (U+{ord(text[error.start]):04X} at character "
-            f"{error.start}), which is not valid Unicode"
-        ) from error
+def _leading_token(definition: dict[str, Any]) -> str | None:
+    """Returns the special token that a tokenizer's post-processor puts in front of a text."""
+    for part in components(definition.get("post_processor")):
+        if part["type"] in ("BertProcessing", "RobertaProcessing"):
+            return part["cls"][0]
+        first = (part.get("single") or [{}])[0]
+        if part["type"] == "TemplateProcessing" and "SpecialToken" in first:
+            token = first["SpecialToken"]["id"]
+            entry = (part.get("special_tokens") or {}).get(token)
+            return entry["tokens"][0] if entry else token
+    return None

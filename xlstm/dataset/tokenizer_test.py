@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -6,8 +7,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlstm.dataset.testing import write_tokenizer_json
-from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
+from xlstm.dataset.testing import tokenizer_families, write_tokenizer_json
+from xlstm.dataset.tokenizer import ByteTokenizer, find_markers, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -28,34 +29,10 @@ def test_bytes_round_trip(text):
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_json_round_trip(json_path, text):
     tokenizer = load_tokenizer(json_path)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    # Exact wherever it is cut, be it within a character.
-    half = ids.size // 2
-    counts = [tokenizer.count_bytes(part) for part in (ids, ids[:half], ids[half:])]
-    assert counts[0] == counts[1] + counts[2] == len(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_bytes_of_markers_and_added_tokens(json_path, tmp_path):
-    definition = json.loads(open(json_path).read())
-    shape = {**definition["added_tokens"][0], "special": False}
-    definition["added_tokens"].append({**shape, "id": 1000, "content": " é"})
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(definition))
-    for tokenizer in (load_tokenizer("byte"), load_tokenizer(json_path), load_tokenizer(str(path))):
-        ids = tokenizer.encode("hello é")
-        with_markers = np.concatenate([[tokenizer.eod_id], ids, [tokenizer.eod_id]])
-        assert tokenizer.count_bytes(with_markers) == 8
-        assert tokenizer.count_bytes(with_markers[:1]) == tokenizer.count_bytes(ids[:0]) == 0
-
-
-def test_bytes_of_other_special_tokens(tmp_path):
-    path = write_tokenizer_json(tmp_path / "tokenizer.json", ["<|endoftext|>", "<pad>"])
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.decode([1, 0]) == "" and tokenizer.count_bytes(np.array([1, 0])) == 0
-
-
-def test_bytes_of_a_vocabulary_of_words(tmp_path):
+def test_a_vocabulary_of_words(tmp_path):
     inner = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"</s>": 0, "wörld": 1, "hello": 2}, unk_token="</s>")
     )
@@ -63,12 +40,20 @@ def test_bytes_of_a_vocabulary_of_words(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.decode([0, 2, 1]) == "hello wörld"
-    assert tokenizer.count_bytes(np.array([0, 2, 1])) == len("hello wörld".encode())
+    # The marker is what stands for unknown words: a text cannot have it.
+    with pytest.raises(ValueError, match="no token for 'o'"):
+        tokenizer.encode("hello other")
 
 
-def test_byte_tokenizer_leaves_nul_out():
+def test_byte_tokenizer_has_no_token_for_nul():
     tokenizer = load_tokenizer("byte")
-    assert tokenizer.encode("a\0b").tolist() == [97, 98]
+    with pytest.raises(ValueError, match=r"tokenizer byte has no token for '\\x00' \(U\+0000\)"):
+        tokenizer.encode("a\0b")
+    encoded = tokenizer.encode_batch(["a\0b\0\0", "\0", "c"])
+    assert encoded.ids.tolist() == [97, 98, 99]
+    assert encoded.left_out == {0: "\0\0\0", 1: "\0"}
+    assert encoded.text_bytes.tolist() == [5, 1, 1]
+    assert (encoded.corrected.tolist(), encoded.corrected_bytes.tolist()) == ([0], [4])
     assert tokenizer.decode([0, 97, 0, 98]) == "ab"
 
 
@@ -98,32 +83,6 @@ def test_marker_in_a_text_is_text(json_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_marker_that_is_not_special_is_left_out(json_path, tmp_path):
-    definition = json.loads(open(json_path).read())
-    definition["added_tokens"][0]["special"] = False
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(definition))
-    tokenizer = load_tokenizer(str(path))
-    ids = tokenizer.encode("before<|endoftext|>after")
-    assert tokenizer.decode(ids) == "beforeafter"
-    with_markers = np.concatenate([[tokenizer.eod_id], ids, [tokenizer.eod_id]])
-    assert tokenizer.decode(with_markers) == "beforeafter"
-    assert tokenizer.count_bytes(with_markers) == len("beforeafter")
-
-
-def test_truncation_and_padding_of_the_file_are_off(json_path, tmp_path):
-    definition = json.loads(open(json_path).read())
-    definition["truncation"] = {
-        "direction": "Right",
-        "max_length": 4,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(definition))
-    assert load_tokenizer(str(path)).encode("x" * 100).size == 100
-
-
 def test_eod_by_name(tmp_path):
     path = write_tokenizer_json(tmp_path / "tokenizer.json", ["<pad>", "<end>"])
     assert load_tokenizer(path, "<end>").eod_id == 1
@@ -150,6 +109,83 @@ def test_eod_as_a_public_model_names_it(tmp_path):
     config.write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json cannot be used"):
         load_tokenizer(path)
+
+
+def write_family(folder, name="byte_fallback_bpe", change=lambda definition: None, **files):
+    """Writes a tokenizer with `<s>` (id 1), `</s>` (2) and `<pad>` (3), and files beside it."""
+    definition = json.loads(tokenizer_families()[name])
+    change(definition)
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    for file in ("tokenizer_config", "special_tokens_map", "generation_config", "config"):
+        (folder / f"{file}.json").unlink(missing_ok=True)
+        if file in files:
+            (folder / f"{file}.json").write_text(json.dumps(files[file]))
+    return str(folder)
+
+
+def test_the_end_marker_is_what_the_first_file_names_that_names_one(tmp_path):
+    sources = {
+        "tokenizer_config": {"eos_token": "<s>"},
+        "special_tokens_map": {"eos_token": {"content": "</s>"}},
+        "generation_config": {"eos_token_id": [3, 1]},
+        "config": {"eos_token_id": 1},
+    }
+    for expected in ("<s>", "</s>", "<pad>", "<s>", "</s>"):
+        assert load_tokenizer(write_family(tmp_path, **sources)).eod_token == expected
+        if sources:
+            del sources[next(iter(sources))]
+
+
+def test_files_that_disagree_about_the_end_marker_are_told(tmp_path):
+    def disagreements(**files):
+        path = os.path.join(write_family(tmp_path, **files), "tokenizer.json")
+        return find_markers(path, open(path, "rb").read()).disagreements
+
+    config = {"eos_token": "</s>"}
+    assert not disagreements(tokenizer_config=config, generation_config={"eos_token_id": [2, 3]})
+    assert not disagreements(tokenizer_config=config, config={"eos_token_id": 99999})
+    assert disagreements(
+        tokenizer_config=config,
+        special_tokens_map={"eos_token": "<s>"},
+        generation_config={"eos_token_id": [1, 3]},
+    ) == (
+        "the token at the end of a text is '</s>', as tokenizer_config.json says; but"
+        " special_tokens_map.json says '<s>', generation_config.json says '<s>' or '<pad>'",
+    )
+
+
+def template(single):
+    special = [("<s>", 1), ("<pad>", 3)]
+    processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    return json.loads(processor.__getstate__())
+
+
+@pytest.mark.parametrize(
+    "processor, files, expected",
+    [
+        (None, {}, "</s>"),
+        (None, {"config": {"bos_token_id": 1}}, "<s>"),
+        (None, {"generation_config": {"bos_token_id": 3}, "config": {"bos_token_id": 1}}, "<pad>"),
+        (None, {"config": {"bos_token_id": None}}, "</s>"),
+        (template("<s> $A"), {"config": {"bos_token_id": 3}}, "<s>"),
+        (template("$A <pad>"), {}, "</s>"),
+        ({"type": "Sequence", "processors": [template("<pad> $A")]}, {}, "<pad>"),
+        (
+            {"type": "BertProcessing", "cls": ["<s>", 1], "sep": ["</s>", 2]},
+            {},
+            "<s>",
+        ),
+    ],
+)
+def test_the_marker_in_front_is_that_of_the_post_processor_or_of_the_ids(
+    tmp_path, processor, files, expected
+):
+    def change(definition):
+        definition["post_processor"] = processor
+
+    tokenizer = load_tokenizer(write_family(tmp_path, change=change, **files))
+    assert (tokenizer.bos_token, tokenizer.eod_token) == (expected, "</s>")
+    assert load_tokenizer(tokenizer.name, None, "<unk>").bos_token == "<unk>"
 
 
 def test_folder_stands_for_its_file(json_path, tmp_path):

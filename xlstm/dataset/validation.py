@@ -40,7 +40,7 @@ class ValidationSet:
         self._batch_size = config.batch_size
         self._width = config.context_length + 1
         self._order = np.argsort(scatter(len(windows)), kind="stable")
-        self._num_bytes: dict[int, int] = {}  # By the number of rows.
+        self._num_bytes: dict[int, int | None] = {}  # By the number of rows.
 
     def batches(
         self, *, max_batches: int | None = None, shard_index: int = 0, shard_count: int = 1
@@ -61,31 +61,30 @@ class ValidationSet:
             ValueError: The batch cannot be divided.
         """
         rows = rows_per_shard(self._batch_size, shard_index, shard_count)
-        numbers, eod_id = self._numbers(max_batches), self.tokenizer.eod_id
+        numbers, bos_id = self._numbers(max_batches), self.tokenizer.bos_id
 
         def generate() -> Iterator[Batch]:
             for first in range(0, numbers.size, self._batch_size):
                 share = numbers[first + shard_index * rows :][:rows]
                 chosen = [self._windows[number] for number in share]
-                yield padded_batch(chosen, (rows, self._width), eod_id)
+                yield padded_batch(chosen, (rows, self._width), bos_id)
 
         return generate()
 
-    def num_bytes(self, max_batches: int | None = None) -> int:
+    def num_bytes(self, max_batches: int | None = None) -> int | None:
         """Counts the text that the loss is about, for bits per byte.
 
         Args:
             max_batches: As for `batches`.
 
         Returns:
-            The UTF-8 bytes of all targets that count in these batches, in all shares.
+            The UTF-8 bytes of all targets that count in these batches, in all shares; None if a
+            store, which must then be of version 1, does not tell.
         """
         numbers = self._numbers(max_batches)
         if numbers.size not in self._num_bytes:
-            # The first token of a window is no target.
-            self._num_bytes[numbers.size] = sum(
-                self.tokenizer.count_bytes(self._windows[number][1:]) for number in numbers
-            )
+            counts = [self._windows.count_text_bytes(number) for number in numbers]
+            self._num_bytes[numbers.size] = None if None in counts else sum(counts)
         return self._num_bytes[numbers.size]
 
     def _numbers(self, max_batches: int | None) -> np.ndarray:

@@ -1,19 +1,24 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from xlstm.dataset.config import DataConfig
+from xlstm.dataset.json_tokenizer import JsonTokenizer
 from xlstm.dataset.pipeline import train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
     config_for,
     letters,
+    random_text,
+    tokenizer_families,
     write_letter_store,
     write_store,
     write_tokenizer_json,
 )
-from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
 from xlstm.dataset.validation import HELD_OUT, open_validation_sets
 
 TEXTS = ["hello wörld", "日本語 hello", "plain", "naïve 🙂 world", "\N{EURO SIGN}" * 40]
@@ -104,16 +109,38 @@ def test_held_out_and_named_sets(store, tmp_path):
     assert open_validation_sets(config_for(store, validation_fraction=0.0), [store]) == []
 
 
-@pytest.mark.parametrize("kind", ["byte", "json"])
-def test_bytes_of_a_whole_store(tmp_path, kind):
-    path = write_tokenizer_json(tmp_path / "tokenizer.json", words=["hello", "wörld", "日本"])
-    tokenizer = load_tokenizer("byte" if kind == "byte" else path)
-    store = write_store(tmp_path / "store", TEXTS, tokenizer)
-    expected = sum(len(text.encode()) for text in TEXTS)
+@pytest.mark.parametrize("has_bos", [False, True])
+@pytest.mark.parametrize("kind", ["byte", *sorted(tokenizer_families())])
+def test_bytes_of_a_whole_store(tmp_path, kind, has_bos):
+    rng = np.random.default_rng(0)
+    texts = [*TEXTS, " a", "สวัสดีชาวโลก" * 20, *(random_text(rng) + "." for _ in range(40))]
+    tokenizer = ByteTokenizer()
+    if kind != "byte":
+        tokenizer = JsonTokenizer(
+            tokenizer_families()[kind], kind, None, "<s>" if has_bos else None
+        )
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.definition or b"")
+    store = write_store(tmp_path / "store", texts, tokenizer)
+    expected = sum(len(text.encode()) for text in texts)
+    assert store.meta.text_bytes == expected
     # Rows that cut characters in two change nothing.
-    for context_length, batch_size in ((1, 7), (5, 2), (7, 3), (1000, 4)):
+    for context_length, batch_size in ((1, 7), (5, 2), (16, 3), (64, 3), (1000, 4)):
         sizes = {"context_length": context_length, "batch_size": batch_size}
         assert named(store.path, **sizes).num_bytes() == expected
+
+
+def test_bytes_in_stores_of_version_1(tmp_path):
+    for kind, is_known in (("byte_level", True), ("byte_fallback_bpe", False)):
+        tokenizer = JsonTokenizer(tokenizer_families()[kind], kind)
+        store = write_store(tmp_path / kind, ["the cat", "größte"], tokenizer)
+        meta = json.loads((tmp_path / kind / "meta.json").read_text())
+        for name in ("bos_id", "bos_token"):
+            del meta[name]
+        (tmp_path / kind / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+        store = TokenStore.open(store.path)
+        assert (store.meta.bos_id, store.meta.bos_token) == (tokenizer.eod_id, "</s>")
+        expected = store.meta.text_bytes if is_known else None
+        assert named(store.path, context_length=4).num_bytes() == expected
 
 
 def test_bytes_of_the_first_batches(store):

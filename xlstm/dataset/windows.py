@@ -1,11 +1,13 @@
 """Cuts a token store into windows: which documents belong to which split, and where rows lie."""
 
 import bisect
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.tokenizer import Tokenizer
 
 
 def split_documents(num_documents: int, fraction: float) -> np.ndarray:
@@ -94,6 +96,7 @@ class Windows:
         # Neighbouring documents are one stretch of the file: few stretches, so few copies a window.
         edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
         starts, stops = store.documents[edges[::2]], store.documents[edges[1::2]]
+        self._store = store
         self._tokens = np.asarray(store.tokens)  # Still mapped; slicing a `memmap` is slow.
         self._documents = store.documents
         self._ends = np.cumsum(stops - starts)
@@ -112,14 +115,22 @@ class Windows:
     def __getitem__(self, index: int) -> np.ndarray:
         """Returns window `index`: `(T + 1,)` int32, fewer in a partial last window."""
         place, stop = self._bounds(index)
-        window = np.empty(stop - place, np.int32)
-        filled, stretch = 0, self._stretch(place)
-        while filled < window.size:
-            size = min(int(self._ends[stretch]) - place, window.size - filled)
-            begin = place + int(self._shifts[stretch])
-            window[filled : filled + size] = self._tokens[begin : begin + size]
-            filled, place, stretch = filled + size, place + size, stretch + 1
+        window, filled = np.empty(stop - place, np.int32), 0
+        for begin, end in self._spans(place, stop):
+            window[filled : filled + end - begin] = self._tokens[begin:end]
+            filled += end - begin
         return window
+
+    def count_text_bytes(self, index: int) -> int | None:
+        """Counts the bytes of text of the targets of window `index`: all tokens but the first.
+
+        Returns:
+            See `TokenStore.count_text_bytes`.
+        """
+        place, stop = self._bounds(index)
+        count = functools.partial(self._store.count_text_bytes, tokenizer=self._tokenizer)
+        counts = [count(begin, end) for begin, end in self._spans(place + 1, stop)]
+        return None if None in counts else sum(counts)
 
     def documents(self, index: int) -> tuple[int, int]:
         """Returns which documents window `index` begins and ends in, by their number in the store.
@@ -131,12 +142,25 @@ class Windows:
         first, last = np.searchsorted(self._documents, places, side="right") - 1
         return int(first), int(last)
 
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self._store.load_tokenizer()
+
     def _bounds(self, index: int) -> tuple[int, int]:
         """Returns where a window begins and ends, in the row of stretches."""
         if not 0 <= index < self._length:
             raise IndexError(f"there is no window {index}, only {self._length}")
         place = index * self._context_length
         return place, min(place + self._context_length + 1, self.num_tokens)
+
+    def _spans(self, place: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yields where tokens of the row of stretches lie in the file: beginnings and ends."""
+        stretch = self._stretch(place)
+        while place < stop:
+            size = min(int(self._ends[stretch]), stop) - place
+            begin = place + int(self._shifts[stretch])
+            yield begin, begin + size
+            place, stretch = place + size, stretch + 1
 
     def _stretch(self, place: int) -> int:
         """Returns the number of the stretch that a place lies in."""
@@ -159,6 +183,11 @@ class JoinedWindows:
         """Returns a window, see `Windows`."""
         part, index = self.locate(number)
         return self._parts[part][index]
+
+    def count_text_bytes(self, number: int) -> int | None:
+        """Counts the text of a window's targets, see `Windows.count_text_bytes`."""
+        part, index = self.locate(number)
+        return self._parts[part].count_text_bytes(index)
 
     def locate(self, number: int) -> tuple[int, int]:
         """Returns which part a window is in, and its number there."""

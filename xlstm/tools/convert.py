@@ -11,6 +11,7 @@ along, and no more is in memory than a few tensors or one of the files written.
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,6 +37,11 @@ _DTYPE = flags.DEFINE_enum(
 )
 _MAX_SHARD_SIZE = flags.DEFINE_string(
     "max_shard_size", "5GB", "Largest file of tensors of the public layout: MB, GB, MiB or GiB."
+)
+_EOD_TOKEN = flags.DEFINE_string(
+    "eod_token",
+    None,
+    "The token that ends the documents of a model to import [what the model's files name].",
 )
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
@@ -65,7 +71,9 @@ def convert() -> tuple[Converted, str]:
             raise ValueError("--dtype and --max_shard_size are for --to_hf: ours are float32")
         source, target = resolve_path(_FROM_HF.value), resolve_path(_TO.value)
         with _progress() as report:
-            return import_model(source, target, report), target
+            return import_model(source, target, report, eod_token=_EOD_TOKEN.value), target
+    if _EOD_TOKEN.value is not None:
+        raise ValueError("--eod_token is for --from_hf: a run knows its tokens")
     if chosen == {"from", "to_hf"}:
         max_shard_bytes = _to_bytes(_MAX_SHARD_SIZE.value)
         workdir, step = find_checkpoint(resolve_path(_FROM.value))
@@ -82,6 +90,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy, and are of no use here.
     converted, target = convert()
+    for warning in converted.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     count = converted.num_files
     files = f" in {count} file{'s' if count > 1 else ''}" if count else ""
     Console(highlight=False, soft_wrap=True).print(

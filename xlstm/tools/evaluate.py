@@ -30,7 +30,7 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
-from xlstm.trainer.llm.run_tokenizer import check_same_tokenizer
+from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.logger.base_logger import validation_suffixes
 
@@ -92,8 +92,8 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
             "the run has no validation sets: name token stores by --data, or --lengths"
         )
     # All sets have the same one.
-    tokenizer, known = sets[0].tokenizer, read_run_info(workdir.checkpoints, step)
-    check_same_tokenizer(known["tokenizer"], tokenizer.fingerprint)
+    tokenizer = sets[0].tokenizer
+    check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
     check_vocabulary(config, tokenizer)
     return sets
 

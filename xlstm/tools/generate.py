@@ -18,7 +18,6 @@ import time
 import jax
 from absl import flags
 
-from xlstm.models.xlstm_parallel.generate import Progress
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
@@ -29,6 +28,7 @@ from xlstm.trainer.llm.load_model import LoadedModel, load_model
 from xlstm.trainer.llm.progress_file import load_progress, save_progress
 from xlstm.trainer.llm.text_generation import (
     Piece,
+    TextsSoFar,
     WritingOptions,
     Written,
     encode_prompt,
@@ -96,7 +96,7 @@ def _parse_ids(text: str) -> list[int]:
         raise ValueError(f"--prompt_ids={text}: expected whole numbers, such as 0,17,4") from None
 
 
-def _prompts(model: LoadedModel, texts: list[str], before: Progress | None) -> list[list[int]]:
+def _prompts(model: LoadedModel, texts: list[str], before: TextsSoFar | None) -> list[list[int]]:
     """The ids of all prompts; a document without any begins with its marker alone."""
     has_ids = _PROMPT_IDS.value or before is not None
     if model.tokenizer is None and (texts or not has_ids):
@@ -104,15 +104,28 @@ def _prompts(model: LoadedModel, texts: list[str], before: Progress | None) -> l
     if _PROMPT_IDS.value and texts:
         raise ValueError("prompts are given as text and as --prompt_ids: give them in one way")
     prompts = [_parse_ids(text) for text in _PROMPT_IDS.value]
-    prompts += [encode_prompt(model, text, is_continued=before is not None) for text in texts]
+    states = before.states if before else [None] * len(texts)
     if before is not None:
-        prompts = prompts or [[]] * len(before.done)
-        if len(prompts) != len(before.done):
+        rows = len(before.progress.done)
+        num_prompts = len(prompts) + len(texts)
+        if num_prompts not in (0, rows):
             raise ValueError(
-                f"--load_state={_LOAD_STATE.value} has {len(before.done)} texts, and there are"
-                f" {len(prompts)} prompts: give one for each, or none"
+                f"--load_state={_LOAD_STATE.value} has {rows} texts, and there are {num_prompts}"
+                " prompts: give one for each, or none"
             )
+        prompts = prompts or ([] if texts else [[]] * rows)
+    pairs = zip(texts, states, strict=False)
+    prompts += [encode_prompt(model, text, state) for text, state in pairs]
     return prompts or [encode_prompt(model, "")]
+
+
+def _texts_of(model: LoadedModel, prompts: list[list[int]], before: TextsSoFar | None) -> list[str]:
+    """The texts of prompts that were given as ids, up to their last whole character."""
+    if model.tokenizer is None:
+        return [""] * len(prompts)
+    states = before.states if before else [None] * len(prompts)
+    pairs = zip(prompts, states, strict=True)
+    return [model.tokenizer.detokenizer(state).add(ids) for ids, state in pairs]
 
 
 def _options(model: LoadedModel, *, token_by_token: bool) -> WritingOptions:
@@ -166,8 +179,8 @@ def _show(number: int, num_prompts: int, prompt: str, written: Written) -> None:
 
 
 def write_all(
-    model: LoadedModel, prompts: list[list[int]], texts: list[str], before: Progress | None
-) -> tuple[list[Written], Progress]:
+    model: LoadedModel, prompts: list[list[int]], texts: list[str], before: TextsSoFar | None
+) -> tuple[list[Written], TextsSoFar]:
     """Continues all prompts as the flags say, and shows what comes.
 
     Args:
@@ -201,6 +214,7 @@ def write_all(
             prompts[first : first + size],
             options,
             before=before,
+            is_continued=bool(_SAVE_STATE.value),
             first_number=first,
             on_pieces=on_pieces,
         )
@@ -211,6 +225,10 @@ def write_all(
     if streams:
         print(flush=True)
     if is_first:
+        for row, written in enumerate(all_written, 1):
+            if written.end_token is not None:
+                of = f" {row}" if len(prompts) > 1 else ""
+                print(f"text{of} ended with the token {written.end_token!r}", file=sys.stderr)
         print(clock, file=sys.stderr)
     return all_written, progress
 
@@ -236,7 +254,8 @@ def main(argv: list[str]) -> None:
             load_progress(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
         )
         prompts = _prompts(model, texts, before)
-        texts = texts or [""] * len(prompts)
+        if before or not texts:
+            texts = _texts_of(model, prompts, before)
         all_written, progress = write_all(model, prompts, texts, before)
         if json_path and jax.process_index() == 0:
             _write_json(json_path, texts, all_written)

@@ -15,7 +15,7 @@ import tensorstore
 from safetensors import safe_open
 
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
+from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, find_markers
 from xlstm.distributed.mesh import MESH_AXES
 from xlstm.models.xlstm_parallel.hf_layout import (
     HFTensor,
@@ -33,11 +33,15 @@ from xlstm.trainer.llm.code_version import code_version
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.hf_files import open_tensors, read_json, write_json, write_tensors
 from xlstm.trainer.llm.hf_tokenizer import (
-    copy_tokenizer_files,
     find_tokenizer,
     write_byte_tokenizer_files,
 )
-from xlstm.trainer.llm.run_tokenizer import read_tokenizer
+from xlstm.trainer.llm.run_tokenizer import (
+    TOKENIZER_FILES,
+    copy_files,
+    read_tokenizer,
+    write_markers,
+)
 from xlstm.trainer.llm.workdir import Workdir, run_info, write_config
 
 _CONFIG_FILE, _GENERATION_FILE = "config.json", "generation_config.json"
@@ -52,14 +56,22 @@ class Converted:
         num_parameters: The number of parameters.
         num_bytes: The bytes that they take.
         num_files: The number of files that hold them; None for a checkpoint of ours.
+        warnings: Sentences about what the user should know.
     """
 
     num_parameters: int
     num_bytes: int
     num_files: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
-def import_model(source: str, target: str, report: Callable[[int, int], None]) -> Converted:
+def import_model(
+    source: str,
+    target: str,
+    report: Callable[[int, int], None],
+    *,
+    eod_token: str | None = None,
+) -> Converted:
     """Makes the folder of a run, with one checkpoint, of a model of the public layout.
 
     The checkpoint holds the parameters alone, float32. Beside it lie the model's tokenizer, if it
@@ -69,6 +81,7 @@ def import_model(source: str, target: str, report: Callable[[int, int], None]) -
         source: The model's folder.
         target: The folder to make.
         report: Is told how many of how many parameters are written.
+        eod_token: The token that ends its documents; None for what its files name.
 
     Returns:
         What was written.
@@ -87,7 +100,9 @@ def import_model(source: str, target: str, report: Callable[[int, int], None]) -
     tensors = hf_tensors(shapes)
     files = open_tensors(source, tensors)
     generation = _token_ids(published) | _read_generation_config(source)
-    tokenizer = find_tokenizer(source)
+    tokenizer = find_tokenizer(source, eod_token)
+    if eod_token and not tokenizer:
+        raise ValueError(f"{source} has no {TOKENIZER_FILE} that {eod_token!r} could be a token of")
     if tokenizer and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only"
@@ -97,7 +112,7 @@ def import_model(source: str, target: str, report: Callable[[int, int], None]) -
     config = RunConfig(model=model, backend=backend, data=DataConfig(validation_fraction=0.0))
     with new_folder(target) as folder:
         workdir = Workdir(folder)
-        copy_tokenizer_files(source, folder)
+        copy_files(source, folder, TOKENIZER_FILES)
         write_json(os.path.join(folder, _GENERATION_FILE), generation)
         read = _counted(functools.partial(_read_tensor, files), tensors, report)
         parts = {
@@ -108,12 +123,16 @@ def import_model(source: str, target: str, report: Callable[[int, int], None]) -
         checkpoints.begin(0)
         with reported(f"the parameters cannot be written to {target}"):
             write_parts(os.path.join(checkpoints.unfinished(0), ITEM), parts)
-        fingerprint = tokenizer and tokenizer.fingerprint
+        if tokenizer and tokenizer.definition is not None:
+            write_markers(workdir, tokenizer)
         mesh = dict.fromkeys(MESH_AXES, 1)
-        checkpoints.complete(0, run_info(config, [], fingerprint, code_version(), mesh), Saved())
+        checkpoints.complete(0, run_info(config, [], tokenizer, code_version(), mesh), Saved())
         write_config(workdir, config, corpora=[])
     num_parameters = sum(tensor.size for tensor in tensors)
-    return Converted(num_parameters, 4 * num_parameters)
+    disagreements = ()
+    if tokenizer and tokenizer.definition is not None and not eod_token:
+        disagreements = find_markers(tokenizer.name, tokenizer.definition).disagreements
+    return Converted(num_parameters, 4 * num_parameters, warnings=disagreements)
 
 
 def export_model(
@@ -146,8 +165,7 @@ def export_model(
         OSError: If something cannot be read or written.
     """
     published = to_hf_config(config.model, config.backend, dtype)
-    fingerprint = read_run_info(workdir.checkpoints, step)["tokenizer"]
-    tokenizer = read_tokenizer(workdir, fingerprint)
+    tokenizer = read_tokenizer(workdir, read_run_info(workdir.checkpoints, step))
     generation = _read_generation_config(workdir.path) or _marker_ids(tokenizer)
     shapes = parameter_shapes(config.model)
     tensors = hf_tensors(shapes)
@@ -162,7 +180,7 @@ def export_model(
         )
         write_json(os.path.join(folder, _CONFIG_FILE), published | _token_ids(generation))
         write_json(os.path.join(folder, _GENERATION_FILE), generation)
-        copy_tokenizer_files(workdir.path, folder)
+        copy_files(workdir.path, folder, TOKENIZER_FILES)
         if isinstance(tokenizer, ByteTokenizer):
             write_byte_tokenizer_files(folder)
     num_parameters = sum(tensor.size for tensor in tensors)
@@ -180,8 +198,12 @@ def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marker_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Ids for all that the end-of-document marker stands for: it begins texts and ends them."""
-    return dict.fromkeys(_TOKEN_IDS, tokenizer and tokenizer.eod_id)
+    """Ids of the markers; the one behind documents pads, too."""
+    if tokenizer is None:
+        return dict.fromkeys(_TOKEN_IDS)
+    return dict(
+        zip(_TOKEN_IDS, (tokenizer.bos_id, tokenizer.eod_id, tokenizer.eod_id), strict=True)
+    )
 
 
 def _counted(

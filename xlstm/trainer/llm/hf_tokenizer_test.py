@@ -6,11 +6,8 @@ import tokenizers
 
 from xlstm.dataset.testing import write_tokenizer_json
 from xlstm.dataset.tokenizer import ByteTokenizer
-from xlstm.trainer.llm.hf_tokenizer import (
-    copy_tokenizer_files,
-    find_tokenizer,
-    write_byte_tokenizer_files,
-)
+from xlstm.trainer.llm.hf_tokenizer import find_tokenizer, write_byte_tokenizer_files
+from xlstm.trainer.llm.run_tokenizer import TOKENIZER_FILES, copy_files
 
 
 def test_bytes_as_public_models_have_them(tmp_path):
@@ -40,9 +37,9 @@ def test_a_tokenizer_is_found_and_copied(tmp_path):
     write_tokenizer_json(str(source / "tokenizer.json"), words=["one"])
     (source / "tokenizer_config.json").write_text('{"eos_token": "one"}')
     for name in ("special_tokens_map.json", "chat_template.jinja", "weights.bin"):
-        (source / name).write_text(name)
+        (source / name).write_text("{}")
     assert find_tokenizer(str(source)).eod_token == "one"
-    copy_tokenizer_files(str(source), str(target))
+    copy_files(str(source), str(target), TOKENIZER_FILES)
     assert set(os.listdir(target)) == set(os.listdir(source)) - {"weights.bin"}
     for name in os.listdir(target):
         assert (target / name).read_bytes() == (source / name).read_bytes()

@@ -4,25 +4,26 @@ import jax
 import jax.numpy as jnp
 
 from xlstm.common_types import PyTree, TrainState
+from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.read_params import read_params
-from xlstm.trainer.llm.run_tokenizer import check_same_tokenizer
+from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 
 
-def check_source(workdir: Workdir, step: int, fingerprint: str) -> None:
+def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
     """Checks that data is of the tokenizer that parameters were trained with.
 
     Args:
         workdir: The folder of the run that has the parameters.
         step: The step of its checkpoint.
-        fingerprint: That of the data's tokenizer.
+        tokenizer: That of the data.
 
     Raises:
         ValueError: If the tokenizer of the parameters is known and another one.
         OSError: If the checkpoint cannot be read.
     """
-    check_same_tokenizer(read_run_info(workdir.checkpoints, step)["tokenizer"], fingerprint)
+    check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
 
 
 def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:

@@ -140,7 +140,11 @@ def test_what_a_new_run_begins_from(runs, stores, tmp_path, store, path, step):
     [
         ("byte", "nowhere", "nowhere: there is no whole checkpoint of a run"),
         ("byte", "plain/checkpoints/4", "4: there is no whole checkpoint of a run"),
-        ("words", "plain", r"another tokenizer \(sha256:.*\) than what .* \(byte\)"),
+        (
+            "words",
+            "plain",
+            r"another tokenizer \(sha256:.*\) than what .* \(byte\): .* --tok",
+        ),
     ],
 )
 def test_what_no_run_begins_from(runs, stores, tmp_path, store, path, message):

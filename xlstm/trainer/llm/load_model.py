@@ -21,7 +21,7 @@ from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_model
 from xlstm.trainer.llm.language_model import create_language_model_run
-from xlstm.trainer.llm.run_tokenizer import read_tokenizer
+from xlstm.trainer.llm.run_tokenizer import read_eos_ids, read_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 
 
@@ -35,6 +35,7 @@ class LoadedModel:
         mesh: Where they are.
         tokenizer: What it was trained with; None if it came without one.
         fingerprint: Differs between checkpoints; empty if it is of none.
+        eos_ids: Ids that end texts, besides the tokenizer's marker.
     """
 
     config: LanguageModelConfig
@@ -42,6 +43,7 @@ class LoadedModel:
     mesh: Mesh
     tokenizer: Tokenizer | None
     fingerprint: str = ""
+    eos_ids: tuple[int, ...] = ()
 
 
 def without_stages(params: PyTree, mesh: Mesh) -> PyTree:
@@ -85,11 +87,11 @@ def load_model(config: RunConfig, workdir: Workdir, step: int) -> LoadedModel:
     """
     mesh = create_mesh(config.mesh)
     check_model(config.model, mesh)
-    fingerprint = read_run_info(workdir.checkpoints, step)["tokenizer"]
-    tokenizer = read_tokenizer(workdir, fingerprint)
+    tokenizer = read_tokenizer(workdir, read_run_info(workdir.checkpoints, step))
+    eos_ids = read_eos_ids(workdir, config.model.vocab_size)
     state, _, _ = create_language_model_run(config, mesh, abstract=True)
     params = without_stages(read_params(workdir.checkpoints, step, state.params), mesh)
     folder = CheckpointFolder(workdir.checkpoints).of_step(step)
     with open(os.path.join(folder, CHECKSUMS), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return LoadedModel(config.language_model, params, mesh, tokenizer, digest)
+    return LoadedModel(config.language_model, params, mesh, tokenizer, digest, eos_ids)

@@ -48,7 +48,7 @@ from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
 from xlstm.trainer.llm.init_from import check_source, start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
-from xlstm.trainer.llm.run_tokenizer import write_tokenizer
+from xlstm.trainer.llm.run_tokenizer import choose_tokenizer, write_tokenizer
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
@@ -75,6 +75,7 @@ class _Run:
         mesh: The mesh.
         workdir: The run's folder.
         data: What it reads.
+        tokenizer: What lies in the folder: that of the data, in the files that the model has.
         validation_sets: What it validates on.
         code: The version of the code that runs.
         console: Where the first process speaks.
@@ -88,6 +89,7 @@ class _Run:
     mesh: Mesh
     workdir: Workdir
     data: Data
+    tokenizer: Tokenizer
     validation_sets: Sequence[ValidationSet]
     code: dict[str, str]
     console: Console
@@ -181,7 +183,7 @@ def open_run(
             _say_going_on(run, start_step)
         if jax.process_index() == 0:
             write_config(run.workdir, config, run.data.checksums)
-            write_tokenizer(run.workdir, tokenizer)
+            write_tokenizer(run.workdir, run.tokenizer, run.source and run.source[0])
         loggers = _create_loggers(run, start_step)
         stack.enter_context(_closing(loggers))
         callbacks = _create_callbacks(run, state, specs, loggers, checkpointer)
@@ -231,7 +233,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     data = open_data(config.data, workdir.stdlib_store)
     check_vocabulary(config, data.tokenizer)
     if source:
-        check_source(*source, data.tokenizer.fingerprint)
+        check_source(*source, data.tokenizer)
     check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
     return _Run(
@@ -239,6 +241,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         mesh=mesh,
         workdir=workdir,
         data=data,
+        tokenizer=choose_tokenizer(source[0] if source else workdir, data.tokenizer),
         validation_sets=data.validation_sets(),
         code=code_version(),
         console=console,
@@ -284,7 +287,7 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
         run_info=run_info(
             run.config,
             run.data.checksums,
-            run.data.tokenizer.fingerprint,
+            run.tokenizer,
             run.code,
             run.mesh.shape,
         ),

@@ -1,19 +1,22 @@
 """A file that holds how far texts are, so that they can be continued later."""
 
 import io
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlstm.dataset.detokenizer import DetokenizerState
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.generate import Progress
 from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.to_host import to_host
 from xlstm.trainer.llm.load_model import LoadedModel
+from xlstm.trainer.llm.text_generation import TextsSoFar
 
-_FINGERPRINT = "checkpoint"
+_FINGERPRINT, _STATES = "checkpoint", "texts"
 
 
 def _named_leaves(progress: Progress) -> dict[str, jax.Array]:
@@ -34,25 +37,27 @@ def _like(config: LanguageModelConfig, batch_size: int) -> Progress:
     )
 
 
-def save_progress(path: str, progress: Progress, model: LoadedModel) -> None:
+def save_progress(path: str, texts: TextsSoFar, model: LoadedModel) -> None:
     """Writes how far texts are; all processes must call it, and the first one writes.
 
     Args:
         path: The file.
-        progress: How far the texts are.
+        texts: How far the texts are.
         model: The model that wrote them.
 
     Raises:
         OSError: If it cannot be written.
     """
-    arrays = {name: to_host(x) for name, x in _named_leaves(progress).items()}
+    arrays = {name: to_host(x) for name, x in _named_leaves(texts.progress).items()}
+    states = [[x.is_first, x.pending.hex(), x.unsure.hex()] for x in texts.states]
+    arrays |= {_FINGERPRINT: np.array(model.fingerprint), _STATES: np.array(json.dumps(states))}
     if jax.process_index() == 0:
         content = io.BytesIO()
-        np.savez(content, **arrays, **{_FINGERPRINT: np.array(model.fingerprint)})
+        np.savez(content, **arrays)
         write_atomically(path, content.getvalue())
 
 
-def load_progress(path: str, model: LoadedModel) -> Progress:
+def load_progress(path: str, model: LoadedModel) -> TextsSoFar:
     """Reads what `save_progress` wrote.
 
     Args:
@@ -79,9 +84,27 @@ def load_progress(path: str, model: LoadedModel) -> Progress:
             f"{path} was saved with another checkpoint (fingerprint {fingerprint[:12] or 'none'},"
             f" this one has {model.fingerprint[:12]})"
         )
-    like = _like(model.config, np.size(arrays.get("done", ())))
+    batch_size = np.size(arrays.get("done", ()))
+    states = _states(path, arrays.pop(_STATES, None), batch_size)
+    like = _like(model.config, batch_size)
     wanted = _named_leaves(like)
     if {name: x.shape for name, x in arrays.items()} != {n: x.shape for n, x in wanted.items()}:
         raise ValueError(f"{path} is not a saved state of this model: its arrays are others")
     found = [arrays[name].astype(x.dtype) for name, x in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), found)
+    return TextsSoFar(jax.tree.unflatten(jax.tree.structure(like), found), states)
+
+
+def _states(path: str, saved: np.ndarray | None, batch_size: int) -> list[DetokenizerState]:
+    """What the texts left open; files that do not say it were written at ends of characters."""
+    if saved is None:
+        return [DetokenizerState(is_first=False)] * batch_size
+    try:
+        states = [
+            DetokenizerState(bool(is_first), bytes.fromhex(pending), bytes.fromhex(unsure))
+            for is_first, pending, unsure in json.loads(str(saved))
+        ]
+        if len(states) not in (0, batch_size):
+            raise ValueError(f"{len(states)} texts, {batch_size} rows")
+        return states
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a saved state: its texts cannot be read") from error

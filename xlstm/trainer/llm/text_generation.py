@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from xlstm.dataset.detokenizer import DetokenizerState
 from xlstm.models.xlstm_parallel.generate import (
     NO_TOKEN,
     Progress,
@@ -69,18 +70,50 @@ class Written:
     Attributes:
         ids: The tokens, with what ended them.
         text: Their text, without what ended it; empty if there is no tokenizer.
-        reason: Why it ended: "length", "end" (of the document) or "stop" (a stop string).
+        reason: Why it ended: "length", "end" (a token that ends texts) or "stop" (a stop string).
+        end_token: The token that ended it, or its id if there is no tokenizer; None for other
+            reasons.
     """
 
     ids: list[int] = dataclasses.field(default_factory=list)
     text: str = ""
     reason: str = "length"
+    end_token: str | int | None = None
 
 
-def encode_prompt(model: LoadedModel, text: str, *, is_continued: bool = False) -> list[int]:
-    """Turns a prompt into ids; a document begins with the end-of-document marker."""
-    ids = model.tokenizer.encode(text).tolist()
-    return ids if is_continued else [model.tokenizer.eod_id, *ids]
+class TextsSoFar(NamedTuple):
+    """How far the texts of a batch are.
+
+    Attributes:
+        progress: How far the model is.
+        states: What the text of each row leaves open; empty without a tokenizer.
+    """
+
+    progress: Progress
+    states: Sequence[DetokenizerState]
+
+
+def encode_prompt(
+    model: LoadedModel, text: str, before: DetokenizerState | None = None
+) -> list[int]:
+    """Turns a prompt into ids.
+
+    Args:
+        model: The model.
+        text: The prompt.
+        before: What is left open by the text that it continues; None for the beginning of a
+            document, which a marker stands in front of.
+
+    Returns:
+        The ids.
+
+    Raises:
+        ValueError: If the tokenizer has no token for some of its characters.
+    """
+    if before is None:
+        return [model.tokenizer.bos_id, *model.tokenizer.encode(text).tolist()]
+    encode = model.tokenizer.encode if before.is_first else model.tokenizer.encode_continuation
+    return encode(text).tolist()
 
 
 def write_texts(
@@ -88,10 +121,11 @@ def write_texts(
     prompts: Sequence[Sequence[int]],
     options: WritingOptions,
     *,
-    before: Progress | None = None,
+    before: TextsSoFar | None = None,
+    is_continued: bool = False,
     first_number: int = 0,
     on_pieces: Callable[[list[Piece]], None] = lambda pieces: None,
-) -> tuple[list[Written], Progress]:
+) -> tuple[list[Written], TextsSoFar]:
     """Continues a batch of prompts of any lengths.
 
     Args:
@@ -99,6 +133,8 @@ def write_texts(
         prompts: Ids of each prompt; an empty one only where something was before.
         options: What is to be written.
         before: How far the texts are that the prompts continue; None if they begin.
+        is_continued: Whether they will be continued: a character that lacks bytes at the end is
+            then left to what follows.
         first_number: The number of the first prompt among all, for the seed.
         on_pieces: Called with what is new, as it comes.
 
@@ -113,16 +149,20 @@ def write_texts(
     # All that goes in always lies alike, so that each program is compiled once.
     shardings = progress_shardings(model.config, len(prompts), model.mesh)
     tokens, lengths = (jax.device_put(x, shardings.done) for x in _padded(prompts))
-    progress = before or begin(model.config, len(prompts), model.mesh)
+    progress = before.progress if before else begin(model.config, len(prompts), model.mesh)
     progress = jax.device_put(progress, shardings)
     progress = read(model.params, progress, tokens, lengths, config=model.config)
     progress = jax.device_put(progress, shardings)
     seed = jax.random.PRNGKey(options.seed)
     keys = row_keys(seed, [first_number + row for row in rows])
     written = [Written() for _ in rows]
-    tokenizer = model.tokenizer
-    streams = [TextStream(tokenizer, prompt, options.stops) for prompt in prompts if tokenizer]
-    stop_ids = (tokenizer.eod_id,) if tokenizer else ()
+    tokenizer, stop_ids = model.tokenizer, set(model.eos_ids)
+    streams = []
+    if tokenizer:
+        states = before.states if before else [None] * len(prompts)
+        pairs = zip(prompts, states, strict=True)
+        streams = [TextStream(tokenizer, ids, options.stops, state) for ids, state in pairs]
+        stop_ids.add(tokenizer.eod_id)
     # After a stop string nothing may be read any more: that is known after each token only.
     size = 1 if options.token_by_token or options.stops else _TOKENS_A_CALL
     for place in range(0, options.num_tokens, size):
@@ -134,7 +174,7 @@ def write_texts(
             config=model.config,
             sampling=options.sampling,
             max_tokens=size,
-            stop_ids=stop_ids,
+            stop_ids=tuple(sorted(stop_ids)),
         )
         done, pieces = to_host(progress.done), []
         for row, ids in enumerate(to_host(tokens)):
@@ -145,6 +185,7 @@ def write_texts(
             written[row].ids += ids
             if done[row]:
                 written[row].reason = "end"
+                written[row].end_token = tokenizer.token(ids[-1]) if tokenizer else ids[-1]
             elif streams and streams[row].is_stopped:
                 written[row].reason = "stop"
             written[row].text += text
@@ -155,14 +196,14 @@ def write_texts(
         done = np.array([x.reason != "length" for x in written])
         progress = jax.device_put(progress._replace(done=done), shardings)
     for row, stream in enumerate(streams):
-        rest = stream.finish()
+        rest = stream.finish(is_continued=is_continued)
         written[row].text += rest
         on_pieces([Piece(row, [], rest)])
-    return written, progress
+    return written, TextsSoFar(progress, [stream.state for stream in streams])
 
 
 def _check_prompts(
-    model: LoadedModel, prompts: Sequence[Sequence[int]], before: Progress | None
+    model: LoadedModel, prompts: Sequence[Sequence[int]], before: TextsSoFar | None
 ) -> None:
     vocab_size = (model.tokenizer or model.config.model).vocab_size
     for number, prompt in enumerate(prompts):

@@ -112,9 +112,49 @@ def test_texts_go_on_from_a_file_as_if_nothing_had_been(model, tmp_path):
     second, _ = write_texts(model, [[], []], hot, before=load_progress(path, model))
     assert [a.ids + b.ids for a, b in zip(first, second, strict=True)] == [x.ids for x in expected]
     more, _ = write_texts(
-        model, [encode_prompt(model, "b", is_continued=True), []], options(1), before=progress
+        model, [encode_prompt(model, "b", progress.states[0]), []], options(1), before=progress
     )
     assert more[0].ids == [EOD]
+    assert (more[0].reason, more[0].end_token) == ("end", "\0")
+
+
+def test_a_character_that_a_state_cuts_is_in_the_text_that_goes_on(model, tmp_path):
+    hot, path = options(24, sampling=SamplingConfig(temperature=50.0)), str(tmp_path / "state")
+    # Bytes at random make many characters of one and two bytes, and many of none.
+    prompts = [[EOD, *"ä".encode()[:1]], [EOD, 0xF0]]
+    cut = [dataclasses.replace(hot, num_tokens=n) for n in (1, 2, 7, 14)]
+    texts, ids, before = ["", ""], [list(prompt) for prompt in prompts], None
+    for part in cut:
+        written, texts_so_far = write_texts(
+            model, prompts, part, before=before, is_continued=part is not cut[-1]
+        )
+        save_progress(path, texts_so_far, model)
+        prompts, before = [[], []], load_progress(path, model)
+        for row, one in enumerate(written):
+            texts[row] += one.text
+            ids[row] += one.ids
+    assert texts == [model.tokenizer.decode(row) for row in ids]
+
+
+def test_states_saved_before_they_had_texts_go_on(model, tmp_path):
+    _, progress = write_texts(model, [[EOD, 97]], options(2))
+    path = str(tmp_path / "state")
+    save_progress(path, progress, model)
+    with np.load(path) as file:
+        arrays = {name: array for name, array in file.items() if name != "texts"}
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    (before,) = load_progress(path, model).states
+    assert before == (False, b"", b"")
+
+
+def test_any_of_the_ids_that_end_texts_ends_one(model):
+    expected, _ = write_texts(model, [[EOD, 97]], options(3))
+    end = expected[0].ids[1]
+    several = dataclasses.replace(model, eos_ids=(end, 255))
+    (written,), _ = write_texts(several, [[EOD, 97]], options(3))
+    assert written.ids == expected[0].ids[: expected[0].ids.index(end) + 1]
+    assert (written.reason, written.end_token) == ("end", chr(end))
 
 
 def test_files_that_are_no_saved_state(model, tmp_path):
@@ -123,7 +163,8 @@ def test_files_that_are_no_saved_state(model, tmp_path):
     save_progress(path, progress, dataclasses.replace(model, fingerprint="other"))
     with pytest.raises(ValueError, match="saved with another checkpoint .*other"):
         load_progress(path, model)
-    save_progress(path, progress._replace(seen=progress.seen[:, :7]), model)
+    changed = progress.progress._replace(seen=progress.progress.seen[:, :7])
+    save_progress(path, progress._replace(progress=changed), model)
     with pytest.raises(ValueError, match="not a saved state of this model"):
         load_progress(path, model)
     (tmp_path / "text").write_text("nothing")

@@ -1,65 +1,62 @@
-"""Turns token ids into text while they are written."""
+"""Turns token ids into text while they are written, up to a stop string."""
 
 from collections.abc import Sequence
 
+from xlstm.dataset.detokenizer import DetokenizerState
 from xlstm.dataset.tokenizer import Tokenizer
-
-_LONGEST_CHARACTER = 4  # Bytes in UTF-8, and so tokens at most.
-_CONTEXT = 16  # Ids before the new ones that may decide how their text begins.
-_NO_CHARACTER = "\ufffd"
 
 
 class TextStream:
-    """The text of one row, piece by piece, up to a stop string.
+    """The text of one row, piece by piece.
+
+    With the text of the prompt it is what the tokenizer decodes all ids to. A character that the
+    prompt ends within belongs to the stream.
 
     Attributes:
         is_stopped: Whether a stop string has been found; what follows it is ignored.
+        prompt_text: The text of the prompt, as far as it is certain.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        before: DetokenizerState | None = None,
+    ):
         """Begins behind a prompt.
 
         Args:
             tokenizer: Turns ids into text.
             prompt: Ids in front of the text, which may decide how it begins.
             stops: Strings that end the text and do not belong to it.
+            before: What was left open by the text in front of the prompt; None if there is none.
         """
-        self._tokenizer, self._stops = tokenizer, stops
-        # The last ids whose text is known, that text, then the ids since; one after the other they
-        # may say something else than each alone.
-        self._known, self._new = list(prompt[-_CONTEXT:]), []
-        # A character that the prompt ends within belongs to what follows.
-        self._known_text = tokenizer.decode(self._known).rstrip(_NO_CHARACTER)
+        self._detokenizer, self._stops = tokenizer.detokenizer(before), stops
+        self.prompt_text = self._detokenizer.add(prompt)
         self._held = ""  # What may be the beginning of a stop string.
         self.is_stopped = False
 
+    @property
+    def state(self) -> DetokenizerState:
+        """What the stream leaves open: a character that lacks bytes."""
+        return self._detokenizer.state
+
     def add(self, ids: Sequence[int]) -> str:
         """Takes the next ids, and returns the text that is certain by now."""
-        self._new += ids
-        whole = len(self._new)
-        # A character at the end may still lack bytes; what lacks more than three never was one.
-        for end in range(whole, max(whole - _LONGEST_CHARACTER, -1), -1):
-            if not self._text_of(end).endswith(_NO_CHARACTER):
-                whole = end
-                break
-        text = self._text_of(whole)
-        if whole:
-            self._known = (self._known + self._new[:whole])[-_CONTEXT:]
-            self._known_text = self._tokenizer.decode(self._known)
-            self._new = self._new[whole:]
-        return self._up_to_stop(text)
+        return self._up_to_stop(self._detokenizer.add(ids))
 
-    def finish(self) -> str:
-        """Returns the rest of the text."""
-        rest = self._up_to_stop(self._text_of(len(self._new)))
+    def finish(self, *, is_continued: bool = False) -> str:
+        """Returns the rest of the text.
+
+        Args:
+            is_continued: Whether another stream goes on from `state`; then a character that lacks
+                bytes is left to that one.
+        """
+        rest = self._up_to_stop("" if is_continued else self._detokenizer.finish())
         rest += "" if self.is_stopped else self._held
-        self._new, self._held = [], ""
+        self._held = ""
         return rest
-
-    def _text_of(self, size: int) -> str:
-        """The text of the first so many of the new ids."""
-        text = self._tokenizer.decode(self._known + self._new[:size])
-        return text[len(self._known_text) :]
 
     def _up_to_stop(self, text: str) -> str:
         if self.is_stopped:

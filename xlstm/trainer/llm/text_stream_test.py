@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import tokenizers
 
-from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.dataset.json_tokenizer import JsonTokenizer
+from xlstm.dataset.testing import random_text, tokenizer_families, write_tokenizer_json
 from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
 from xlstm.trainer.llm.text_stream import TextStream
 
@@ -49,6 +51,24 @@ def test_bytes_that_are_no_text_do_not_stop_it():
 def test_a_prompt_may_end_within_a_character():
     first, second = "ä".encode()
     assert TextStream(ByteTokenizer(), [65, first], []).add([second, ord("b")]) == "äb"
+
+
+@pytest.mark.parametrize("name", sorted(tokenizer_families()))
+def test_prompt_and_text_are_what_all_ids_decode_to(name):
+    tokenizer, rng = JsonTokenizer(tokenizer_families()[name], name), np.random.default_rng(0)
+    for _ in range(300):
+        ids = [tokenizer.eod_id, *tokenizer.encode(random_text(rng, 20)).tolist()]
+        cut = int(rng.integers(0, len(ids) + 1))
+        stream = TextStream(tokenizer, ids[:cut], ["never"])
+        text = "".join(_pieces(stream, ids[cut:], int(rng.integers(1, 4))))
+        assert stream.prompt_text + text == tokenizer.decode(ids)
+
+
+def test_a_prompt_may_end_with_what_stands_for_no_character():
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.encode("a\ufffd").tolist()
+    stream = TextStream(tokenizer, prompt, [])
+    assert (stream.prompt_text, stream.add([98])) == ("a\ufffd", "b")
 
 
 def test_tokens_without_a_text_do_not_cost_a_space(tmp_path):

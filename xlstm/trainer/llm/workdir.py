@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from xlstm.dataset.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from xlstm.dataset.tokenizer import (
+    GENERATION_CONFIG_FILE,
+    MARKERS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+)
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import from_first_process
@@ -47,6 +53,16 @@ class Workdir:
     def tokenizer_config(self) -> str:
         """What else there is to say of it: the end-of-document marker."""
         return os.path.join(self.path, TOKENIZER_CONFIG_FILE)
+
+    @property
+    def markers(self) -> str:
+        """The markers around documents, for tokenizers that are files."""
+        return os.path.join(self.path, MARKERS_FILE)
+
+    @property
+    def generation_config(self) -> str:
+        """Ids of special tokens and sampling defaults of a model that came from elsewhere."""
+        return os.path.join(self.path, GENERATION_CONFIG_FILE)
 
     @property
     def metrics(self) -> str:
@@ -128,7 +144,7 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 def run_info(
     config: RunConfig,
     corpora: list[str],
-    tokenizer: str | None,
+    tokenizer: Tokenizer | None,
     code: dict[str, str],
     mesh: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def run_info(
     Args:
         config: The run's configuration.
         corpora: Checksums of what it trains on; none for a model that came from elsewhere.
-        tokenizer: The fingerprint of the tokenizer; None if it is not known.
+        tokenizer: The tokenizer; None if it is not known.
         code: The version of the code.
         mesh: The sizes of the mesh's axes.
 
@@ -147,7 +163,7 @@ def run_info(
     return {
         "config": plain_config(config),
         "corpora": corpora,
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer and tokenizer.fingerprint,
         "code": code,
         "mesh": dict(mesh),
     }

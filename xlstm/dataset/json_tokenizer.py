@@ -1,0 +1,285 @@
+"""A `tokenizer.json` of the `tokenizers` library, whose every byte of text is accounted for."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from xlstm.dataset.base_tokenizer import EncodedTexts, Tokenizer, check_nothing_left_out, utf8
+from xlstm.dataset.token_pieces import TokenPieces, components, has_component, token_pieces
+from xlstm.dataset.tokenizer_definition import (
+    adds_space,
+    bytes_of_spans,
+    characters_without_token,
+    may_leave_out,
+    without_prefix,
+)
+
+EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+_NOTHING = np.zeros(0, np.int64)
+_BYTE_TOKENS = "<(?=0x[0-9A-Fa-f]{2}>)"  # As a document may spell them out.
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`.
+
+    Special tokens that are spelled out in a text are taken as ordinary text, so that no document
+    can end another. Truncation, padding and dropout that the file may ask for are off.
+    """
+
+    def __init__(
+        self,
+        definition: bytes,
+        name: str,
+        eod_token: str | None = None,
+        bos_token: str | None = None,
+    ):
+        """Reads the content of a `tokenizer.json`.
+
+        Args:
+            definition: The content.
+            name: The file's path, or what else to call it.
+            eod_token: The entry in the vocabulary of the marker behind documents; by default the
+                first of `EOD_TOKENS` that the vocabulary has.
+            bos_token: That of the marker in front of documents; by default the same.
+
+        Raises:
+            ValueError: It cannot be parsed or used, or has no such markers.
+        """
+        self.name, self.definition = name, definition
+        inner = parse_tokenizer(definition, name)
+        self._definition = json.loads(definition)
+        self.eod_token, self.eod_id = _find_token(inner, name, eod_token, EOD_TOKENS)
+        self.bos_token, self.bos_id = _find_token(inner, name, bos_token, (self.eod_token,))
+        # A marker that is an added token like others would be found in texts.
+        for entry in self._definition.get("added_tokens") or ():
+            if entry["content"] in (self.eod_token, self.bos_token) and not entry["special"]:
+                entry["special"] = True
+                inner = tokenizers.Tokenizer.from_str(json.dumps(self._definition))
+        self._inner = _prepared(inner)
+        digest = hashlib.sha256(definition + self.eod_token.encode())
+        self.fingerprint = f"sha256:{digest.hexdigest()}"
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self._tokens = {token_id: token for token, token_id in vocab.items()}
+        self._unknown_id = _unknown_id(self._definition["model"], vocab)
+        # Ids in the file are not always those that the library gives.
+        added = self._inner.get_added_tokens_decoder()
+        self._special_ids = {i for i, token in added.items() if token.special}
+        self._special_ids |= {self.eod_id, self.bos_id}
+        # Ids that no text may have; an unknown token is what it is.
+        self._is_forbidden = np.zeros(self.vocab_size, bool)
+        self._is_forbidden[list(self._special_ids - {self._unknown_id})] = True
+        self._is_forbidden[[self.eod_id, self.bos_id]] = True
+        model = self._definition["model"]
+        self._may_leave_out = may_leave_out(self._definition)
+        # Byte tokens, too, are in the vocabulary of such models, to be found in texts.
+        self._spells_bytes = model.get("byte_fallback") and model["type"] == "Unigram"
+        self._guarded = functools.lru_cache(maxsize=16)(self._make_guarded)
+
+    @functools.cached_property
+    def pieces(self) -> TokenPieces:
+        """See `Tokenizer`."""
+        return token_pieces(self._inner, self._definition, self._special_ids)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer`."""
+        tables = [self.pieces.first, self.pieces.middle]
+        return np.array([[len(piece) for piece in table] for table in tables], np.int64)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """See `Tokenizer`. The layout of the file and the order of its fields do not matter."""
+        content = json.dumps(json.loads(self._inner.to_str()), sort_keys=True)
+        digest = hashlib.sha256(content.encode())
+        return f"{digest.hexdigest()} {self.bos_id} {self.eod_id}"
+
+    @functools.cached_property
+    def is_lossless(self) -> bool:
+        """See `Tokenizer`: a byte-level vocabulary that nothing stands in front of."""
+        definition = self._definition
+        added = definition.get("added_tokens") or ()
+        strips = any(entry.get("lstrip") or entry.get("rstrip") for entry in added)
+        kinds = {part["type"] for part in components(definition.get("pre_tokenizer"))}
+        return (
+            has_component(definition.get("decoder"), "ByteLevel")
+            and kinds <= {"Sequence", "ByteLevel"}
+            and not (definition.get("normalizer") or adds_space(definition) or strips)
+            and not self._may_leave_out
+        )
+
+    def token(self, token_id: int) -> str:
+        """See `Tokenizer.token`."""
+        return self._tokens[token_id]
+
+    def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
+        """See `Tokenizer.encode_batch`."""
+        return self._encode_batch(texts, is_continuation=False)
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode_continuation`."""
+        encoded = self._encode_batch([text], is_continuation=True)
+        check_nothing_left_out(self.name, encoded)
+        return encoded.ids
+
+    def _encode_batch(self, texts: Sequence[str], *, is_continuation: bool) -> EncodedTexts:
+        """Encodes the fast way, and again what that does not account for."""
+        text_bytes = np.array([len(utf8(text)) for text in texts], np.int64)
+        found, corrected, corrected_bytes, left_out = [], [], [], {}
+        num_unknown, position = 0, 0
+        inner = self._guarded(is_continuation)
+        try:
+            encodings = inner.encode_batch_fast(texts, add_special_tokens=False)
+            for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+                ids = np.array(encoding.ids, np.int64)
+                if not self._is_accounted_for(text, ids, int(text_bytes[i])):
+                    ids, changed, sizes, missing = self._encode_exactly(text, is_continuation)
+                    num_unknown += np.count_nonzero(ids == self._unknown_id)
+                    corrected.append(changed + position)
+                    corrected_bytes.append(sizes)
+                    if missing:
+                        left_out[i] = missing
+                found.append(ids)
+                position += ids.size
+        except Exception as error:  # The library raises plain `Exception`s.
+            raise ValueError(f"the tokenizer {self.name} cannot encode a text: {error}") from error
+        return EncodedTexts(
+            ids=np.concatenate([_NOTHING, *found]).astype(self.dtype),
+            lengths=np.array([ids.size for ids in found], np.int64),
+            text_bytes=text_bytes,
+            corrected=np.concatenate([_NOTHING, *corrected]),
+            corrected_bytes=np.concatenate([_NOTHING, *corrected_bytes]),
+            num_unknown=int(num_unknown),
+            left_out=left_out,
+        )
+
+    def _is_accounted_for(self, text: str, ids: np.ndarray, text_bytes: int) -> bool:
+        """Returns whether the tokens, by `token_bytes`, make up the text, and none is special."""
+        if self._may_leave_out or (self._spells_bytes and "<0x" in text):
+            return False
+        if self._is_forbidden[ids].any() or (ids == self._unknown_id).any():
+            return False
+        return self._count_bytes(ids).sum() == text_bytes
+
+    def _count_bytes(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the bytes of each token of a text by `token_bytes`."""
+        sizes = self.token_bytes[1][ids]
+        sizes[:1] = self.token_bytes[0][ids[:1]]
+        return sizes
+
+    def _encode_exactly(
+        self, text: str, is_continuation: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """Encodes a text with the place of each token in it, and without special tokens.
+
+        Args:
+            text: The text.
+            is_continuation: Whether it continues another one.
+
+        Returns:
+            The ids; the indices of tokens that stand for another number of bytes than `token_bytes`
+            says, and their bytes; the characters that no token stands for.
+        """
+        spelled: frozenset[int] = frozenset()
+        if self._definition["model"]["type"] != "BPE" and self._unknown_id is not None:
+            # Other models find it in a text as any other token.
+            spelled |= {self._unknown_id} if self._tokens[self._unknown_id] in text else set()
+        spells_bytes = bool(self._spells_bytes and "<0x" in text)
+        while True:
+            inner = self._guarded(is_continuation, spelled, spells_bytes)
+            encoding = inner.encode(text, add_special_tokens=False)
+            ids = np.array(encoding.ids, np.int64)
+            found = frozenset(ids[self._is_forbidden[ids]].tolist())
+            if found <= spelled:
+                break
+            spelled |= found
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        kept = ~self._is_forbidden[ids]
+        # A special token of one character cannot be spelled in another way.
+        missing = "".join(text[start:end] for start, end in spans[~kept])
+        if self._may_leave_out:
+            missing += characters_without_token(self._inner, self._definition, text)
+        ids, expected = ids[kept], self._count_bytes(ids[kept])
+        sizes = bytes_of_spans(text, spans[kept], expected)
+        changed = np.flatnonzero(sizes != expected)
+        return ids, changed, sizes[changed], missing
+
+    def _make_guarded(
+        self,
+        is_continuation: bool,
+        spelled: frozenset[int] = frozenset(),
+        spells_bytes: bool = False,
+    ) -> tokenizers.Tokenizer:
+        """Makes the tokenizer that encodes texts.
+
+        Args:
+            is_continuation: Whether nothing is to be put in front of a text.
+            spelled: Special tokens that are spelled out in the text: they are cut, and so are text.
+            spells_bytes: Whether byte tokens are, too.
+
+        Returns:
+            A tokenizer of the library.
+        """
+        if not (is_continuation or spelled or spells_bytes):
+            return self._inner
+        definition = self._definition
+        if is_continuation:
+            definition = without_prefix(definition)
+        inner = _prepared(tokenizers.Tokenizer.from_str(json.dumps(definition)))
+        patterns = [_BYTE_TOKENS] if spells_bytes else []
+        for token in sorted(self._tokens[i] for i in spelled):
+            # Models that write spaces as "▁" find it written so.
+            for written in sorted({token, token.replace(" ", "▁")}):
+                first, rest = re.escape(written[:1]), re.escape(written[1:])
+                patterns += [f"{first}(?={rest})"] if rest else []
+        if patterns:
+            pattern = tokenizers.Regex("|".join(patterns))
+            cut = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+            parts = [inner.pre_tokenizer, cut] if inner.pre_tokenizer else [cut]
+            inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+        return inner
+
+
+def parse_tokenizer(definition: bytes, name: str) -> tokenizers.Tokenizer:
+    """Parses the content of a `tokenizer.json`; raises ValueError, with the name, if it cannot."""
+    try:
+        return tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+    except Exception as error:  # The library raises plain `Exception`s.
+        raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+
+
+def _prepared(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Switches off what changes the ids of a text: its length, its markers and chance."""
+    inner.no_truncation()
+    inner.no_padding()
+    inner.encode_special_tokens = True
+    inner.post_processor = None
+    if getattr(inner.model, "dropout", None) is not None:
+        inner.model.dropout = None
+    return inner
+
+
+def _find_token(
+    inner: tokenizers.Tokenizer, path: str, token: str | None, usual: Sequence[str]
+) -> tuple[str, int]:
+    """Finds a marker: the one asked for, or else the first usual one."""
+    candidates = usual if token is None else (token,)
+    for candidate in candidates:
+        token_id = inner.token_to_id(candidate)
+        if token_id is not None:
+            return candidate, token_id
+    looked_for = ", ".join(repr(candidate) for candidate in candidates)
+    raise ValueError(f"{path} has no end-of-document token (looked for {looked_for}): name one")
+
+
+def _unknown_id(model: dict[str, Any], vocab: dict[str, int]) -> int | None:
+    """Returns the id of the token for what the model does not know, or None."""
+    if model["type"] == "Unigram":
+        return model.get("unk_id")
+    return vocab.get(model.get("unk_token"))
