@@ -37,12 +37,14 @@ class EncodedDocuments:
         lengths: `(N,)` int64, tokens per document, the marker included.
         text_bytes: The size of their text in UTF-8.
         num_empty: How many texts had no token and were left out.
+        bad_records: A message for each malformed record that was left out.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     text_bytes: int
     num_empty: int
+    bad_records: tuple[str, ...] = ()
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocuments:
