@@ -1,5 +1,8 @@
+import bz2
 import gzip
 import json
+import lzma
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,18 +25,42 @@ def write_lines(path, texts):
     return write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+
+
 def test_text_files(tmp_path):
     one = write(tmp_path / "one.txt", "first\r\nläst\n")
     two = write(tmp_path / "two.md", b"\xef\xbb\xbfwith a byte-order mark")
     assert texts_of(two, one) == ["with a byte-order mark", "first\r\nläst\n"]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_json_lines(tmp_path, suffix):
-    path = tmp_path / f"file{suffix}"
-    content = '{"text": "a\\u00e4\\n"}\n\n{"id": 1, "text": ""}\n{"text": null}\n{"text": "end"}'
-    write(path, gzip.compress(content.encode()) if suffix.endswith("gz") else content)
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".ndjson", ".jsonlines", ".json"])
+def test_json_lines(tmp_path, ending, compression):
+    content = '{"text": "a\\u00e4\\n"}\n\n{"id": 1, "text": ""}\n{"text": null}\r\n{"text": "end"}'
+    path = tmp_path / f"c4-train.00000{ending}{compression}"
+    write(path, COMPRESS[compression](content.encode()))
     assert texts_of(path) == ["aä\n", "", "", "end"]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_an_array_of_objects(tmp_path, compression):
+    content = json.dumps([{"text": "one"}, {"text": "two\n"}], indent=1)
+    path = write(tmp_path / f"file.json{compression}", COMPRESS[compression](content.encode()))
+    assert texts_of(path) == ["one", "two\n"]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_compressed_text_file_is_one_document(tmp_path, compression):
+    path = tmp_path / f"file.txt{compression}"
+    write(path, COMPRESS[compression](b"first line\nsecond line\n"))
+    assert texts_of(path) == ["first line\nsecond line\n"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +107,12 @@ def test_order_is_that_of_the_files(tmp_path):
         ("[1, 2]", r"not a JSON object, but \[1, 2\]"),
         ('{"body": "x", "id": 3}', r"""no 'text' among its keys \["body", "id"\]"""),
         ('{"text": 5}', "'text' is not a string, but 5"),
+        ("[" * 100_000, "its brackets are nested too deeply"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "a number in it has too many digits"),
+        ('{"text": NaN}', "'text' is not a string, but NaN"),
+        ('{"text": "a"}{"text": "b"}', "not JSON .Extra data"),
+        ("\0" * 21, "21 NUL bytes, as a crash or a full disk leaves them"),
+        ("[", "a value of several lines, which only a file with the ending .json may hold"),
         (b'{"text": "\xe9"}', r"not UTF-8 text \(byte 0xe9\)"),
         ('{"text": "\\ud800"}', "'text' is not valid Unicode: surrogates not allowed"),
     ],
@@ -116,6 +149,47 @@ def test_bad_parquet(tmp_path):
     wrong = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xe9"]).buffers())
     pq.write_table(pa.table({"text": wrong}), path)
     with pytest.raises(ValueError, match="bad.parquet, row 2: not UTF-8 text"):
+        texts_of(path)
+
+
+BAD_LINES = (
+    b'{"text": "a"}\n{"text": }\n{"body": "x"}\n{"text": 5}\n\n{"text": "\xe9"}\n{"text": "b"}\n'
+)
+
+
+def test_bad_records_can_be_left_out(tmp_path):
+    paths = [
+        write(tmp_path / "a.jsonl", BAD_LINES),
+        write(tmp_path / "b.txt", "text"),
+        write(tmp_path / "c.txt", b"caf\xe9"),
+        write(tmp_path / "d.txt.gz", gzip.compress(b"packed")),
+        write(tmp_path / "e.txt", '{"text": "a"}\n'),
+    ]
+    blocks = pickle.loads(pickle.dumps(list(read_blocks([str(path) for path in paths], "text"))))
+    bad = []
+    texts = [text for block in blocks for text in block.texts(bad.append)]
+    assert texts == ["a", "b", "text", "packed"]
+    places = [block.place(index) for block in blocks for index in range(2)]
+    where = ["a.jsonl, line 1", "a.jsonl, line 7", "b.txt", "d.txt.gz"]
+    assert places == [f"{tmp_path}/{name}" for name in where]
+    assert [message.removeprefix(f"{tmp_path}/").partition(":")[0] for message in bad] == [
+        *(f"a.jsonl, line {number}" for number in (2, 3, 4, 6)),
+        "c.txt, line 1",
+        "e.txt holds JSON instead of text",
+    ]
+
+
+@pytest.mark.parametrize("name", ["file.jsonl.gz", "file.txt.gz", "file.json.gz"])
+def test_a_damaged_container_is_never_left_out(tmp_path, name):
+    damaged = gzip.compress(b'{"text": "a"}\n' * 1000)[:-4]
+    path = write(tmp_path / name, damaged)
+    with pytest.raises(ValueError, match=f"{name} is not a whole gzip file: its end is missing"):
+        [list(block.texts([].append)) for block in read_blocks([str(path)], "text")]
+
+
+def test_kinds_that_are_not_read(tmp_path):
+    path = write(tmp_path / "file.csv", "id,text\n1,a\n")
+    with pytest.raises(ValueError, match="file.csv: CSV is not read: convert it to Parquet"):
         texts_of(path)
 
 

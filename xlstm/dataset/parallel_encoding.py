@@ -1,6 +1,7 @@
 """Encodes blocks of documents in several processes, in order and without piling them up."""
 
 import collections
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ _tokenizer: Tokenizer  # Of a worker process.
 
 
 def encode_blocks(
-    blocks: Iterable[Block], tokenizer: Tokenizer, workers: int
+    blocks: Iterable[Block], tokenizer: Tokenizer, workers: int, skip_bad_records: bool = False
 ) -> Iterator[tuple[Block, EncodedDocuments]]:
     """Encodes blocks in worker processes.
 
@@ -25,12 +26,13 @@ def encode_blocks(
         blocks: Taken one by one, a few ahead of what has been handed out.
         tokenizer: What `load_tokenizer` returned; each worker loads it again.
         workers: The number of processes.
+        skip_bad_records: Leave malformed records out, and list them in `bad_records`.
 
     Yields:
         Each block with its documents, in the order of `blocks` however many workers there are.
 
     Raises:
-        ValueError: A document is malformed.
+        ValueError: A document is malformed (unless they are left out), or a file damaged.
         OSError: A file cannot be read, or a worker died.
     """
     pool = ProcessPoolExecutor(
@@ -43,7 +45,7 @@ def encode_blocks(
     pending = collections.deque()
     try:
         for block in blocks:
-            pending.append((block, pool.submit(_encode, block)))
+            pending.append((block, pool.submit(_encode, block, skip_bad_records)))
             if len(pending) > 2 * workers:
                 block, documents = pending.popleft()
                 yield block, documents.result()
@@ -69,5 +71,9 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(block: Block) -> EncodedDocuments:
-    return encode_documents(_tokenizer, block.texts())
+def _encode(block: Block, skip_bad_records: bool) -> EncodedDocuments:
+    if not skip_bad_records:
+        return encode_documents(_tokenizer, block.texts())
+    bad_records: list[str] = []
+    documents = encode_documents(_tokenizer, block.texts(bad_records.append))
+    return dataclasses.replace(documents, bad_records=tuple(bad_records))

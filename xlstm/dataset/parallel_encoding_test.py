@@ -31,6 +31,14 @@ class Malformed(Block):
 
 
 @dataclasses.dataclass(frozen=True)
+class PartlyMalformed(Block):
+    def texts(self, on_bad):
+        yield "before"
+        on_bad("file.txt, line 7: not text")
+        yield "behind"
+
+
+@dataclasses.dataclass(frozen=True)
 class Deadly(Block):
     def texts(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -64,6 +72,13 @@ def test_workers_use_the_tokenizer_as_given(tmp_path):
 def test_a_malformed_document():
     with pytest.raises(ValueError, match="^file.txt, line 7: not text$"):
         list(encode_blocks([Numbered(1, 0), Malformed(1), Numbered(1, 1)], ByteTokenizer(), 2))
+
+
+def test_malformed_records_that_are_left_out():
+    blocks = [PartlyMalformed(1), PartlyMalformed(1)]
+    for _, documents in encode_blocks(blocks, ByteTokenizer(), 2, skip_bad_records=True):
+        assert bytes(documents.tokens) == b"\0before\0behind"
+        assert documents.bad_records == ("file.txt, line 7: not text",)
 
 
 def test_a_worker_that_dies():

@@ -43,6 +43,7 @@ class EncodedDocuments:
         num_unknown: How many tokens say only that the tokenizer does not know something.
         left_out: The characters of each text that no token stands for, by the text's index among
             all texts.
+        bad_records: A message for each malformed record that was left out.
     """
 
     tokens: np.ndarray
@@ -53,6 +54,7 @@ class EncodedDocuments:
     corrections: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
     num_unknown: int = 0
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)
+    bad_records: tuple[str, ...] = ()
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocuments:

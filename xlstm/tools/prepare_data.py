@@ -2,16 +2,18 @@
 
     bazel run //xlstm/tools:prepare_data -- --input=books,more.jsonl.gz --output=store
 
-Reads `.jsonl` and `.jsonl.gz` (a line is a document), `.parquet` (a row is a document) and any
-other file as UTF-8 text (a file is a document). The store depends on the input only, not on the
-number of workers; if anything goes wrong, there is none. Killed, the tool may leave a folder
-`<output>.incomplete-...` behind, which may be deleted.
+Reads JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`, `.json`; a line is a document), `.json` with
+an array of objects, Parquet (`.parquet`; a row is a document) and any other file as UTF-8 text (a
+file is a document). All but Parquet may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`. The store
+depends on the input only, not on the number of workers; if anything goes wrong, there is none.
+Killed, the tool may leave a folder `<output>.incomplete-...` behind, which may be deleted.
 """
 
-import glob
+import dataclasses
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 
 from absl import flags
 from rich.console import Console
@@ -27,17 +29,19 @@ from rich.table import Table
 
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.document_readers import read_blocks
+from xlstm.dataset.input_files import find_files
 from xlstm.dataset.parallel_encoding import encode_blocks
 from xlstm.dataset.token_store import StoreMeta, TokenStore
-from xlstm.dataset.token_store_writer import TokenStoreWriter
+from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
 from xlstm.tools.command_line import resolve_path, run
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
     None,
-    "Files, folders (everything in them but hidden files) or glob patterns, separated by commas; "
-    "may be repeated. A file that is named twice is read once.",
+    "The files, folders (everything in them but hidden files) or glob patterns to read, separated "
+    "by commas. The flag may be repeated. A path with a comma needs a flag of its own, a pattern "
+    "takes ? for a comma. Links are followed, and a file with several names is read once.",
     required=True,
 )
 _OUTPUT = flags.DEFINE_string(
@@ -48,38 +52,63 @@ _EOD_TOKEN = flags.DEFINE_string(
     "eod_token", None, "The tokenizer's end-of-document token, where it is none of the usual ones."
 )
 _TEXT_COLUMN = flags.DEFINE_string(
-    "text_column", "text", "The key (JSONL) or column (Parquet) that holds the text."
+    "text_column",
+    "text",
+    "The key (JSON) or column (Parquet) that holds the text. 'data.text' is the key or field "
+    "'text' in 'data', unless there is one named 'data.text'.",
+)
+_SKIP_BAD_RECORDS = flags.DEFINE_bool(
+    "skip_bad_records",
+    False,
+    "Leave out records that are malformed or have no text, and files that are not UTF-8 text, and "
+    "list the first ten at the end. Otherwise the first one stops the tool. A damaged file (cut "
+    "off, or with a wrong checksum) always does.",
+)
+_MAX_BAD_RECORDS = flags.DEFINE_float(
+    "max_bad_records",
+    0.01,
+    "The largest share of all records that --skip_bad_records may leave out. With more, there is "
+    "no store.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers", os.cpu_count() or 1, "Processes that parse and tokenise.", lower_bound=1
+    "workers",
+    os.cpu_count() or 1,
+    "The number of processes that parse and tokenise.",
+    lower_bound=1,
 )
 
 
-def find_files(inputs: Iterable[str]) -> list[str]:
-    """Lists the files that the inputs stand for.
+@dataclasses.dataclass
+class LeftOut:
+    """What is not in a store.
 
-    Args:
-        inputs: Absolute paths of files and folders, or glob patterns (`**` is any folders).
-
-    Returns:
-        Their absolute paths, in the order of the inputs, each input's own sorted, without doubles.
-
-    Raises:
-        ValueError: An input stands for no file.
+    Attributes:
+        num_empty: The number of documents without text.
+        num_bad: The number of malformed records.
+        first_bad: Messages about the first ten of those.
     """
-    files: dict[str, None] = {}
-    for pattern in inputs:
-        paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        found = [file for path in sorted(paths) for file in _files_below(path)]
-        if not found:
-            raise ValueError(f"--input={pattern}: there is no such file, or none in that folder")
-        files.update(dict.fromkeys(found))
-    return list(files)
+
+    num_empty: int = 0
+    num_bad: int = 0
+    first_bad: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, documents: EncodedDocuments) -> None:
+        """Counts what was left out when these documents were encoded."""
+        self.num_empty += documents.num_empty
+        self.num_bad += len(documents.bad_records)
+        self.first_bad += documents.bad_records[: 10 - len(self.first_bad)]
 
 
 def prepare(
-    files: Sequence[str], output: str, tokenizer: Tokenizer, text_column: str, workers: int
-) -> tuple[TokenStore, int]:
+    files: Sequence[str],
+    output: str,
+    tokenizer: Tokenizer,
+    text_column: str,
+    workers: int,
+    max_bad_records: float | None = None,
+) -> tuple[TokenStore, LeftOut]:
     """Writes a token store, with a progress bar on the terminal.
 
     Args:
@@ -88,24 +117,32 @@ def prepare(
         tokenizer: What `load_tokenizer` returned.
         text_column: The key or column with the text.
         workers: The number of processes.
+        max_bad_records: The share of malformed records that may be left out, or None if the first
+            one is an error.
 
     Returns:
-        The store, and the number of documents left out since they had no text.
+        The store, and what was left out.
 
     Raises:
         ValueError: The input is malformed or has no text, or the output exists.
         OSError: A file cannot be read or written.
     """
-    num_empty = 0
+    left_out = LeftOut()
+    num_documents = 0
+    skip_bad_records = max_bad_records is not None
     total = sum(os.path.getsize(file) for file in files)
-    with TokenStoreWriter(output, tokenizer) as writer, _progress_bar() as progress:
-        task = progress.add_task(f"{len(files)} files", total=total)
-        blocks = read_blocks(files, text_column)
-        for block, documents in encode_blocks(blocks, tokenizer, workers):
-            writer.add(documents)
-            num_empty += documents.num_empty
-            progress.advance(task, block.input_bytes)
-    return TokenStore.open(output), num_empty
+    with TokenStoreWriter(output, tokenizer) as writer:
+        with _progress_bar() as progress:
+            task = progress.add_task(f"{len(files)} files", total=total)
+            blocks = read_blocks(files, text_column)
+            for block, documents in encode_blocks(blocks, tokenizer, workers, skip_bad_records):
+                writer.add(documents)
+                left_out.add(documents)
+                num_documents += documents.lengths.size
+                progress.advance(task, block.input_bytes)
+        if left_out.num_bad:
+            _report_bad_records(left_out, num_documents, max_bad_records)
+    return TokenStore.open(output), left_out
 
 
 def train_command(path: str, meta: StoreMeta) -> str:
@@ -133,24 +170,28 @@ def main(argv: Sequence[str]) -> None:
     """
     if len(argv) > 1:
         raise ValueError(f"what is {argv[1]!r}? Every argument is a flag: see --help")
-    patterns = [part for value in _INPUT.value for part in value.split(",") if part]
-    files = find_files(resolve_path(pattern) for pattern in patterns)
+    if _MAX_BAD_RECORDS.present and not _SKIP_BAD_RECORDS.value:
+        raise ValueError("--max_bad_records is for --skip_bad_records, which is not given")
+    files = find_files(path for value in _INPUT.value for path in _split_inputs(value))
     name = _TOKENIZER.value
     tokenizer = load_tokenizer(name if name == "byte" else resolve_path(name), _EOD_TOKEN.value)
     output = resolve_path(_OUTPUT.value)
-    store, num_empty = prepare(files, output, tokenizer, _TEXT_COLUMN.value, _WORKERS.value)
-    _report(store, num_empty)
+    store, left_out = prepare(
+        files,
+        output,
+        tokenizer,
+        _TEXT_COLUMN.value,
+        _WORKERS.value,
+        _MAX_BAD_RECORDS.value if _SKIP_BAD_RECORDS.value else None,
+    )
+    _report(store, left_out)
 
 
-def _files_below(path: str) -> list[str]:
-    """Returns the file itself, or the files in a folder, sorted; hidden ones are left out."""
-    if os.path.isfile(path):
-        return [path]
-    files = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+def _split_inputs(value: str) -> list[str]:
+    """Returns the paths and patterns of an --input; commas separate them unless they are in one."""
+    if value and os.path.lexists(resolve_path(value)):
+        return [resolve_path(value)]
+    return [resolve_path(part) for part in value.split(",") if part]
 
 
 def _progress_bar() -> Progress:
@@ -164,13 +205,28 @@ def _progress_bar() -> Progress:
     )
 
 
-def _report(store: TokenStore, num_empty: int) -> None:
+def _report_bad_records(left_out: LeftOut, num_documents: int, max_share: float) -> None:
+    """Lists the first bad records, and raises ValueError if there are too many."""
+    for message in left_out.first_bad:
+        print(f"left out: {' '.join(message.split())}", file=sys.stderr)
+    if left_out.num_bad > len(left_out.first_bad):
+        print(f"left out: {left_out.num_bad - 10:,} more", file=sys.stderr)
+    num_records = num_documents + left_out.num_empty + left_out.num_bad
+    if left_out.num_bad > max_share * num_records:
+        raise ValueError(
+            f"{left_out.num_bad:,} of {num_records:,} records are bad "
+            f"({left_out.num_bad / num_records:.2%}), more than --max_bad_records={max_share}"
+        )
+
+
+def _report(store: TokenStore, left_out: LeftOut) -> None:
     """Prints what was made, and how to use it."""
     meta = store.meta
     table = Table.grid(padding=(0, 2))
     rows = {
         "documents": f"{meta.num_documents:,}",
-        "left out (empty)": f"{num_empty:,}",
+        "left out (empty)": f"{left_out.num_empty:,}",
+        "left out (bad)": f"{left_out.num_bad:,}",
         "tokens": f"{meta.num_tokens:,}",
         "bytes of text": f"{meta.text_bytes:,}",
         "tokens per byte": f"{meta.num_tokens / meta.text_bytes:.3f}",

@@ -15,7 +15,7 @@ from xlstm.dataset.pipeline import open_stores, train_batches
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
-from xlstm.tools.prepare_data import find_files, train_command
+from xlstm.tools.prepare_data import train_command
 
 COMMAND = [sys.executable, "-m", "xlstm.tools.prepare_data"]
 
@@ -93,12 +93,57 @@ def test_bad_input(corpus):
         ("--input=none*.txt",): "none*.txt: there is no such file",
         ("--input=books", "--tokenizer=none.json"): "none.json': give 'byte' or the path",
         ("--input=books", "more"): "what is 'more'?",
+        ("--input=books", "--max_bad_records=0.1"): "is for --skip_bad_records",
+        ("--input=books", "--skip_bad_records", "--max_bad_records=2"): "not a number in the range",
     }
     for arguments, message in cases.items():
         result = prepare(corpus, *arguments, "--output=out/store")
         assert result.returncode == 2, result.stderr
         assert message in result.stderr and "Traceback" not in result.stderr
         assert not (corpus / "out").exists() or not os.listdir(corpus / "out")
+
+
+def test_bad_records(corpus):
+    lines = ['{"text": "fine"}'] * 1989 + ["nonsense", '{"body": "x"}', '{"text": 5}'] * 4
+    (corpus / "bad.jsonl").write_text("\n".join(lines))
+    (corpus / "latin.txt").write_bytes(b"caf\xe9")
+    inputs = ["--input=bad.jsonl,latin.txt,packed.jsonl.gz", "--skip_bad_records"]
+    result = prepare(corpus, *inputs, "--output=store", "--workers=2")
+    assert result.returncode == 0, result.stderr
+    store = TokenStore.open(str(corpus / "store"), verify=True)
+    assert bytes(store.tokens) == b"\0fine" * 1989 + b"\0packed"
+    assert "left out (bad)    13" in result.stdout
+    reasons = ["not JSON", "no 'text' among its keys", "'text' is not a string, but 5"] * 4
+    listed = [line for line in result.stderr.splitlines() if line.startswith("left out")]
+    for number, (line, reason) in enumerate(zip(listed[:10], reasons, strict=False), 1990):
+        assert line.startswith(f"left out: {corpus}/bad.jsonl, line {number}: {reason}")
+    assert listed[10:] == ["left out: 3 more"]
+
+    result = prepare(corpus, *inputs, "--output=none", "--max_bad_records=0.005")
+    assert result.returncode == 2
+    assert "13 of 2,003 records are bad (0.65%), more than --max_bad_records=0.005" in result.stderr
+    assert "latin.txt" not in result.stderr and "line 1990: not JSON" in result.stderr
+    assert not (corpus / "none").exists()
+
+    (corpus / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-4])
+    torn = ["--input=torn.jsonl.gz", "--skip_bad_records", "--max_bad_records=1"]
+    result = prepare(corpus, *torn, "--output=none")
+    assert result.returncode == 2
+    assert "torn.jsonl.gz is not a whole gzip file: its end is missing" in result.stderr
+
+
+def test_odd_paths(corpus):
+    folder = corpus / "a,b" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    (folder / "new\nline.txt").write_text("odd")
+    (folder / "bad.jsonl").write_text("nonsense")
+    odd = f"--input={folder}/new\nline.txt"
+    result = prepare(corpus, odd, "--input=books/a.txt,packed.jsonl.gz", "--output=store")
+    assert result.returncode == 0, result.stderr
+    assert bytes(TokenStore.open(str(corpus / "store")).tokens) == b"\0odd\0first book\0packed"
+    result = prepare(corpus, "--input=a,b", "--output=none")
+    assert result.returncode == 2
+    assert "bad.jsonl, line 1: not JSON" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_an_existing_store_stays(corpus):
@@ -162,17 +207,6 @@ def test_killed_half_way(corpus):
         TokenStore.open(str(left))
     result = prepare(corpus, "--input=books", "--output=store")
     assert result.returncode == 0, result.stderr
-
-
-def test_find_files(corpus):
-    books = [str(corpus / "books" / name) for name in ("a.txt", "b.txt")]
-    lines = str(corpus / "lines.jsonl")
-    assert find_files([str(corpus / "books")]) == books
-    assert find_files([lines, str(corpus / "*" / "*.txt"), lines]) == [lines, *books]
-    assert find_files([str(corpus / "**" / "*.jsonl")]) == [lines]
-    (corpus / "nothing").mkdir()
-    with pytest.raises(ValueError, match="nothing: there is no such file, or none in that folder"):
-        find_files([str(corpus / "nothing")])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12, 25, 26, 40])

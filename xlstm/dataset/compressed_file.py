@@ -1,0 +1,206 @@
+"""Reads files that may be compressed, from front to end: gzip, zstd, bzip2 and xz."""
+
+import bz2
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import BinaryIO, Protocol
+
+from xlstm.dataset.file_content import foreign_content
+
+_CHUNK_BYTES = 1 << 17
+_NAMES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+_MAGIC_BYTES = {
+    ".gz": rb"\x1f\x8b",
+    ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # The other ones are to be skipped.
+    ".bz2": rb"BZh",
+    ".xz": rb"\xfd7zXZ\0",
+}
+
+
+def split_compression(path: str) -> tuple[str, str]:
+    """Splits the ending of a compressed file off, whatever its case.
+
+    Args:
+        path: The path of a file.
+
+    Returns:
+        The path without the ending, and the ending in lower case or, for other files, "".
+    """
+    root, ending = os.path.splitext(path)
+    return (root, ending.lower()) if ending.lower() in _NAMES else (path, "")
+
+
+class CompressedFile:
+    """The content of a file, decompressed if the ending of its name says so.
+
+    Members, frames and streams that follow one another are one content, as the tools `gzip`,
+    `zstd`, `bzip2` and `xz` have it. A content that is cut off or followed by something else is an
+    error. A context manager.
+    """
+
+    def __init__(self, path: str):
+        """Opens a file.
+
+        Args:
+            path: Its path.
+
+        Raises:
+            ValueError: The file is not compressed as its name says.
+            OSError: It cannot be read.
+        """
+        self._path = path
+        self._raw = open(path, "rb")
+        try:
+            self._read_some = self._opened(split_compression(path)[1])
+        except BaseException:
+            self._raw.close()
+            raise
+
+    def __enter__(self) -> "CompressedFile":
+        """Returns the file."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the file."""
+        self._raw.close()
+
+    @property
+    def position(self) -> int:
+        """How many bytes have been read from the disk."""
+        return self._raw.tell()
+
+    def read(self, size: int) -> bytes:
+        """Reads on.
+
+        Args:
+            size: The number of bytes.
+
+        Returns:
+            So many bytes, fewer only at the end.
+
+        Raises:
+            ValueError: The compressed data are damaged or cut off.
+            OSError: The file cannot be read.
+        """
+        pieces = []
+        try:
+            while size and (piece := self._read_some(size)):
+                pieces.append(piece)
+                size -= len(piece)
+        except (zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise OSError(error.errno, error.strerror, self._path) from error
+            if "too much memory" in str(error):
+                raise ValueError(
+                    f"{self._path} is compressed with a window of more than 128 MB: compress it "
+                    "again, without --long"
+                ) from error
+            name = _NAMES[split_compression(self._path)[1]]
+            raise ValueError(f"{self._path} is not a whole {name} file: {error}") from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_all(self) -> bytes:
+        """Returns all that has not been read yet; see `read`."""
+        return b"".join(iter(lambda: self.read(1 << 26), b""))
+
+    def _opened(self, ending: str) -> Callable[[int], bytes]:
+        """Returns a function that reads up to so many bytes of the content."""
+        if not ending:
+            return self._raw.read
+        head = self._raw.peek(4096)
+        if not _starts(ending, head):
+            what = foreign_content(head) or (repr(head[:16]) if head else "nothing")
+            raise ValueError(f"{self._path} is not a whole {_NAMES[ending]} file: it holds {what}")
+        if ending == ".zst":
+            import pyarrow  # Here, since it takes half a second.
+
+            return pyarrow.CompressedInputStream(self._raw, "zstd").read
+        return _Members(self._raw, ending).read
+
+
+def _starts(ending: str, head: bytes) -> bool:
+    """Returns whether a compressed member starts here."""
+    return re.match(_MAGIC_BYTES[ending], head) is not None
+
+
+class _Decoder(Protocol):
+    """What `bz2` and `lzma` have in common."""
+
+    eof: bool
+    needs_input: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _GzipDecoder:
+    """A gzip member, with the interface of a `bz2.BZ2Decompressor`."""
+
+    def __init__(self):
+        self._decoder = zlib.decompressobj(wbits=31)
+
+    eof = property(lambda self: self._decoder.eof)
+    needs_input = property(lambda self: not self._decoder.unconsumed_tail)
+    unused_data = property(lambda self: self._decoder.unused_data)
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
+
+
+_DECODERS: dict[str, Callable[[], _Decoder]] = {
+    ".gz": _GzipDecoder,
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+}
+
+
+class _Members:
+    """The content of gzip members, bzip2 or xz streams, one after the other.
+
+    The standard library's file objects ignore what follows the last bzip2 or xz stream.
+    """
+
+    def __init__(self, raw: BinaryIO, ending: str):
+        self._raw = raw
+        self._ending = ending
+        self._decoder = _DECODERS[ending]()
+
+    def read(self, size: int) -> bytes:
+        """Reads up to `size` bytes; none only at the end."""
+        content = b""
+        while not content:
+            data, is_last = b"", False
+            if self._decoder.eof:
+                data = self._next_member()
+                if not data:
+                    return b""
+                self._decoder = _DECODERS[self._ending]()
+            elif self._decoder.needs_input:
+                data = self._raw.read(_CHUNK_BYTES)
+                is_last = not data
+            content = self._decoder.decompress(data, size)
+            if is_last and not content and not self._decoder.eof:
+                raise EOFError("its end is missing")
+        return content
+
+    def _next_member(self) -> bytes:
+        """Returns the first bytes of the next member, or none at the end of the file."""
+        rest = self._decoder.unused_data
+        # NUL bytes may fill gzip and xz files up.
+        while not (rest := rest.lstrip(b"\0")):
+            rest = self._raw.read(_CHUNK_BYTES)
+            if not rest:
+                return b""
+        rest += self._raw.read(16)
+        if not _starts(self._ending, rest):
+            raise EOFError(f"something else follows its end: {rest[:16]!r}")
+        return rest
