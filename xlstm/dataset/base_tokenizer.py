@@ -43,6 +43,23 @@ class EncodedTexts:
     left_out: dict[int, str]
 
 
+class TextError(ValueError):
+    """A text cannot be encoded.
+
+    Attributes:
+        index: Which of the texts.
+    """
+
+    def __init__(self, message: str, index: int = 0):
+        """Takes the message and the text's index among all."""
+        super().__init__(message, index)
+        self.index = index
+
+    def __str__(self) -> str:
+        """Returns the message."""
+        return self.args[0]
+
+
 class Tokenizer(abc.ABC):
     """Text to token ids and back.
 
@@ -93,7 +110,7 @@ class Tokenizer(abc.ABC):
             Their ids, and what became of their bytes.
 
         Raises:
-            ValueError: A text holds a lone surrogate, which no UTF-8 text can, or something that
+            TextError: A text holds a lone surrogate, which no UTF-8 text can, or something that
                 the tokenizer refuses.
         """
 
@@ -153,7 +170,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """See `Tokenizer.encode_batch`."""
-        contents = [utf8(text) for text in texts]
+        contents = [utf8(text, i) for i, text in enumerate(texts)]
         text_bytes = np.array([len(content) for content in contents], np.int64)
         left_out = {i: "\0" * x.count(b"\0") for i, x in enumerate(contents) if b"\0" in x}
         for i in left_out:
@@ -203,12 +220,13 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
     return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
 
 
-def utf8(text: str) -> bytes:
-    """Returns the text's UTF-8 bytes; raises ValueError where it has none."""
+def utf8(text: str, index: int = 0) -> bytes:
+    """Returns the UTF-8 bytes of a text of some index; raises TextError where it has none."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise TextError(
             f"the text holds a lone surrogate (U+{ord(text[error.start]):04X} at character "
-            f"{error.start}), which is not valid Unicode"
+            f"{error.start}), which is not valid Unicode",
+            index,
         ) from error

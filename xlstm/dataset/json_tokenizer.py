@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from xlstm.dataset.base_tokenizer import EncodedTexts, Tokenizer, check_nothing_left_out, utf8
+from xlstm.dataset.base_tokenizer import (
+    EncodedTexts,
+    TextError,
+    Tokenizer,
+    check_nothing_left_out,
+    utf8,
+)
 from xlstm.dataset.token_pieces import TokenPieces, components, has_component, token_pieces
 from xlstm.dataset.tokenizer_definition import (
     adds_space,
@@ -130,25 +136,21 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str], *, is_continuation: bool) -> EncodedTexts:
         """Encodes the fast way, and again what that does not account for."""
-        text_bytes = np.array([len(utf8(text)) for text in texts], np.int64)
+        text_bytes = np.array([len(utf8(text, i)) for i, text in enumerate(texts)], np.int64)
         found, corrected, corrected_bytes, left_out = [], [], [], {}
         num_unknown, position = 0, 0
-        inner = self._guarded(is_continuation)
-        try:
-            encodings = inner.encode_batch_fast(texts, add_special_tokens=False)
-            for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-                ids = np.array(encoding.ids, np.int64)
-                if not self._is_accounted_for(text, ids, int(text_bytes[i])):
-                    ids, changed, sizes, missing = self._encode_exactly(text, is_continuation)
-                    num_unknown += np.count_nonzero(ids == self._unknown_id)
-                    corrected.append(changed + position)
-                    corrected_bytes.append(sizes)
-                    if missing:
-                        left_out[i] = missing
-                found.append(ids)
-                position += ids.size
-        except Exception as error:  # The library raises plain `Exception`s.
-            raise ValueError(f"the tokenizer {self.name} cannot encode a text: {error}") from error
+        encodings = self._encode_fast(self._guarded(is_continuation), texts)
+        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            ids = np.array(encoding.ids, np.int64)
+            if not self._is_accounted_for(text, ids, int(text_bytes[i])):
+                ids, changed, sizes, missing = self._encode_exactly(text, is_continuation)
+                num_unknown += np.count_nonzero(ids == self._unknown_id)
+                corrected.append(changed + position)
+                corrected_bytes.append(sizes)
+                if missing:
+                    left_out[i] = missing
+            found.append(ids)
+            position += ids.size
         return EncodedTexts(
             ids=np.concatenate([_NOTHING, *found]).astype(self.dtype),
             lengths=np.array([ids.size for ids in found], np.int64),
@@ -158,6 +160,24 @@ class JsonTokenizer(Tokenizer):
             num_unknown=int(num_unknown),
             left_out=left_out,
         )
+
+    def _encode_fast(
+        self, inner: tokenizers.Tokenizer, texts: Sequence[str]
+    ) -> list[tokenizers.Encoding]:
+        try:
+            return inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # The library raises plain `Exception`s.
+            if len(texts) == 1:
+                message = f"the tokenizer {self.name} cannot encode the text: {error}"
+                raise TextError(message) from error
+        # It does not say which one.
+        encodings = []
+        for i, text in enumerate(texts):
+            try:
+                encodings += self._encode_fast(inner, [text])
+            except TextError as error:
+                raise TextError(str(error), i) from error
+        return encodings
 
     def _is_accounted_for(self, text: str, ids: np.ndarray, text_bytes: int) -> bool:
         """Returns whether the tokens, by `token_bytes`, make up the text, and none is special."""

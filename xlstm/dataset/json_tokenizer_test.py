@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from xlstm.dataset.base_tokenizer import TextError
 from xlstm.dataset.json_tokenizer import JsonTokenizer
 from xlstm.dataset.testing import random_text, tokenizer_families
 from xlstm.dataset.tokenizer import same_tokenizer
@@ -183,8 +184,10 @@ def test_what_no_model_can_encode_is_refused():
     def change(definition):
         definition["model"]["unk_id"] = None
 
-    with pytest.raises(ValueError, match="the tokenizer metaspace_unigram cannot encode a text"):
-        changed("metaspace_unigram", change).encode("한국")
+    tokenizer = changed("metaspace_unigram", change)
+    with pytest.raises(TextError, match="metaspace_unigram cannot encode the text: ") as error:
+        tokenizer.encode_batch(["the", "cat", "한국", "한국"])
+    assert error.value.index == 2
 
 
 def test_a_special_token_of_one_letter_is_told_where_a_text_has_it():

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from xlstm.dataset.base_tokenizer import TextError
 from xlstm.dataset.document_readers import Block
 from xlstm.dataset.token_store_writer import EncodedDocuments, encode_documents
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
@@ -72,8 +73,10 @@ def _die_with_parent() -> None:
 
 
 def _encode(block: Block, skip_bad_records: bool) -> EncodedDocuments:
-    if not skip_bad_records:
-        return encode_documents(_tokenizer, block.texts())
     bad_records: list[str] = []
-    documents = encode_documents(_tokenizer, block.texts(bad_records.append))
+    texts = block.texts(bad_records.append if skip_bad_records else None)
+    try:
+        documents = encode_documents(_tokenizer, texts)
+    except TextError as error:
+        raise ValueError(f"{block.place(error.index)}: {error}") from error
     return dataclasses.replace(documents, bad_records=tuple(bad_records))

@@ -19,14 +19,14 @@ class Numbered(Block):
 
     number: int = 0
 
-    def texts(self):
+    def texts(self, on_bad=None):
         time.sleep(0.05 if self.number < 3 else 0)
         yield str(self.number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Malformed(Block):
-    def texts(self):
+    def texts(self, on_bad=None):
         raise ValueError("file.txt, line 7: not text")
 
 
@@ -40,7 +40,7 @@ class PartlyMalformed(Block):
 
 @dataclasses.dataclass(frozen=True)
 class Deadly(Block):
-    def texts(self):
+    def texts(self, on_bad=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

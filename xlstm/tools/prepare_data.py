@@ -27,7 +27,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from xlstm.dataset.base_tokenizer import list_characters
 from xlstm.dataset.config import DataConfig
+from xlstm.dataset.document_block import Block
 from xlstm.dataset.document_readers import read_blocks
 from xlstm.dataset.input_files import find_files
 from xlstm.dataset.parallel_encoding import encode_blocks
@@ -49,7 +51,23 @@ _OUTPUT = flags.DEFINE_string(
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "'byte', or the path of a tokenizer.json.")
 _EOD_TOKEN = flags.DEFINE_string(
-    "eod_token", None, "The tokenizer's end-of-document token, where it is none of the usual ones."
+    "eod_token",
+    None,
+    "The token behind each document [what the files beside the tokenizer name, or a usual one].",
+)
+_BOS_TOKEN = flags.DEFINE_string(
+    "bos_token",
+    None,
+    "The token in front of each document [what the tokenizer puts there, or the files beside it "
+    "name, or else --eod_token, which then stands between documents].",
+)
+_MAX_UNKNOWN = flags.DEFINE_float(
+    "max_unknown",
+    0.0,
+    "The largest share of all characters that the tokenizer may leave out, since it has no token "
+    "for them, not even one for the unknown. With more, there is no store.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _TEXT_COLUMN = flags.DEFINE_string(
     "text_column",
@@ -88,17 +106,29 @@ class LeftOut:
         num_empty: The number of documents without text.
         num_bad: The number of malformed records.
         first_bad: Messages about the first ten of those.
+        num_unknown: The number of unknown tokens, which are in the store but say nothing.
+        num_characters: The number of characters that have no token.
+        first_characters: Messages about the first ten documents with such characters.
     """
 
     num_empty: int = 0
     num_bad: int = 0
     first_bad: list[str] = dataclasses.field(default_factory=list)
+    num_unknown: int = 0
+    num_characters: int = 0
+    first_characters: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, documents: EncodedDocuments) -> None:
-        """Counts what was left out when these documents were encoded."""
+    def add(self, documents: EncodedDocuments, block: Block) -> None:
+        """Counts what was left out when the documents of a block were encoded."""
         self.num_empty += documents.num_empty
         self.num_bad += len(documents.bad_records)
         self.first_bad += documents.bad_records[: 10 - len(self.first_bad)]
+        self.num_unknown += documents.num_unknown
+        for index, characters in documents.left_out.items():
+            self.num_characters += len(characters)
+            if len(self.first_characters) < 10:
+                message = f"{block.place(index)}: no token for {list_characters(characters)}"
+                self.first_characters.append(message)
 
 
 def prepare(
@@ -108,6 +138,7 @@ def prepare(
     text_column: str,
     workers: int,
     max_bad_records: float | None = None,
+    max_unknown: float = 0.0,
 ) -> tuple[TokenStore, LeftOut]:
     """Writes a token store, with a progress bar on the terminal.
 
@@ -119,6 +150,7 @@ def prepare(
         workers: The number of processes.
         max_bad_records: The share of malformed records that may be left out, or None if the first
             one is an error.
+        max_unknown: The share of characters that may be left out for want of a token.
 
     Returns:
         The store, and what was left out.
@@ -128,7 +160,7 @@ def prepare(
         OSError: A file cannot be read or written.
     """
     left_out = LeftOut()
-    num_documents = 0
+    num_documents = num_characters = 0
     skip_bad_records = max_bad_records is not None
     total = sum(os.path.getsize(file) for file in files)
     with TokenStoreWriter(output, tokenizer) as writer:
@@ -137,11 +169,16 @@ def prepare(
             blocks = read_blocks(files, text_column)
             for block, documents in encode_blocks(blocks, tokenizer, workers, skip_bad_records):
                 writer.add(documents)
-                left_out.add(documents)
+                left_out.add(documents, block)
+                if left_out.num_characters and not max_unknown:
+                    _report_characters(left_out, documents.num_characters, tokenizer, max_unknown)
                 num_documents += documents.lengths.size
+                num_characters += documents.num_characters
                 progress.advance(task, block.input_bytes)
         if left_out.num_bad:
             _report_bad_records(left_out, num_documents, max_bad_records)
+        if left_out.num_characters:
+            _report_characters(left_out, num_characters, tokenizer, max_unknown)
     return TokenStore.open(output), left_out
 
 
@@ -174,7 +211,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--max_bad_records is for --skip_bad_records, which is not given")
     files = find_files(path for value in _INPUT.value for path in _split_inputs(value))
     name = _TOKENIZER.value
-    tokenizer = load_tokenizer(name if name == "byte" else resolve_path(name), _EOD_TOKEN.value)
+    path = name if name == "byte" else resolve_path(name)
+    tokenizer = load_tokenizer(path, _EOD_TOKEN.value, _BOS_TOKEN.value)
     output = resolve_path(_OUTPUT.value)
     store, left_out = prepare(
         files,
@@ -183,6 +221,7 @@ def main(argv: Sequence[str]) -> None:
         _TEXT_COLUMN.value,
         _WORKERS.value,
         _MAX_BAD_RECORDS.value if _SKIP_BAD_RECORDS.value else None,
+        _MAX_UNKNOWN.value,
     )
     _report(store, left_out)
 
@@ -219,6 +258,24 @@ def _report_bad_records(left_out: LeftOut, num_documents: int, max_share: float)
         )
 
 
+def _report_characters(
+    left_out: LeftOut, num_characters: int, tokenizer: Tokenizer, max_share: float
+) -> None:
+    """Lists the first characters without a token, and raises ValueError if there are too many."""
+    share = left_out.num_characters / num_characters
+    if share > max_share:
+        example = left_out.first_characters[0]
+        seen = "" if max_share else " so far"
+        raise ValueError(
+            f"{example} in the tokenizer {tokenizer.name}, which leaves out"
+            f" {left_out.num_characters:,} of {num_characters:,} characters{seen} ({share:.2%}),"
+            f" more than --max_unknown={max_share:g}: take a tokenizer that knows them, or allow"
+            " that share"
+        )
+    for message in left_out.first_characters:
+        print(f"left out: {' '.join(message.split())}", file=sys.stderr)
+
+
 def _report(store: TokenStore, left_out: LeftOut) -> None:
     """Prints what was made, and how to use it."""
     meta = store.meta
@@ -227,6 +284,8 @@ def _report(store: TokenStore, left_out: LeftOut) -> None:
         "documents": f"{meta.num_documents:,}",
         "left out (empty)": f"{left_out.num_empty:,}",
         "left out (bad)": f"{left_out.num_bad:,}",
+        "left out (chars)": f"{left_out.num_characters:,}",
+        "unknown tokens": f"{left_out.num_unknown:,}",
         "tokens": f"{meta.num_tokens:,}",
         "bytes of text": f"{meta.text_bytes:,}",
         "tokens per byte": f"{meta.num_tokens / meta.text_bytes:.3f}",

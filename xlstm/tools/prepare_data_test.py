@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from ml_collections.config_flags import tuple_parser
 
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.pipeline import open_stores, train_batches
-from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset.testing import tokenizer_families, write_store, write_tokenizer_json
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
 from xlstm.tools.prepare_data import train_command
@@ -130,6 +131,52 @@ def test_bad_records(corpus):
     result = prepare(corpus, *torn, "--output=none")
     assert result.returncode == 2
     assert "torn.jsonl.gz is not a whole gzip file: its end is missing" in result.stderr
+
+
+def test_characters_that_have_no_token(corpus):
+    definition = json.loads(tokenizer_families()["suffix_bpe"])
+    definition["model"]["unk_token"] = None
+    (corpus / "words.json").write_text(json.dumps(definition))
+    lines = [{"text": "the cat sat"}] * 40 + [{"text": "the Quote sat"}, {"text": "한 the"}]
+    (corpus / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--input=in.jsonl", "--tokenizer=words.json", "--output=store"]
+    result = prepare(corpus, *arguments)
+    assert result.returncode == 2
+    assert "in.jsonl, line 41: no token for 'Q' (U+0051), " in result.stderr
+    assert "characters so far" in result.stderr and "--max_unknown=0:" in result.stderr
+    assert not (corpus / "store").exists()
+    # "Q", "u" and "한" are three of 40 * 11 + 13 + 5 characters.
+    result = prepare(corpus, *arguments, "--max_unknown=0.006")
+    assert result.returncode == 2
+    assert "leaves out 3 of 458 characters (0.66%)" in result.stderr
+    result = prepare(corpus, *arguments, "--max_unknown=0.007")
+    assert result.returncode == 0, result.stderr
+    assert "left out (chars)  3" in result.stdout
+    assert "line 42: no token for '한' (U+D55C)" in result.stderr
+
+    (corpus / "nul.jsonl").write_text('{"text": "a\\u0000b"}\n')
+    result = prepare(corpus, "--input=nul.jsonl", "--output=none")
+    assert result.returncode == 2
+    assert "nul.jsonl, line 1: no token for '\\x00' (U+0000)" in result.stderr
+
+
+def test_unknown_tokens_are_counted_and_markers_are_those_of_the_model(corpus):
+    model = corpus / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_bytes(tokenizer_families()["metaspace_unigram"])
+    (model / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    write_lines(corpus / "in.jsonl", ["the 한 cat 🌶", "sat"])
+    arguments = ["--input=in.jsonl", "--tokenizer=model"]
+    result = prepare(corpus, *arguments, "--output=store")
+    assert result.returncode == 0, result.stderr
+    assert "unknown tokens    2" in result.stdout
+    store = TokenStore.open(str(corpus / "store"))
+    documents = np.split(store.tokens, store.documents[1:-1])
+    assert [(int(ids[0]), int(ids[-1])) for ids in documents] == [(1, 2), (1, 2)]
+    result = prepare(corpus, *arguments, "--bos_token=<pad>", "--eod_token=<s>", "--output=other")
+    assert result.returncode == 0, result.stderr
+    other = TokenStore.open(str(corpus / "other"))
+    assert (other.tokens[0], other.tokens[-1]) == (3, 1)
 
 
 def test_odd_paths(corpus):
