@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 STDLIB = "stdlib"
+SHUFFLES = ("permutation", "grain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class DataConfig:
     validation_fraction: float = 0.02  # Share of the documents kept for validation; 0: none.
     validation_stores: tuple[str, ...] = ()  # More to validate on: "name=path of a token store".
     seed: int = 0  # Order of the training rows; the validation split does not depend on it.
+    shuffle: str = "permutation"  # Order of an epoch: permutation, in which every row of a store
+    # comes once; grain, that of runs that began before, in which of 65,537 rows one never comes.
 
     def __post_init__(self):
         """Checks every field."""
@@ -42,6 +45,10 @@ class DataConfig:
             )
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, but is {self.seed}")
+        if self.shuffle not in SHUFFLES:
+            raise ValueError(
+                f"data.shuffle={self.shuffle!r} is unknown: choose one of {', '.join(SHUFFLES)}"
+            )
         self._check_task()
         self._check_weights()
         self._check_ramp()

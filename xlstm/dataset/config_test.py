@@ -13,6 +13,7 @@ from xlstm.dataset.config import DataConfig
         ({"validation_fraction": -0.1}, r"in \[0, 1\), not -0.1"),
         ({"validation_fraction": float("nan")}, r"in \[0, 1\), not nan"),
         ({"seed": -1}, "negative, but is -1"),
+        ({"shuffle": "none"}, "'none' is unknown: choose one of permutation, grain"),
         ({"weights": (1.0, 2.0)}, "has 2 numbers for 1 stores"),
         ({"stores": ("a", "b"), "weights": (1.0, -1.0)}, r"not \(1.0, -1.0\)"),
         ({"stores": ("a", "b"), "weights": (0.0, 0.0)}, r"not \(0.0, 0.0\)"),
