@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from xlstm.dataset.config import DataConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
-from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.config import (
     check_field,
@@ -19,7 +19,7 @@ from xlstm.tools.config import (
     sections,
     to_run_config,
 )
-from xlstm.trainer.base.param_utils import get_num_params
+from xlstm.trainer.base.param_utils import get_num_params, get_param_mask_fn, path_name, unboxed
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import Workdir, write_config
 
@@ -226,6 +226,22 @@ def test_configs_that_come_with_the_project(name, num_params):
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens)["params"]
     assert get_num_params(params) == num_params
+
+
+@pytest.mark.parametrize("ratio", ["", "[1:1]", "[0:1]"])
+@pytest.mark.parametrize("block", ["xlstm_7b", "xlstm_2024"])
+def test_weight_decay_is_for_what_multiplies_activations(block, ratio):
+    model = xLSTMLMModel(LanguageModelConfig(ModelConfig(block=block, ratio=ratio)))
+    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))
+    exclude = RunConfig().optimizer.weight_decay_exclude
+    mask = get_param_mask_fn(exclude, may_be_missing=exclude)(params["params"])
+    decayed = {
+        path_name(path): is_decayed
+        for path, is_decayed in jax.tree_util.tree_leaves_with_path(unboxed(mask))
+    }
+    assert len(decayed) > 10
+    for name, is_decayed in decayed.items():
+        assert is_decayed == (name.rpartition(".")[2] in ("kernel", "recurrent")), name
 
 
 def test_a_config_without_its_argument_says_which_there_are():
