@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+from xlstm.finite import check_finite
+
 STDLIB = "stdlib"
 SHUFFLES = ("permutation", "grain")
 
@@ -32,6 +34,7 @@ class DataConfig:
 
     def __post_init__(self):
         """Checks every field."""
+        check_finite("data.", self)
         if not self.stores:
             raise ValueError("data.stores is empty: name at least one token store")
         if self.context_length < 1 or self.batch_size < 1:
@@ -100,9 +103,9 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} numbers for {len(self.stores)} stores: give "
                 "one for each, or none"
             )
-        if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
+        if not all(weight >= 0 for weight in self.weights) or not any(self.weights):
             raise ValueError(
-                f"data.weights must be finite, not negative, and not all 0, not {self.weights}"
+                f"data.weights must not be negative, and not all 0, but are {self.weights}"
             )
 
     def _check_ramp(self):

@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +134,24 @@ def test_every_field_is_checked(section, field):
         to_run_config(values)
     del values[section][field]
     with pytest.raises(ValueError, match=rf"config\.{section} .*missing: {field}\)"):
+        to_run_config(values)
+
+
+@pytest.mark.parametrize(
+    "section, field",
+    [
+        (section, field)
+        for section, field in _fields()
+        if typing.get_type_hints(sections()[section])[field] in (float, tuple[float, ...])
+    ],
+)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_every_number_must_be_finite(section, field, number):
+    values = default_config().to_dict()
+    is_tuple = isinstance(values[section][field], tuple)
+    values[section][field] = (number,) if is_tuple else number
+    named = rf"^{section}\.{field}(\[0\])?={number}: it must be a finite number$"
+    with pytest.raises(ValueError, match=named):
         to_run_config(values)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from xlstm.common_types import PyTree
+from xlstm.finite import check_finite
 from xlstm.trainer.base.param_utils import get_param_mask_fn, path_name
 
 
@@ -45,6 +46,7 @@ class OptimizerConfig:
     # then takes; 0: there is none.
 
     def __post_init__(self):
+        check_finite("optimizer.", self)
         if self.name not in _DIRECTIONS:
             raise ValueError(
                 f"optimizer.name={self.name!r}: the optimizers are {', '.join(_DIRECTIONS)}"
