@@ -3,7 +3,10 @@
 import dataclasses
 import re
 
+from xlstm.finite import check_finite
+
 STDLIB = "stdlib"
+SHUFFLES = ("permutation", "grain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +29,12 @@ class DataConfig:
     validation_fraction: float = 0.02  # Share of the documents kept for validation; 0: none.
     validation_stores: tuple[str, ...] = ()  # More to validate on: "name=path of a token store".
     seed: int = 0  # Order of the training rows; the validation split does not depend on it.
+    shuffle: str = "permutation"  # Order of an epoch: permutation, in which every row of a store
+    # comes once; grain, that of runs that began before, in which of 65,537 rows one never comes.
 
     def __post_init__(self):
         """Checks every field."""
+        check_finite("data.", self)
         if not self.stores:
             raise ValueError("data.stores is empty: name at least one token store")
         if self.context_length < 1 or self.batch_size < 1:
@@ -42,6 +48,10 @@ class DataConfig:
             )
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, but is {self.seed}")
+        if self.shuffle not in SHUFFLES:
+            raise ValueError(
+                f"data.shuffle={self.shuffle!r} is unknown: choose one of {', '.join(SHUFFLES)}"
+            )
         self._check_task()
         self._check_weights()
         self._check_ramp()
@@ -93,9 +103,9 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} numbers for {len(self.stores)} stores: give "
                 "one for each, or none"
             )
-        if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
+        if not all(weight >= 0 for weight in self.weights) or not any(self.weights):
             raise ValueError(
-                f"data.weights must be finite, not negative, and not all 0, not {self.weights}"
+                f"data.weights must not be negative, and not all 0, but are {self.weights}"
             )
 
     def _check_ramp(self):

@@ -14,6 +14,7 @@ import numpy as np
 from xlstm.dataset.batch import Batch, full_batch
 from xlstm.dataset.batch_sizes import Phase, phases_from, rows_per_shard
 from xlstm.dataset.config import STDLIB, DataConfig
+from xlstm.dataset.permutation import shuffled
 from xlstm.dataset.stdlib_corpus import open_stdlib_store
 from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
 from xlstm.dataset.windows import JoinedWindows, Windows, validation_documents
@@ -186,10 +187,29 @@ def _training_order(config: DataConfig, sources: Sequence[Windows]) -> grain.Map
     orders, kept, first = [], [], 0
     for place, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         if weight:
-            # Not `seed` itself: Grain counts it up each epoch, so that neighbours share orders.
+            # A seed of each store's own.
             seed = int(np.random.SeedSequence([config.seed, place]).generate_state(1)[0])
-            numbers = grain.MapDataset.range(first, first + len(source))
-            orders.append(numbers.shuffle(seed=seed).repeat(ENDLESS // len(source) + 1))
+            orders.append(_ORDERS[config.shuffle](first, len(source), seed))
             kept.append(weight)
         first += len(source)
     return grain.MapDataset.mix(orders, kept)
+
+
+def _permutation_order(first: int, length: int, seed: int) -> grain.MapDataset:
+    """Returns the numbers from `first` on in an endless order, each once an epoch."""
+    positions = grain.MapDataset.range(ENDLESS)
+    return positions.map(lambda position: first + shuffled(position, length, seed))
+
+
+def _grain_order(first: int, length: int, seed: int) -> grain.MapDataset:
+    """Returns the same as runs had it before: not every number once an epoch at every length.
+
+    At lengths 4^k + 1 from 65,537 on the last number never comes (Grain 0.2.18).
+    """
+    # Grain counts the seed up each epoch: it must not be that of the configuration, or the orders
+    # of neighbouring seeds would be the same.
+    numbers = grain.MapDataset.range(first, first + length)
+    return numbers.shuffle(seed=seed).repeat(ENDLESS // length + 1)
+
+
+_ORDERS = {"permutation": _permutation_order, "grain": _grain_order}

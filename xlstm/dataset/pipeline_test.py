@@ -1,10 +1,11 @@
 import itertools
 
+import grain
 import numpy as np
 import pytest
 
 from xlstm.dataset.batch_sizes import batch_size_at, rows_before
-from xlstm.dataset.config import DataConfig
+from xlstm.dataset.config import SHUFFLES, DataConfig
 from xlstm.dataset.pipeline import batch_origins, open_stores, train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
@@ -50,9 +51,10 @@ def test_the_seed_decides(store):
     assert any(np.any(a.inputs != b.inputs) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("start", [1, 7, 100])
-def test_starting_later_is_skipping(store, start):
-    config = config_for(store)
+def test_starting_later_is_skipping(store, start, shuffle):
+    config = config_for(store, shuffle=shuffle)
     skipped = take(start + 5, train_batches(config, [store]))[start:]
     assert_equal_batches(take(5, train_batches(config, [store], start_step=start)), skipped)
 
@@ -65,9 +67,10 @@ def test_any_step_is_at_hand(store):
     assert_equal_batches([batch], before[1:])
 
 
+@pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_processes_share_each_batch(store, count):
-    config = config_for(store)
+def test_processes_share_each_batch(store, count, shuffle):
+    config = config_for(store, shuffle=shuffle)
     whole = take(4, train_batches(config, [store], start_step=3))
     parts = [
         take(4, train_batches(config, [store], start_step=3, shard_index=i, shard_count=count))
@@ -91,6 +94,54 @@ def test_every_epoch_shows_every_window_once_in_a_new_order(store):
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
     neighbour = take(size, train_batches(config_for(store, batch_size=1, seed=1), [store]))
     assert [batch.inputs[0].tolist() for batch in neighbour] not in epochs
+
+
+def test_a_length_at_which_grain_leaves_the_last_window_out(tmp_path):
+    """With 4^8 + 1 windows an epoch of Grain's has another one twice."""
+    size = 4**8 + 1
+    tall = write_store(tmp_path / "tall", ["x" * (size - 1) + "z"])
+    config = config_for(tall, context_length=1, batch_size=size, validation_fraction=0.0)
+    for batch in take(2, train_batches(config, [tall])):
+        found = np.stack([batch.inputs[:, 0], batch.targets[:, 0]], axis=1)
+        tokens = np.asarray(tall.tokens)
+        expected = np.stack([tokens[:-1], tokens[1:]], axis=1)
+        assert len(expected) == size and expected[-1].tolist() == [ord("x"), ord("z")]
+        np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(expected, axis=0))
+        assert np.sum(batch.targets == ord("z")) == 1
+
+
+def test_stores_of_the_same_size_have_orders_of_their_own(store, tmp_path):
+    same = write_letter_store(tmp_path / "same", first=61)
+    config = config_for(store, same, batch_size=1)
+    (size,) = {len(Windows(s, ~split_documents(60, 0.2), 16)) for s in (store, same)}
+    rows = [batch.inputs[0] for batch in take(4 * size, train_batches(config, [store, same]))]
+    orders = [[row for row in rows if (row.max() > 60) == is_same] for is_same in (False, True)]
+    letters = [
+        np.maximum(np.stack(order[:size]), offset) - offset
+        for order, offset in zip(orders, (0, 60), strict=True)
+    ]
+    assert sorted(letters[0].tolist()) == sorted(letters[1].tolist())
+    assert np.mean(np.all(letters[0] == letters[1], axis=1)) < 0.2
+
+
+def test_the_order_of_runs_that_began_before(store, tmp_path):
+    """It is Grain's, and stays as it was."""
+    other = write_letter_store(tmp_path / "other", first=61, documents=30)
+    config = config_for(store, other, shuffle="grain", batch_size=1, seed=3)
+    rows, orders, sizes = [], [], []
+    for place, each in enumerate((store, other)):
+        windows = Windows(each, ~split_documents(each.meta.num_documents, 0.2), 16)
+        seed = int(np.random.SeedSequence([3, place]).generate_state(1)[0])
+        numbers = grain.MapDataset.range(len(rows), len(rows) + len(windows))
+        orders.append(numbers.shuffle(seed=seed).repeat(100))
+        sizes.append(windows.num_tokens)
+        rows += [windows[index] for index in range(len(windows))]
+    order = grain.MapDataset.mix(orders, sizes)
+    batches = take(200, train_batches(config, [store, other]))
+    found = np.stack([batch.inputs[0] for batch in batches])
+    np.testing.assert_array_equal(found, np.stack([rows[order[i]][:-1] for i in range(200)]))
+    new = take(200, train_batches(config_for(store, other, batch_size=1, seed=3), [store, other]))
+    assert np.mean([np.array_equal(a, b.inputs[0]) for a, b in zip(found, new, strict=True)]) < 0.2
 
 
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (0.0, 1.0), ()])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from xlstm.dataset.splitmix64 import splitmix64
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import Tokenizer
 
@@ -58,15 +59,8 @@ def validation_documents(store: TokenStore, fraction: float) -> np.ndarray:
 
 
 def scatter(count: int) -> np.ndarray:
-    """Returns `(count,)` uint64: a fixed hash of each of the numbers 0 to `count - 1`.
-
-    It is the output function of the SplitMix64 generator (Steele, Lea and Flood 2014), spelled out
-    since NumPy's own random streams may change between versions.
-    """
-    mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    """Returns `(count,)` uint64: a fixed hash of each of the numbers 0 to `count - 1`."""
+    return splitmix64(0, np.arange(count, dtype=np.uint64))
 
 
 class Windows:

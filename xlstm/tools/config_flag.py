@@ -4,11 +4,28 @@ import os
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from xlstm.tools.config import check_field, config_path, load_config
 
 DEFAULT_CONFIG = "stdlib_tiny"
 _FLAG = ("--config", "-config")
+
+
+class _TupleParser(flags.ArgumentParser):
+    """Reads a tuple from one flag, so that the last of several wins, as with every other field.
+
+    `ml_collections` adds up the values of repeated flags wherever it sees its own parser.
+    """
+
+    def parse(self, argument: str | tuple) -> tuple:
+        return tuple_parser.TupleParser().parse(argument)
+
+    def flag_type(self) -> str:
+        return "tuple"
+
+
+config_flags.register_flag_parser_for_type(tuple, _TupleParser())
 
 
 def define_config_flag() -> flags.FlagHolder:

@@ -76,6 +76,51 @@ def test_one_store_with_and_without_parentheses(parse):
     assert parse("--config.data.stores=('/a',)").data.stores == ("/a",)
 
 
+@pytest.mark.parametrize(
+    "words, stores",
+    [
+        (["--config.data.stores=/a", "--config.data.stores=/b"], ("/b",)),
+        (["--config.data.stores", "/a", "--config.data.stores", "/b"], ("/b",)),
+        (["-config.data.stores=/a", "--config.data.stores", "/b"], ("/b",)),
+        (["--config.data.stores=('/a', '/b')", "-config.data.stores", "/c"], ("/c",)),
+        (["--config.data.stores=/a", "--config.data.stores=('/b', '/c')"], ("/b", "/c")),
+        (["--config.data.stores=['/a', '/b']"], ("/a", "/b")),
+        (["--config.data.stores='/a','/b'"], ("/a", "/b")),
+        (["--config.data.stores=/a", "--config.data.stores=('/b,c',)"], ("/b,c",)),
+        (["--config.data.stores='/a,b'"], ("/a,b",)),
+        (["--config.data.stores=stdlib", "--config.trainer.seed=1"], ("stdlib",)),
+    ],
+    ids=str,
+)
+def test_the_last_tuple_wins(parse, words, stores):
+    assert parse("--config=smoke", *words).data.stores == stores
+
+
+def test_other_tuples_are_left_alone(parse):
+    config = parse(
+        "--config.data.ramp_steps=9",
+        "--config.data.ramp_batch_sizes=(4, 8)",
+        "--config.data.ramp_steps=(5, 6)",
+        "--config.optimizer.weight_decay_exclude=bias",
+        "--config.optimizer.muon_exclude=()",
+    )
+    assert config.data.ramp_steps == (5, 6) and config.data.ramp_batch_sizes == (4, 8)
+    assert config.optimizer.weight_decay_exclude == ("bias",)
+    assert config.optimizer.muon_exclude == ()
+
+
+def test_a_flag_replaces_the_tuple_of_a_file(parse, tmp_path):
+    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    text = text.replace(
+        "    return config", "    config.data.stores = ('/x', '/y')\n    return config"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    assert parse(f"--config={tmp_path}/mine.py").data.stores == ("/x", "/y")
+    words = [f"--config={tmp_path}/mine.py", "--config.data.stores=/a"]
+    assert parse(*words).data.stores == ("/a",)
+    assert parse(*words, "--config.data.stores=/b").data.stores == ("/b",)
+
+
 def test_a_path_starts_where_the_user_is(parse, monkeypatch, tmp_path):
     text = open(config_path("smoke", ""), encoding="utf-8").read()
     (tmp_path / "mine.py").write_text(text.replace("embedding_dim = 32", "embedding_dim = 96"))

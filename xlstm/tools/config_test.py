@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ from ml_collections import ConfigDict
 
 from xlstm.dataset.config import DataConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
-from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.config import (
     check_field,
@@ -19,7 +21,7 @@ from xlstm.tools.config import (
     sections,
     to_run_config,
 )
-from xlstm.trainer.base.param_utils import get_num_params
+from xlstm.trainer.base.param_utils import get_num_params, get_param_mask_fn, path_name, unboxed
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import Workdir, write_config
 
@@ -135,6 +137,24 @@ def test_every_field_is_checked(section, field):
         to_run_config(values)
 
 
+@pytest.mark.parametrize(
+    "section, field",
+    [
+        (section, field)
+        for section, field in _fields()
+        if typing.get_type_hints(sections()[section])[field] in (float, tuple[float, ...])
+    ],
+)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_every_number_must_be_finite(section, field, number):
+    values = default_config().to_dict()
+    is_tuple = isinstance(values[section][field], tuple)
+    values[section][field] = (number,) if is_tuple else number
+    named = rf"^{section}\.{field}(\[0\])?={number}: it must be a finite number$"
+    with pytest.raises(ValueError, match=named):
+        to_run_config(values)
+
+
 def test_unknown_and_missing_names():
     values = default_config().to_dict()
     values["model"]["embeding_dim"] = values["model"].pop("embedding_dim")
@@ -226,6 +246,22 @@ def test_configs_that_come_with_the_project(name, num_params):
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens)["params"]
     assert get_num_params(params) == num_params
+
+
+@pytest.mark.parametrize("ratio", ["", "[1:1]", "[0:1]"])
+@pytest.mark.parametrize("block", ["xlstm_7b", "xlstm_2024"])
+def test_weight_decay_is_for_what_multiplies_activations(block, ratio):
+    model = xLSTMLMModel(LanguageModelConfig(ModelConfig(block=block, ratio=ratio)))
+    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))
+    exclude = RunConfig().optimizer.weight_decay_exclude
+    mask = get_param_mask_fn(exclude, may_be_missing=exclude)(params["params"])
+    decayed = {
+        path_name(path): is_decayed
+        for path, is_decayed in jax.tree_util.tree_leaves_with_path(unboxed(mask))
+    }
+    assert len(decayed) > 10
+    for name, is_decayed in decayed.items():
+        assert is_decayed == (name.rpartition(".")[2] in ("kernel", "recurrent")), name
 
 
 def test_a_config_without_its_argument_says_which_there_are():

@@ -10,6 +10,7 @@ Text goes to the standard output while it is written, everything else to the sta
 run keeps a moving average of the parameters, that is what writes.
 """
 
+import codecs
 import dataclasses
 import json
 import sys
@@ -37,7 +38,7 @@ from xlstm.trainer.llm.text_generation import (
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "File with a prompt a line; - for the standard input."
+    "prompt_file", None, "UTF-8 file with a prompt a line; - for the standard input."
 )
 _PROMPT_IDS = flags.DEFINE_multi_string(
     "prompt_ids", [], "A prompt as token ids, such as 0,17,4, taken as they are; several times."
@@ -72,21 +73,41 @@ _JSON = flags.DEFINE_string("json", None, "File for the texts, a list of objects
 _NO_TOKENIZER = "the model came without a tokenizer: give --prompt_ids and --output_ids"
 
 
+def split_prompts(content: bytes, name: str) -> list[str]:
+    """Splits a file into its lines, of whatever system's ends, without a byte order mark.
+
+    Args:
+        content: The file: UTF-8, a prompt a line.
+        name: What to call it in an error.
+
+    Returns:
+        The prompts; an empty line is an empty one.
+
+    Raises:
+        OSError: The file is empty or not UTF-8. (It is no ValueError, since all processes have to
+            hear of it: see `from_first_process`.)
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise OSError(f"{name} looks like UTF-16: convert it to UTF-8, a prompt a line")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OSError(f"{name} is not UTF-8: {error}") from None
+    if not text:
+        raise OSError(f"{name} is empty: write a prompt a line")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n").split("\n")
+
+
 def _read_prompts() -> list[str]:
     if not _PROMPT_FILE.value:
         return list(_PROMPT.value)
-    try:
-        if _PROMPT_FILE.value == "-":
-            content = sys.stdin.buffer.read()
-        else:
-            with open(resolve_path(_PROMPT_FILE.value), "rb") as file:
-                content = file.read()
-        lines = content.decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise OSError(f"--prompt_file={_PROMPT_FILE.value} is not UTF-8: {error}") from None
-    if not content:
-        raise OSError(f"--prompt_file={_PROMPT_FILE.value} is empty: write a prompt a line")
-    return [*_PROMPT.value, *lines]
+    if _PROMPT_FILE.value == "-":
+        content = sys.stdin.buffer.read()
+    else:
+        with open(resolve_path(_PROMPT_FILE.value), "rb") as file:
+            content = file.read()
+    return [*_PROMPT.value, *split_prompts(content, f"--prompt_file={_PROMPT_FILE.value}")]
 
 
 def _parse_ids(text: str) -> list[int]:

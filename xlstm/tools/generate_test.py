@@ -46,7 +46,7 @@ def _finish(process, status=0):
 
 
 def test_a_batch_of_texts_and_each_alone_on_a_mesh(folder):
-    (folder / "prompts").write_text("one two\none\n")
+    (folder / "prompts").write_bytes(b"\xef\xbb\xbfone two\r\none\r\n")  # As Windows writes it.
     common = "--num_tokens=9", "--top_k=20", "--seed=5"
     batch = _start(folder, "--prompt= three", "--prompt_file=prompts", "--json=a.json", *common)
     mesh = "--mesh=fsdp=2,tp=2", "--simulate_devices=4"
@@ -70,11 +70,51 @@ def test_a_text_goes_on_from_a_saved_state(folder):
 
 
 @pytest.mark.parametrize(
+    "content, prompts",
+    [
+        (b"the cat\nthe dog\n", ["the cat", "the dog"]),
+        (b"the cat\r\nthe dog\r\n", ["the cat", "the dog"]),
+        (b"the cat\rthe dog\r", ["the cat", "the dog"]),
+        (b"the cat\r\nthe dog", ["the cat", "the dog"]),
+        (b"\xef\xbb\xbfthe cat\n", ["the cat"]),
+        (b"\xef\xbb\xbf\r\nthe cat", ["", "the cat"]),
+        ("é \ufeff\u2028\n".encode(), ["é \ufeff\u2028"]),  # Inside of a prompt they are its own.
+        (b" the cat \n\n\n", [" the cat ", "", ""]),
+        (b"\n", [""]),
+        (b"\r\n", [""]),
+    ],
+)
+def test_a_prompt_is_a_line(content, prompts):
+    assert generate.split_prompts(content, "file") == prompts
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "^file is empty: write a prompt a line$"),
+        (b"\xef\xbb\xbf", "^file is empty: write a prompt a line$"),
+        (b"caf\xe9\n", "^file is not UTF-8: .* byte 0xe9 in position 3"),
+        *(
+            (
+                "the cat\n".encode(name),
+                "^file looks like UTF-16: convert it to UTF-8, a prompt a line$",
+            )
+            for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
+        ),
+    ],
+)
+def test_files_that_hold_no_prompts(content, message):
+    with pytest.raises(OSError, match=message):
+        generate.split_prompts(content, "file")
+
+
+@pytest.mark.parametrize(
     "message, flags",
     [
         ("--prompt_ids=a: expected whole numbers", ["--prompt_ids=a"]),
         ("give them in one way", ["--prompt_ids=1", "--prompt=x"]),
         ("--prompt_file=/dev/null is empty", ["--prompt_file=/dev/null"]),
+        ("temperature=nan: it must be a finite number", ["--temperature=nan"]),
         ("run/config.json is not a saved state", ["--load_state=run/config.json"]),
         ("does not divide over mesh.tp=3", ["--mesh=tp=3", "--simulate_devices=3"]),
     ],

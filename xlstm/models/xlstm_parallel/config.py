@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import math
 import typing
 
 import jax.numpy as jnp
 
 from xlstm.common_types import DTYPES
 from xlstm.distributed.mesh import MeshConfig
+from xlstm.finite import check_finite
 from xlstm.models.shared.feed_forward import feed_forward_dim
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import FORGET_GATES
@@ -64,12 +64,11 @@ class ModelConfig:
     scan_unroll: int = 1  # Blocks that a step of the scan over blocks holds; compiles slower.
 
     def __post_init__(self):
+        check_finite("model.", self)
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if kind is int and value < 1:
                 raise ValueError(f"model.{name}={value}: it must be at least 1")
-            if kind is float and not math.isfinite(value):
-                raise ValueError(f"model.{name}={value}: it must be a finite number")
             if name in _CAPS and not value >= 0:
                 raise ValueError(f"model.{name}={value}: it must be positive, or 0 for none")
             if kind is float and name not in _ANY_SIGN + _CAPS and not value > 0:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.common_types import PRNGKeyArray
+from xlstm.finite import check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +44,12 @@ class SamplingConfig:
 
     def __post_init__(self):
         """Checks every field."""
-        self._check("temperature", 0 <= self.temperature < math.inf, "must not be negative")
+        check_finite("", self)
+        self._check("temperature", self.temperature >= 0, "must not be negative")
         self._check("top_k", self.top_k >= 0, "must not be negative; 0 is for all tokens")
         self._check("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         self._check("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1")
-        is_factor = 0 < self.repetition_penalty < math.inf
+        is_factor = self.repetition_penalty > 0
         self._check("repetition_penalty", is_factor, "must be positive; 1 is for none")
         has_tokens = self.vocab_size is None or self.vocab_size > 0
         self._check("vocab_size", has_tokens, "must be at least 1, or None")

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,6 @@ def test_a_tiny_temperature_takes_the_likeliest():
     "options",
     [
         {"temperature": -1.0},
-        {"temperature": float("nan")},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
@@ -95,3 +95,10 @@ def test_bad_options(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}: it must"):
         SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_finite_number(name, value):
+    with pytest.raises(ValueError, match=f"^{name}={value}: it must be a finite number$"):
+        SamplingConfig(**{name: value})

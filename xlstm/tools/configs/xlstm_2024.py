@@ -37,7 +37,6 @@ def get_config(size: str = ""):
     config.data.context_length = 2048  # The paper's.
     config.data.batch_size = 256  # 0.5M tokens a step.
     config.data.validation_fraction = 0.001  # Large corpora need less.
-    config.optimizer.weight_decay_exclude = ("bias", "norm", "embeddings", "skip")  # A scale too.
     config.schedule.peak_lr = peak_lr  # By the table above.
     config.schedule.warmup_steps = 750  # A fortieth of the run.
     config.schedule.decay_steps = 28_610  # The end of the run.

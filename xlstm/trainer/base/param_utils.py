@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,10 @@ def _name_matcher(
 
 
 def get_param_mask_fn(
-    exclude: Sequence[str] | None, include: Sequence[str] | None = None
+    exclude: Sequence[str] | None,
+    include: Sequence[str] | None = None,
+    *,
+    may_be_missing: Collection[str] = (),
 ) -> Callable[[PyTree], PyTree]:
     """Makes a function that says by name which parameters are chosen, for `optax.masked` and such.
 
@@ -162,10 +165,11 @@ def get_param_mask_fn(
         exclude: Regular expressions, searched for in the path, its parts joined by `.`; what one of
             them matches is not chosen. None for nothing.
         include: Regular expressions; only what one of them matches is chosen. None for everything.
+        may_be_missing: Patterns that may match nothing.
 
     Returns:
         A function from a tree of parameters to a tree of bools of the same structure; it warns of
-        every pattern that matches nothing, which is usually a typo.
+        every other pattern that matches nothing, which is usually a typo.
     """
     matches = _name_matcher(exclude, include)
 
@@ -175,7 +179,8 @@ def get_param_mask_fn(
             return leaf.replace(value=chosen) if is_partitioned(leaf) else chosen
 
         names = [name for name, _ in _named_leaves(params)]
-        for pattern in (*(exclude or ()), *(include or ())):
+        patterns = (*(exclude or ()), *(include or ()))
+        for pattern in (pattern for pattern in patterns if pattern not in may_be_missing):
             if names and not any(re.search(pattern, name) for name in names):
                 # Python shows a warning once if its text and its place, this line, are the same.
                 warnings.warn(_no_match_warning(pattern, names), stacklevel=1)

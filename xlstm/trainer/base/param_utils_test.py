@@ -311,6 +311,13 @@ def test_a_tree_without_parameters_is_no_typo():
         get_param_mask_fn(["bias", "norm", "embeddings"])(_random_tree())
 
 
+def test_what_may_be_missing_is_no_typo():
+    with pytest.warns(UserWarning) as caught:
+        get_param_mask_fn(["bias", "ship", "skip"], may_be_missing=["bias", "skip"])(_random_tree())
+    (message,) = (str(warning.message) for warning in caught)
+    assert message.startswith("the pattern 'ship' ")
+
+
 def test_mask_of_optax():
     params = _float32(_random_tree())
     decay = optax.add_decayed_weights(1.0, mask=get_param_mask_fn(["bias", "norm"]))

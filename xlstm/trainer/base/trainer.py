@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from xlstm.common_types import Metrics, PyTree, TrainState
+from xlstm.finite import check_finite
 from xlstm.trainer.base.callback import Callback, RollBack, Stop
 from xlstm.trainer.base.clock import Clock
 
@@ -36,6 +37,7 @@ class TrainerConfig:
     stall_seconds: int = 600  # After so long without progress the run says what hangs; 0: never.
 
     def __post_init__(self):
+        check_finite("trainer.", self)
         may_be_zero = {"seed", "checkpoint_minutes", "keep_checkpoint_interval", "stall_seconds"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

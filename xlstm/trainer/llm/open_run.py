@@ -53,9 +53,11 @@ from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
     find_checkpoint,
+    kept_defaults,
     own_workdir,
     plain_config,
     run_info,
+    with_fields,
     write_config,
 )
 from xlstm.trainer.logger.base_logger import Loggers
@@ -151,7 +153,7 @@ def open_run(
     end everything is written.
 
     Args:
-        config: What to do.
+        config: What to do; a run that goes on keeps the defaults that it began with.
         workdir_path: The run's folder; it is made if it is not there.
         allow_config_change: Whether to go on with a run that began with another configuration.
 
@@ -163,7 +165,7 @@ def open_run(
         OSError: If something cannot be read or written.
     """
     run = _prepare(config, workdir_path, allow_config_change)
-    tokenizer = run.data.tokenizer
+    config, tokenizer = run.config, run.data.tokenizer
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.source:
         run.say("beginning with the parameters of step {1:,} in {0.path}".format(*run.source))
@@ -226,6 +228,8 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
+    kept = kept_defaults(workdir, config)
+    config = with_fields(config, kept)
     check_workdir(workdir, config, allow_config_change=allow_config_change)
     has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
     init_from = "" if has_begun else config.trainer.init_from
@@ -236,7 +240,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         check_source(*source, data.tokenizer)
     check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
-    return _Run(
+    run = _Run(
         config=config,
         mesh=mesh,
         workdir=workdir,
@@ -249,6 +253,10 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         requests=Requests(mesh),
         source=source,
     )
+    if kept:
+        fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())
+        run.say(f"keeping the defaults that the run began with: {fields}")
+    return run
 
 
 def _warn(text: str) -> None:

@@ -32,6 +32,13 @@ _FREE_TO_CHANGE = {
     *(f"trainer.{field.name}" for field in dataclasses.fields(TrainerConfig)),
 } - {"trainer.seed", "trainer.init_from"}
 
+# Fields whose default is another one than it was, or than what there was before the field. A run
+# keeps those that it began with, and goes on with the same command.
+_FORMER_DEFAULTS = {
+    "data.shuffle": "grain",
+    "optimizer.weight_decay_exclude": ("bias", "norm", "embeddings"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
@@ -170,14 +177,64 @@ def run_info(
 
 
 def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a saved configuration the fields that are newer than it, at their defaults.
+    """Adds to a saved configuration the fields that are newer than it, with what there was before.
 
-    So a default must not change what a field's absence meant.
+    That is their default, unless `_FORMER_DEFAULTS` says otherwise.
     """
-    defaults = plain_config(RunConfig())
+    defaults = plain_config(with_fields(RunConfig(), _FORMER_DEFAULTS))
     return saved | {
         section: fields | saved.get(section, {}) for section, fields in defaults.items()
     }
+
+
+def with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
+    """Returns a configuration with other values of some fields, named `section.field`."""
+    for name, value in fields.items():
+        section, field = name.split(".")
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def kept_defaults(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
+    """Finds what a run that goes on keeps of the defaults that it began with.
+
+    Args:
+        workdir: The run's folder; it need not be there.
+        config: The configuration that it is to go on with.
+
+    Returns:
+        The former default of every field, as `section.field`, that has it in the folder and today's
+        in `config`; the same in all processes.
+    """
+
+    def find_names() -> list[str]:
+        try:
+            saved, _ = _read_config(workdir)
+        except (OSError, ValueError):
+            return []  # There is no run, or `check_workdir` says what is wrong.
+        default = RunConfig()
+        configs = config, default, with_fields(default, _FORMER_DEFAULTS)
+        before, (now, today, former) = _flatten(saved), map(_flatten, map(plain_config, configs))
+        return [
+            name
+            for name in _FORMER_DEFAULTS
+            if before[name] == former[name] and now[name] == today[name]
+        ]
+
+    return {name: _FORMER_DEFAULTS[name] for name in from_first_process(find_names)}
+
+
+def _read_config(workdir: Workdir) -> tuple[dict[str, Any], list[str]]:
+    """Reads the configuration, with new fields, and the checksums of a run that has begun."""
+    with open(workdir.config, encoding="utf-8") as file:
+        try:
+            saved = json.load(file)
+            config = with_new_fields(saved["config"])
+            _flatten(config)
+            return config, saved["corpora"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{workdir.config} is not a configuration of ours") from None
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -216,21 +273,15 @@ def check_workdir(
                 f"{workdir.path} holds a run without its config.json: choose another --workdir"
             )
         return
-    with open(workdir.config, encoding="utf-8") as file:
-        try:
-            saved = json.load(file)
-            saved["config"] = with_new_fields(saved["config"])
-            before, now = _flatten(saved["config"]), _flatten(plain_config(config))
-            saved_corpora = saved["corpora"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{workdir.config} is not a configuration of ours") from None
+    saved, saved_corpora = _read_config(workdir)
+    before, now = _flatten(saved), _flatten(plain_config(config))
     if not saved_corpora:
         raise ValueError(
             f"{workdir.path} holds a model that came from elsewhere, and no run that could go on:"
             " begin one in another --workdir with trainer.init_from set to that folder"
         )
     free = _FREE_TO_CHANGE
-    if _same_so_far(workdir, saved["config"], config):
+    if _same_so_far(workdir, saved, config):
         free = free | {"schedule"}
     differences = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"

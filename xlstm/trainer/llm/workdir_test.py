@@ -8,8 +8,11 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
+    kept_defaults,
     own_workdir,
     split_checkpoint_path,
+    with_fields,
+    with_new_fields,
     write_config,
 )
 
@@ -164,6 +167,77 @@ def test_a_field_that_is_newer_than_the_run_had_its_default(claimed):
     _rewrite(claimed, lambda config: config["model"].pop("scan_unroll"))
     with pytest.raises(ValueError, match=r"model\.scan_unroll was 1, is 2"):
         _claim(claimed, _changed(model={"scan_unroll": 2}))
+
+
+_FORMER_EXCLUDE = ("bias", "norm", "embeddings")
+_FORMER = {"data.shuffle": "grain", "optimizer.weight_decay_exclude": _FORMER_EXCLUDE}
+
+
+@pytest.fixture
+def begun_before(claimed):
+    """The folder of a run from before the field data.shuffle and today's weight decay."""
+
+    def change(config):
+        del config["data"]["shuffle"]
+        config["optimizer"]["weight_decay_exclude"] = list(_FORMER_EXCLUDE)
+
+    _rewrite(claimed, change)
+    return claimed
+
+
+def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
+    kept = kept_defaults(begun_before, RunConfig())
+    assert kept == _FORMER
+    config = with_fields(RunConfig(), kept)
+    assert config.data.shuffle == "grain"
+    assert config.optimizer.weight_decay_exclude == _FORMER_EXCLUDE
+    _claim(begun_before, config)
+    # Now its folder has both, and the same command goes on again.
+    saved = _saved(begun_before)["config"]
+    assert saved["data"]["shuffle"] == "grain"
+    assert kept_defaults(begun_before, RunConfig()) == kept
+
+
+@pytest.mark.parametrize(
+    "section, field, value, named",
+    [
+        ("data", "shuffle", "grain", None),
+        ("optimizer", "weight_decay_exclude", _FORMER_EXCLUDE, None),
+        (
+            "optimizer",
+            "weight_decay_exclude",
+            ("bias",),
+            "weight_decay_exclude was ['bias', 'norm', 'embeddings'], is ['bias']",
+        ),
+        ("data", "seed", 1, "data.seed was 0, is 1"),
+    ],
+)
+def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, value, named):
+    config = _changed(**{section: {field: value}})
+    kept = kept_defaults(begun_before, config)
+    assert kept.keys() == _FORMER.keys() - {f"{section}.{field}"}
+    config = with_fields(config, kept)
+    if named is None:
+        _claim(begun_before, config)
+        return
+    with pytest.raises(ValueError) as caught:
+        _claim(begun_before, config)
+    assert f"{named})" in str(caught.value)
+
+
+def test_a_run_of_today_keeps_nothing(claimed, tmp_path):
+    assert kept_defaults(claimed, RunConfig()) == {}
+    assert kept_defaults(Workdir(str(tmp_path / "new")), RunConfig()) == {}
+    with open(claimed.config, "w", encoding="utf-8") as file:
+        file.write("{")
+    assert kept_defaults(claimed, RunConfig()) == {}
+
+
+def test_what_the_absence_of_a_field_meant(claimed):
+    _rewrite(claimed, lambda config: config["data"].pop("shuffle"))
+    config = with_new_fields(_saved(claimed)["config"])
+    assert config["data"] == _saved(claimed)["config"]["data"] | {"shuffle": "grain"}
+    assert config["optimizer"] == _saved(claimed)["config"]["optimizer"]
 
 
 def test_a_field_that_there_is_no_more_is_named(claimed):

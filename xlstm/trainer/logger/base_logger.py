@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+from xlstm.finite import check_finite
+
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
@@ -21,6 +23,7 @@ class LoggerConfig:
     sample_prompt: str = ""  # What the sampled text goes on from.
 
     def __post_init__(self):
+        check_finite("logger.", self)
         if self.interval < 1:
             raise ValueError(f"logger.interval={self.interval}: it must be at least 1")
         if any(step < 1 for step in self.profile_steps):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from xlstm.common_types import PyTree
+from xlstm.finite import check_finite
 from xlstm.trainer.base.param_utils import get_param_mask_fn, path_name
 
 
@@ -36,8 +37,8 @@ class OptimizerConfig:
     ademamix_warmup_steps: int = 0  # AdEMAMix: steps in which beta3, from beta1, and alpha, from 0,
     # rise; the paper takes the whole run.
     weight_decay: float = 0.1  # Weight decay, multiplied by the learning rate.
-    weight_decay_exclude: tuple[str, ...] = ("bias", "norm", "embeddings")  # Regular expressions
-    # on parameter paths: what they match is not decayed.
+    weight_decay_exclude: tuple[str, ...] = ("bias", "norm", "embeddings", "skip")  # Regular
+    # expressions on parameter paths: what they match is not decayed.
     grad_clip_norm: float = 1.0  # The gradient is scaled down to this global norm.
     max_grad_norm_ratio: float = 0.0  # Steps whose gradient norm is above so many times its moving
     # mean are skipped; 0: none are.
@@ -45,6 +46,7 @@ class OptimizerConfig:
     # then takes; 0: there is none.
 
     def __post_init__(self):
+        check_finite("optimizer.", self)
         if self.name not in _DIRECTIONS:
             raise ValueError(
                 f"optimizer.name={self.name!r}: the optimizers are {', '.join(_DIRECTIONS)}"
@@ -92,7 +94,12 @@ def create_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(
         _DIRECTIONS[config.name](config),
         optax.add_decayed_weights(
-            config.weight_decay, mask=get_param_mask_fn(config.weight_decay_exclude)
+            config.weight_decay,
+            mask=get_param_mask_fn(
+                # Not every model has all that the default is about.
+                config.weight_decay_exclude,
+                may_be_missing=OptimizerConfig.weight_decay_exclude,
+            ),
         ),
     )
 

@@ -1,4 +1,5 @@
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,15 @@ def test_every_optimizer_learns_with_the_same_learning_rate(name):
     losses = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=200)[1])
     losses = losses(params)
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_only_patterns_of_ones_own_are_warned_of():
+    params = _nested(_random(0))  # Which have no skip.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_optimizer(OptimizerConfig()).init(params)
+    with pytest.warns(UserWarning, match="'skips' matches no parameter"):
+        create_optimizer(OptimizerConfig(weight_decay_exclude=("bias", "skips"))).init(params)
 
 
 def test_decay_leaves_biases_norms_and_embeddings_alone():

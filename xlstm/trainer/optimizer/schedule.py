@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
+from xlstm.finite import check_finite
+
 _DECAYS = ("cosine", "exponential", "constant")
 
 
@@ -22,6 +24,7 @@ class ScheduleConfig:
     # learning rate stays as it is.
 
     def __post_init__(self):
+        check_finite("schedule.", self)
         if not self.peak_lr > 0:
             raise ValueError(f"schedule.peak_lr={self.peak_lr}: it must be positive")
         if not 0 <= self.warmup_steps < self.decay_steps:

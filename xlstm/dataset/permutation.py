@@ -1,0 +1,54 @@
+"""An endless shuffled order whose every epoch is a permutation, without a table of it."""
+
+import math
+
+from xlstm.dataset.splitmix64 import Number, splitmix64
+
+_ROUNDS = 8  # Four for each half.
+
+
+def shuffled(position: Number, length: int, seed: int) -> Number:
+    """Returns which of `length` items stands at a position of their endless shuffled order.
+
+    Positions `e * length` to `(e + 1) * length - 1` are epoch `e`: every item stands there exactly
+    once, in an order of the epoch's own. The answer is computed from the arguments alone, in a
+    time and a memory that do not depend on them.
+
+    An index below `length` is written as two digits of about the same size. In turn each digit is
+    shifted by a hash of the other one, which can be undone, so that it permutes all pairs of
+    digits. A pair whose number is not below `length` is permuted again until its number is.
+
+    Args:
+        position: The position, from 0 on; an int, or a uint64 array.
+        length: The number of items, at least 1.
+        seed: Decides the orders, below 2**64.
+
+    Returns:
+        The item's number, below `length`; an int, or a uint64 array.
+
+    References:
+        Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002 (the generalised Feistel
+        network and cycle-walking).
+    """
+    epoch, index = divmod(position, length)
+    key = splitmix64(seed, epoch)
+    if isinstance(index, int):
+        index = _permuted(index, length, key)
+        while index >= length:
+            index = _permuted(index, length, key)
+        return index
+    index = _permuted(index, length, key)
+    while (outside := index >= length).any():
+        index[outside] = _permuted(index[outside], length, key[outside])
+    return index
+
+
+def _permuted(index: Number, length: int, key: Number) -> Number:
+    """Permutes the numbers below the product of the digits' ranges, which is at least `length`."""
+    num_left = math.isqrt(length - 1) + 1
+    num_right = -(-length // num_left)
+    left, right = divmod(index, num_right)
+    for number in range(0, _ROUNDS, 2):
+        left = (left + splitmix64(key, right * _ROUNDS + number) % num_left) % num_left
+        right = (right + splitmix64(key, left * _ROUNDS + number + 1) % num_right) % num_right
+    return left * num_right + right

@@ -1,0 +1,25 @@
+"""What every configuration asks of its numbers."""
+
+import dataclasses
+import math
+from typing import Any
+
+
+def check_finite(prefix: str, config: Any) -> None:
+    """Checks that no number in a configuration is infinite or NaN.
+
+    Args:
+        prefix: Stands before the names of the fields in a message, such as `optimizer.`.
+        config: A dataclass, whose fields may be tuples of numbers.
+
+    Raises:
+        ValueError: A number is not finite.
+    """
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        numbers = {name: value}
+        if isinstance(value, tuple):
+            numbers = {f"{name}[{index}]": number for index, number in enumerate(value)}
+        for name, number in numbers.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}={number}: it must be a finite number")
