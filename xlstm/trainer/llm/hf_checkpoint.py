@@ -19,6 +19,7 @@ from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
 from xlstm.distributed.mesh import MESH_AXES
 from xlstm.models.xlstm_parallel.hf_layout import (
     HFTensor,
+    demands_without_effect,
     from_hf_config,
     hf_tensors,
     parameter_shapes,
@@ -52,11 +53,13 @@ class Converted:
         num_parameters: The number of parameters.
         num_bytes: The bytes that they take.
         num_files: The number of files that hold them; None for a checkpoint of ours.
+        notes: What the user should know, a line each.
     """
 
     num_parameters: int
     num_bytes: int
     num_files: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def import_model(source: str, target: str, report: Callable[[int, int], None]) -> Converted:
@@ -83,9 +86,13 @@ def import_model(source: str, target: str, report: Callable[[int, int], None]) -
         model, backend = from_hf_config(published)
     except ValueError as error:
         raise ValueError(f"{os.path.join(source, _CONFIG_FILE)}: {error}") from error
+    notes = demands_without_effect(published)
     shapes = parameter_shapes(model)
     tensors = hf_tensors(shapes)
-    files = open_tensors(source, tensors)
+    try:
+        files = open_tensors(source, tensors)
+    except ValueError as error:
+        raise ValueError("; ".join([str(error), *notes])) from error
     generation = _token_ids(published) | _read_generation_config(source)
     tokenizer = find_tokenizer(source)
     if tokenizer and tokenizer.vocab_size > model.vocab_size:
@@ -113,7 +120,7 @@ def import_model(source: str, target: str, report: Callable[[int, int], None]) -
         checkpoints.complete(0, run_info(config, [], fingerprint, code_version(), mesh), Saved())
         write_config(workdir, config, corpora=[])
     num_parameters = sum(tensor.size for tensor in tensors)
-    return Converted(num_parameters, 4 * num_parameters)
+    return Converted(num_parameters, 4 * num_parameters, notes=notes)
 
 
 def export_model(
