@@ -90,8 +90,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy, and are of no use here.
     converted, target = convert()
-    for warning in converted.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    for note in converted.notes:
+        print(f"note: {note}", file=sys.stderr)
     count = converted.num_files
     files = f" in {count} file{'s' if count > 1 else ''}" if count else ""
     Console(highlight=False, soft_wrap=True).print(

@@ -26,24 +26,23 @@ _CONSTANTS = ("gate_soft_cap", "output_logit_soft_cap", "norm_eps")
 # What a model of ours always is; a field that is missing there means the same.
 _FIXED = {
     "use_bias": False,
-    "tie_word_embeddings": False,
-    "add_out_norm": True,
     "norm_reduction_force_float32": True,
     "weight_mode": "single",
+}
+# Fields that `transformers` (from version 5 on) knows and does not use: what they have to be to say
+# what it computes, and the tensor that it takes whatever they say.
+_WITHOUT_EFFECT = {
+    "tie_word_embeddings": (False, "lm_head.weight"),
+    "add_out_norm": (True, "backbone.out_norm.weight"),
 }
 _MODEL_TYPE = {"model_type": "xlstm"}
 # They add `eps` to the normalizer, we add nothing; so little is lost in rounding.
 _MAX_EPS = 1e-6
-# How fast and how exactly their code computes: the fields that say nothing of the model.
-_COMPUTATION = {
-    "chunkwise_kernel": "chunkwise--native_autograd",
-    "sequence_kernel": "native_sequence__native",
-    "step_kernel": "native",
-    "mode": "inference",
-    "return_last_states": True,
-    "use_cache": True,
-    "inference_state_dtype": "float32",
-}
+# How an exported model runs. Fields that choose kernels are left out: `transformers` has one of
+# each kind, which its defaults name.
+_COMPUTATION = {"mode": "inference", "use_cache": True}
+# The configuration of `transformers` rounds these sizes up for its cache, but its layers do not.
+_CACHE_ROUNDS_UP_TO = 64
 _TYPES = typing.get_type_hints(ModelConfig)
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -150,12 +149,31 @@ def from_hf_config(published: Mapping[str, Any]) -> tuple[ModelConfig, BackendCo
     return ModelConfig(**fields), BackendConfig(chunk_size=chunk_size)
 
 
+def demands_without_effect(published: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names what a `config.json` demands and `transformers` does not do, nor do we.
+
+    Args:
+        published: The content.
+
+    Returns:
+        A line for each such field: what is computed in spite of it.
+    """
+    return tuple(
+        f"{name}={published[name]} has no effect, as in transformers 5: {tensor} is used"
+        for name, (value, tensor) in _WITHOUT_EFFECT.items()
+        if published.get(name, value) != value
+    )
+
+
 def _check_kind(published: Mapping[str, Any]) -> None:
     """Raises ValueError for a model that differs from ours by more than its numbers."""
     for name, value in (_MODEL_TYPE | _FIXED).items():
         found = published.get(name, None if name in _MODEL_TYPE else value)
         if found != value:
             raise ValueError(f"{name}={found!r} is not supported, only {value!r}")
+    for name in _WITHOUT_EFFECT:
+        if not isinstance(published.get(name, False), bool):
+            raise ValueError(f"{name}={published[name]!r} is not supported: expected bool")
     eps = _number("eps", published.get("eps", _MAX_EPS), float)
     if not 0 <= eps <= _MAX_EPS:
         raise ValueError(f"eps={eps} is not supported, only 0 to {_MAX_EPS}")
@@ -208,4 +226,20 @@ def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict
     numerics = {"chunk_size": chunk_size, "dtype": dtype, "autocast_kernel_dtype": dtype}
     numerics["eps"] = _MAX_EPS
     architecture = {"architectures": ["xLSTMForCausalLM"]}
-    return architecture | _MODEL_TYPE | ours | others | _FIXED | _COMPUTATION | numerics
+    computation = _COMPUTATION | _cache_sizes(model) | numerics
+    return architecture | _MODEL_TYPE | ours | others | _FIXED | computation
+
+
+def _cache_sizes(model: ModelConfig) -> dict[str, Any]:
+    """The fields that make the cache of `transformers` fit, where it would not.
+
+    Its configuration computes the sizes of a head in the cache, and has no field for them. But it
+    looks every attribute up by the name that `attribute_map` has for it.
+    """
+    sizes = {"qk_head_dim": model.qk_dim, "v_head_dim": model.v_dim}
+    multiple, heads = _CACHE_ROUNDS_UP_TO, model.num_heads
+    rounded = {name: -(-size // multiple) * multiple for name, size in sizes.items()}
+    if all(rounded[name] // heads == size // heads for name, size in sizes.items()):
+        return {}
+    names = {name: f"cache_{name}" for name in sizes}
+    return {"attribute_map": names} | {names[name]: sizes[name] // heads for name in sizes}

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.models.xlstm_parallel.hf_layout import (
+    demands_without_effect,
     from_hf_config,
     hf_tensors,
     parameter_shapes,
@@ -67,6 +68,9 @@ def test_a_public_configuration(published):
     ours = to_hf_config(model, backend, "float32")
     others = {"bos_token_id", "eos_token_id", "pad_token_id"}
     others |= {"transformers_version", "max_inference_chunksize"}
+    # Nor what changes nothing there.
+    others |= {"tie_word_embeddings", "add_out_norm", "return_last_states"}
+    others |= {"chunkwise_kernel", "sequence_kernel", "step_kernel", "inference_state_dtype"}
     assert ours == {name: value for name, value in published.items() if name not in others}
 
 
@@ -102,9 +106,9 @@ def test_what_may_be_left_out(published):
     [
         ({"model_type": "mamba"}, "model_type='mamba' is not supported, only 'xlstm'"),
         ({"model_type": None}, "model_type=None is not supported"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported, only False"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' is not supported"),
         ({"use_bias": True}, "use_bias=True is not supported"),
-        ({"add_out_norm": False}, "add_out_norm=False is not supported"),
+        ({"add_out_norm": None}, "add_out_norm=None is not supported: expected bool"),
         ({"weight_mode": "fused"}, "weight_mode='fused' is not supported, only 'single'"),
         ({"norm_reduction_force_float32": False}, "norm_reduction_force_float32=False"),
         ({"eps": 0.01}, "eps=0.01 is not supported, only 0 to 1e-06"),
@@ -126,6 +130,51 @@ def test_what_may_be_left_out(published):
 def test_what_ours_cannot_be(published, changes, message):
     with pytest.raises(ValueError, match=message):
         from_hf_config(published | changes)
+
+
+def test_demands_that_change_nothing(published):
+    assert demands_without_effect(published) == demands_without_effect({}) == ()
+    changed = published | {"tie_word_embeddings": True, "add_out_norm": False}
+    assert from_hf_config(changed) == from_hf_config(published)
+    assert demands_without_effect(changed) == (
+        "tie_word_embeddings=True has no effect, as in transformers 5: lm_head.weight is used",
+        "add_out_norm=False has no effect, as in transformers 5: backbone.out_norm.weight is used",
+    )
+
+
+# What the public implementation says that the shapes of its layers' states are, and of its cache.
+@pytest.mark.parametrize(
+    "sizes, layers, cache",
+    [
+        ((32, 4, 0.5, 1.0), (4, 8), (16, 16)),
+        ((64, 4, 0.5, 1.0), (8, 16), (16, 16)),
+        ((64, 4, 1.0, 1.0), (16, 16), (16, 16)),
+        ((96, 4, 1.0, 2.0), (24, 48), (32, 48)),
+        ((96, 6, 0.5, 1.0), (8, 16), (10, 21)),
+        ((120, 60, 0.5, 1.0), (1, 2), (1, 2)),
+        ((128, 4, 0.75, 1.0), (24, 32), (32, 32)),
+        ((128, 8, 0.5, 1.0), (8, 16), (8, 16)),
+        ((192, 2, 2 / 3, 1 / 3), (64, 32), (64, 32)),
+        ((192, 4, 0.5, 1.0), (24, 48), (32, 48)),
+        ((512, 4, 0.5, 1.0), (64, 128), (64, 128)),
+    ],
+    ids=str,
+)
+def test_the_cache_of_the_public_implementation_fits(sizes, layers, cache):
+    width, heads, qk_dim_factor, v_dim_factor = sizes
+    model = ModelConfig(
+        embedding_dim=width,
+        num_heads=heads,
+        qk_dim_factor=qk_dim_factor,
+        v_dim_factor=v_dim_factor,
+    )
+    published = to_hf_config(model, BackendConfig(), "float32")
+    assert ("attribute_map" in published) == (layers != cache)
+    names = published.get("attribute_map", {})
+    computed = dict(zip(("qk_head_dim", "v_head_dim"), cache, strict=True))
+    found = [published[names[name]] if name in names else computed[name] for name in computed]
+    assert tuple(found) == layers
+    assert from_hf_config(published) == (model, BackendConfig())
 
 
 def test_a_size_that_is_missing(published):

@@ -19,6 +19,7 @@ from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, fi
 from xlstm.distributed.mesh import MESH_AXES
 from xlstm.models.xlstm_parallel.hf_layout import (
     HFTensor,
+    demands_without_effect,
     from_hf_config,
     hf_tensors,
     parameter_shapes,
@@ -56,13 +57,13 @@ class Converted:
         num_parameters: The number of parameters.
         num_bytes: The bytes that they take.
         num_files: The number of files that hold them; None for a checkpoint of ours.
-        warnings: Sentences about what the user should know.
+        notes: What the user should know, a line each.
     """
 
     num_parameters: int
     num_bytes: int
     num_files: int | None = None
-    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def import_model(
@@ -96,9 +97,13 @@ def import_model(
         model, backend = from_hf_config(published)
     except ValueError as error:
         raise ValueError(f"{os.path.join(source, _CONFIG_FILE)}: {error}") from error
+    notes = demands_without_effect(published)
     shapes = parameter_shapes(model)
     tensors = hf_tensors(shapes)
-    files = open_tensors(source, tensors)
+    try:
+        files = open_tensors(source, tensors)
+    except ValueError as error:
+        raise ValueError("; ".join([str(error), *notes])) from error
     generation = _token_ids(published) | _read_generation_config(source)
     tokenizer = find_tokenizer(source, eod_token)
     if eod_token and not tokenizer:
@@ -129,10 +134,9 @@ def import_model(
         checkpoints.complete(0, run_info(config, [], tokenizer, code_version(), mesh), Saved())
         write_config(workdir, config, corpora=[])
     num_parameters = sum(tensor.size for tensor in tensors)
-    disagreements = ()
     if tokenizer and tokenizer.definition is not None and not eod_token:
-        disagreements = find_markers(tokenizer.name, tokenizer.definition).disagreements
-    return Converted(num_parameters, 4 * num_parameters, warnings=disagreements)
+        notes += find_markers(tokenizer.name, tokenizer.definition).disagreements
+    return Converted(num_parameters, 4 * num_parameters, notes=notes)
 
 
 def export_model(

@@ -108,9 +108,26 @@ def test_what_was_imported_is_exported_bit_by_bit(folder, tmp_path, name, source
     after = read_json(str(tmp_path / "back" / "config.json"))
     # But for what is of other programs.
     others = {"transformers_version", "max_inference_chunksize", "pad_token_id"}
+    others |= {"tie_word_embeddings", "add_out_norm", "return_last_states"}
+    others |= {"chunkwise_kernel", "sequence_kernel", "step_kernel", "inference_state_dtype"}
     assert {x: y for x, y in before.items() if x not in others} == {
         x: y for x, y in after.items() if x not in others
     }
+
+
+def test_tied_embeddings_that_are_not(tmp_path):
+    """A field that `transformers` does not use: the tensors say what the model is."""
+    shutil.copytree(_GOLDEN, tmp_path / "public")
+    _change_json("config.json", tie_word_embeddings=True)(tmp_path / "public")
+    converted = import_model(str(tmp_path / "public"), str(tmp_path / "run"), _ignore)
+    (note,) = converted.notes
+    assert note.startswith("tie_word_embeddings=True has no effect")
+    _export(tmp_path, "run", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")["lm_head.weight"]
+    expected = load_file(os.path.join(_GOLDEN, "model.safetensors"))
+    assert found.tobytes() == expected["lm_head.weight"].tobytes()
+    assert found.tobytes() != expected["backbone.embeddings.weight"].tobytes()
+    assert "tie_word_embeddings" not in read_json(str(tmp_path / "back" / "config.json"))
 
 
 def test_the_tokenizer_comes_along(folder, tmp_path):
@@ -180,10 +197,15 @@ def _write(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-def _drop_tensor(folder):
+def _drop_tensor(folder, name="backbone.blocks.1.norm_ffn.weight"):
     arrays = load_file(folder / "model.safetensors")
-    del arrays["backbone.blocks.1.norm_ffn.weight"]
+    del arrays[name]
     save_file(arrays, folder / "model.safetensors")
+
+
+def _tie(folder):
+    _drop_tensor(folder, "lm_head.weight")
+    _change_json("config.json", tie_word_embeddings=True)(folder)
 
 
 _BAD_MODELS = {
@@ -202,6 +224,7 @@ _BAD_MODELS = {
         r"ffn.proj_up.weight has the shape \(128, 128\), not \(256, 128\)",
     ),
     "tensor": (_drop_tensor, r"\(missing: backbone.blocks.1.norm_ffn.weight; unexpected: none\)"),
+    "tied": (_tie, r"missing: lm_head.weight; unexpected: none\); tie_word_embeddings=True has no"),
     "truncated": (
         lambda folder: os.truncate(folder / "model.safetensors", 1000),
         "model.safetensors is not a whole safetensors file",
