@@ -32,6 +32,23 @@ def output_path(flag: str, value: str | None) -> str | None:
     return path
 
 
+def define_share(name: str, default: float, help_text: str) -> flags.FlagHolder[float]:
+    """Defines a flag whose value is a share, from 0 to 1.
+
+    Args:
+        name: Its name.
+        default: Its default.
+        help_text: What it means.
+
+    Returns:
+        The holder of the value.
+    """
+    flag = flags.DEFINE_float(name, default, help_text)
+    # The bounds that a float flag can have let NaN pass.
+    flags.register_validator(name, lambda x: 0 <= x <= 1, "expected a share from 0 to 1")
+    return flag
+
+
 def run(
     main: Callable[[list[str]], None],
     prepare_words: Callable[[list[str]], list[str]] = list,

@@ -36,7 +36,7 @@ from xlstm.dataset.parallel_encoding import encode_blocks
 from xlstm.dataset.token_store import StoreMeta, TokenStore
 from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
-from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.command_line import define_share, resolve_path, run
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
@@ -61,13 +61,11 @@ _BOS_TOKEN = flags.DEFINE_string(
     "The token in front of each document [what the tokenizer puts there, or the files beside it "
     "name, or else --eod_token, which then stands between documents].",
 )
-_MAX_UNKNOWN = flags.DEFINE_float(
+_MAX_UNKNOWN = define_share(
     "max_unknown",
     0.0,
     "The largest share of all characters that the tokenizer may leave out, since it has no token "
     "for them, not even one for the unknown. With more, there is no store.",
-    lower_bound=0.0,
-    upper_bound=1.0,
 )
 _TEXT_COLUMN = flags.DEFINE_string(
     "text_column",
@@ -82,13 +80,11 @@ _SKIP_BAD_RECORDS = flags.DEFINE_bool(
     "list the first ten at the end. Otherwise the first one stops the tool. A damaged file (cut "
     "off, or with a wrong checksum) always does.",
 )
-_MAX_BAD_RECORDS = flags.DEFINE_float(
+_MAX_BAD_RECORDS = define_share(
     "max_bad_records",
     0.01,
     "The largest share of all records that --skip_bad_records may leave out. With more, there is "
     "no store.",
-    lower_bound=0.0,
-    upper_bound=1.0,
 )
 _WORKERS = flags.DEFINE_integer(
     "workers",

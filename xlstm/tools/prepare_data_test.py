@@ -95,7 +95,8 @@ def test_bad_input(corpus):
         ("--input=books", "--tokenizer=none.json"): "none.json': give 'byte' or the path",
         ("--input=books", "more"): "what is 'more'?",
         ("--input=books", "--max_bad_records=0.1"): "is for --skip_bad_records",
-        ("--input=books", "--skip_bad_records", "--max_bad_records=2"): "not a number in the range",
+        ("--input=books", "--skip_bad_records", "--max_bad_records=2"): "a share from 0 to 1",
+        ("--input=books", "--max_unknown=nan"): "expected a share from 0 to 1",
     }
     for arguments, message in cases.items():
         result = prepare(corpus, *arguments, "--output=out/store")
