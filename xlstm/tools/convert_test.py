@@ -21,6 +21,16 @@ from xlstm.tools.config import config_path, load_config, to_run_config
 from xlstm.tools.testing import start_tool
 from xlstm.trainer.llm.open_run import open_run
 
+# What a public model has beside its tokenizer and its tensors.
+_FILES = {
+    "tokenizer_config.json": '{"eos_token": "<|endoftext|>", "bos_token": "<s>", "extra": 1}',
+    "special_tokens_map.json": '{"bos_token": "<s>"}',
+    "chat_template.jinja": "{{ messages }}",
+    "generation_config.json": json.dumps(
+        {"bos_token_id": 1, "eos_token_id": [2, 1], "pad_token_id": 2, "temperature": 0.6}
+    ),
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -37,10 +47,15 @@ def folder(tmp_path_factory):
     config = to_hf_config(model, BackendConfig(chunk_size=8), "float32")
     config["tie_word_embeddings"] = True  # They are not: both tensors are in the file.
     (folder / "public" / "config.json").write_text(json.dumps(config))
-    tokenizer = write_tokenizer_json(folder / "public" / "tokenizer.json", words=["x = 1"])
+    special = ["<|endoftext|>", "<s>", "<|im_end|>"]
+    write_tokenizer_json(folder / "public" / "tokenizer.json", special, words=["x = 1"])
+    for name, content in _FILES.items():
+        (folder / "public" / name).write_text(content)
+    tokenizer = load_tokenizer(str(folder / "public"))
+    assert (tokenizer.bos_id, tokenizer.eod_id) == (1, 0)
     texts = [f"x{i} = {i}\n" * 40 for i in range(20)]
     for name in ("mine", "wiki"):
-        write_store(folder / name, texts, load_tokenizer(tokenizer))
+        write_store(folder / name, texts, tokenizer)
     return folder
 
 
@@ -92,8 +107,12 @@ def test_from_a_public_model_to_another_one(folder):
     imported = _start(convert, folder, "--from_hf=public", "--to=imported")
     output, errors = imported.communicate(timeout=200)
     assert imported.returncode == 0, errors
-    (note,) = errors.splitlines()
-    assert note.startswith("note: tie_word_embeddings=True has no effect")
+    notes = errors.splitlines()
+    assert notes[0].startswith("note: tie_word_embeddings=True has no effect")
+    assert notes[1:] == [
+        "note: the token at the end of a text is '<|endoftext|>', as tokenizer_config.json says;"
+        " but generation_config.json says '<|im_end|>' or '<s>'"
+    ]
     assert "parameters" in output and str(folder / "imported") in output
     assert "taken exists already: choose another folder" in _error(taken)
     assert not os.listdir(folder / "taken")
@@ -116,9 +135,28 @@ def test_from_a_public_model_to_another_one(folder):
     assert before.keys() == after.keys()
     for name, array in before.items():
         assert after[name].tobytes() == array.tobytes()
-    assert (folder / "back" / "tokenizer.json").exists()
+    # The model is who it was: as in a round trip without training.
+    _convert(**{"from": folder / "imported", "to_hf": folder / "direct"})
+    names = set(os.listdir(folder / "direct"))
+    assert names == set(os.listdir(folder / "back")) == set(os.listdir(folder / "public"))
+    for name in names:
+        assert (folder / "back" / name).read_bytes() == (folder / "direct" / name).read_bytes()
+    for name, content in _FILES.items():
+        if name.endswith(".json"):
+            assert json.loads((folder / "back" / name).read_text()) == json.loads(content)
+        else:
+            assert (folder / "back" / name).read_text() == content
     config = json.loads((folder / "back" / "config.json").read_text())
-    assert config["eos_token_id"] == 0  # That of the marker.
+    ids = [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    assert ids == [1, [2, 1], 2]
+
+
+def test_the_end_marker_may_be_decided(folder):
+    _convert(from_hf=folder / "public", to=folder / "decided", eod_token="<|im_end|>")
+    tokenizer = load_tokenizer(str(folder / "decided"))
+    assert (tokenizer.bos_id, tokenizer.eod_id) == (1, 2)
+    with pytest.raises(ValueError, match="looked for 'no such'"):
+        _convert(from_hf=folder / "public", to=folder / "none", eod_token="no such")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +170,7 @@ def test_from_a_public_model_to_another_one(folder):
         ({"from": "a", "to_hf": "b", "max_shard_size": "5"}, "max_shard_size=5: expected a size"),
         ({"from": "a", "to_hf": "b", "max_shard_size": "0GB"}, "max_shard_size=0GB: expected"),
         ({"from_hf": "a", "to": "b", "dtype": "bfloat16"}, "are for --to_hf: ours are float32"),
+        ({"from": "a", "to_hf": "b", "eod_token": "x"}, "--eod_token is for --from_hf"),
     ],
     ids=str,
 )
