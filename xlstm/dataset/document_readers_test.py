@@ -112,6 +112,7 @@ def test_order_is_that_of_the_files(tmp_path):
         ('{"text": NaN}', "'text' is not a string, but NaN"),
         ('{"text": "a"}{"text": "b"}', "not JSON .Extra data"),
         ("\0" * 21, "21 NUL bytes, as a crash or a full disk leaves them"),
+        ('\0\0{"text": "a"}', "2 NUL bytes, as a crash or a full disk leaves them"),
         ("[", "a value of several lines, which only a file with the ending .json may hold"),
         (b'{"text": "\xe9"}', r"not UTF-8 text \(byte 0xe9\)"),
         ('{"text": "\\ud800"}', "'text' is not valid Unicode: surrogates not allowed"),

@@ -120,8 +120,8 @@ def shortened(value: object) -> str:
 
 
 def _syntax_problem(line: bytes, error: json.JSONDecodeError) -> str:
-    if line.count(0) == len(line):
-        return f"{len(line):,} NUL bytes, as a crash or a full disk leaves them: cut them off"
+    if num_nuls := line.count(0):
+        return f"{num_nuls:,} NUL bytes, as a crash or a full disk leaves them: remove them"
     if line.strip() in (b"{", b"["):
         return "a value of several lines, which only a file with the ending .json may hold"
     return f"not JSON ({error.msg}, column {error.colno})"
