@@ -30,12 +30,16 @@ class LoweredProduct(NamedTuple):
         return any(operand.endswith("f32") for operand in self.operands)
 
 
-def lowered_products(traced: jax.stages.Traced, platform: str = "cuda") -> list[LoweredProduct]:
-    """Lowers a program for a platform, which need not be there, and lists its matrix products.
+def gpu_products(traced: jax.stages.Traced) -> list[LoweredProduct]:
+    """Lowers a program for a GPU, which need not be there; see `lowered_products`."""
+    return lowered_products(traced.lower(lowering_platforms=("cuda",)))
+
+
+def lowered_products(lowered: jax.stages.Lowered) -> list[LoweredProduct]:
+    """Lists the matrix products of a program.
 
     Args:
-        traced: The program, `jax.jit(...).trace(...)`.
-        platform: The platform.
+        lowered: The program.
 
     Returns:
         All products, in the order of the text, those in functions and loops once.
@@ -43,11 +47,11 @@ def lowered_products(traced: jax.stages.Traced, platform: str = "cuda") -> list[
     Raises:
         ValueError: If a product cannot be read, or something else is there that multiplies.
     """
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    text = lowered.as_text()
     found = [
-        LoweredProduct((left, right), operands, result)
+        LoweredProduct((left, right), tuple(operands), result)
         for left, right, *operands, result in _PRODUCT.findall(text)
     ]
     if len(found) != len(re.findall(r"stablehlo\.(?:dot|convolution|composite)", text)):
         raise ValueError("there are products that cannot be read")
-    return [product._replace(operands=tuple(product.operands)) for product in found]
+    return found

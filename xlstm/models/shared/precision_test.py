@@ -6,7 +6,7 @@ from jax.lax import Precision
 from xlstm.models.shared.block_diagonal import BlockDiagonal
 from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.precision import product_precision
-from xlstm.testing.lowered_products import lowered_products
+from xlstm.testing.lowered_products import gpu_products
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_layers_and_their_gradients_ask_whatever_jax_is_set_to(ambient, dtype):
         for layer in _layers(dtype=dtype, precision=Precision.HIGH):
             gradient = jax.grad(lambda v, x, layer=layer: layer.apply(v, x).sum(), (0, 1))
             variables = layer.init(jax.random.key(0), x)
-            products = lowered_products(jax.jit(gradient).trace(variables, x))
+            products = gpu_products(jax.jit(gradient).trace(variables, x))
             assert len(products) >= 2
             asked = "HIGH" if dtype == jnp.float32 else ambient.upper()
             assert {product.precisions for product in products} == {(asked, asked)}
@@ -50,5 +50,5 @@ def test_without_a_precision_jax_decides(ambient, asked):
     with jax.default_matmul_precision(ambient):
         for layer in _layers():
             variables = layer.init(jax.random.key(0), x)
-            (product,) = lowered_products(jax.jit(layer.apply).trace(variables, x))
+            (product,) = gpu_products(jax.jit(layer.apply).trace(variables, x))
             assert product.precisions == (asked, asked)

@@ -61,10 +61,10 @@ class ModelConfig:
     # are near 0.)
     dropout: float = 0.0  # Share of the embedding's and of each layer's outputs that is dropped.
     dtype: str = "float32"  # Type of the computation, float32 or bfloat16; parameters are float32.
-    matmul_precision: str = "highest"  # How float32 numbers are multiplied: highest, in float32;
-    # high; default, as JAX is set to, by itself the fastest: in TF32 on NVIDIA GPUs (371 instead of
-    # 52 TFLOP/s on an H100, relative errors of 5e-4), in bfloat16 on TPUs. It does not matter on
-    # CPUs. bfloat16 numbers are always multiplied as they are, at full speed.
+    matmul_precision: str = "highest"  # How float32 is multiplied: highest, in float32 (52 TFLOP/s
+    # on an H100); high, less exactly, in TF32 on NVIDIA GPUs (371 TFLOP/s, outputs off by 5e-4);
+    # default, as JAX is set to, by itself the fastest way, in TF32 or on TPUs in bfloat16. A CPU
+    # always multiplies in float32, and bfloat16 is multiplied as it is.
     remat: str = "dots"  # What the backward pass computes again: none; dots, all but the matmuls of
     # the dense layers; block, everything.
     scan_unroll: int = 1  # Blocks that a step of the scan over blocks holds; compiles slower.

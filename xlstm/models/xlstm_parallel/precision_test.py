@@ -11,7 +11,7 @@ from xlstm.models.xlstm_parallel.generate import begin, decode_step, prefill, ro
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state, xLSTMLMModel
-from xlstm.testing.lowered_products import lowered_products
+from xlstm.testing.lowered_products import gpu_products
 
 TOKENS = jax.ShapeDtypeStruct((2, 12), jnp.int32)
 MASK = jax.ShapeDtypeStruct((2, 12), bool)
@@ -54,7 +54,7 @@ def gradient(config):
 
     # The gradient of a compiled function is traced later than the function.
     trace = jax.jit(jax.grad(jax.jit(loss))).trace
-    return lowered_products(trace(params_of(config), TOKENS, TOKENS, MASK, MASK))
+    return gpu_products(trace(params_of(config), TOKENS, TOKENS, MASK, MASK))
 
 
 def programs(config):
@@ -79,7 +79,7 @@ def programs(config):
         "decode_step": decode_step.trace(params, one_each, state, config=config),
         "write": write.trace(params, progress, row_keys(jax.random.key(0), range(2)), 3, **writing),
     }
-    products = {name: lowered_products(program) for name, program in traced.items()}
+    products = {name: gpu_products(program) for name, program in traced.items()}
     return products | {"gradient": gradient(config)}
 
 
