@@ -5,7 +5,8 @@ _MAIN = Label("//xlstm/testing:pytest_main.py")
 def xlstm_test(name, srcs, deps = [], args = [], devices = None, env = {}, size = "small", **kwargs):
     """A `py_test` that pytest runs.
 
-    JAX is kept on the CPU; `--test_env=JAX_PLATFORMS=cuda` lets it take the GPU.
+    JAX is kept on the CPU; `--test_env=JAX_PLATFORMS=cuda` lets it take the GPU. There it multiplies
+    float32 in float32, and not in TF32 as by itself, unless a test asks otherwise.
 
     Args:
       name: the name of the test.

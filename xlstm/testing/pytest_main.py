@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Tolerances are those of float32; a GPU would multiply in TF32 unless asked otherwise.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     if folder := os.environ.get("TEST_TMPDIR"):
         _keep_to(folder)
     _make_hypothesis_repeatable()

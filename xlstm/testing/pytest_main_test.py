@@ -21,6 +21,9 @@ def test_repeatable(tmp_path):
     assert hypothesis.settings().derandomize and hypothesis.settings().database is None
     assert tmp_path.is_relative_to(os.environ["TEST_TMPDIR"])
     assert os.path.expanduser("~") == os.environ["TEST_TMPDIR"]
+
+def test_float32_is_multiplied_in_float32():
+    assert os.environ["JAX_DEFAULT_MATMUL_PRECISION"] == "highest"
 """
 
 
@@ -30,7 +33,8 @@ def run(tmp_path):
 
     def run(tests, **env):
         (tmp_path / "some_test.py").write_text(tests)
-        env = {k: v for k, v in os.environ.items() if k != "TESTBRIDGE_TEST_ONLY"} | env
+        from_outside = ("TESTBRIDGE_TEST_ONLY", "JAX_DEFAULT_MATMUL_PRECISION")
+        env = {k: v for k, v in os.environ.items() if k not in from_outside} | env
         env |= {"XML_OUTPUT_FILE": str(tmp_path / "results.xml"), "TEST_TMPDIR": str(tmp_path)}
         return subprocess.run(
             [sys.executable, "-S", _MAIN, "some_test.py"],
@@ -52,7 +56,7 @@ def test_a_failure_is_reported_and_counted(run, tmp_path):
     result = run(_TESTS)
     assert result.returncode == 1
     assert "test_fails" in result.stdout
-    assert _results(tmp_path) == (3, 1), result.stdout
+    assert _results(tmp_path) == (4, 1), result.stdout
 
 
 def test_filter(run, tmp_path):

@@ -4,8 +4,10 @@
     bazel run //xlstm/tools:benchmark -- --train_step --config=NAME
 
 The rate of a large dense matmul is measured in the same process between the runs. Options of the
-backends are those of the config, `--config.backend.keep_G=False` say; its other sections matter to
-the training step only. To time an mLSTM of another library beside ours, write a module with
+backends are those of the config, `--config.backend.keep_G=False` say. Backends and matmul multiply
+float32 as `model.matmul_precision` says; all else in the config matters to the training step only.
+To time an mLSTM of another library beside ours, which multiplies as JAX is set to or as it likes,
+write a module with
 
     def function(q, k, v, i, f, chunk_size): ...
 
@@ -38,8 +40,7 @@ from xlstm.tools.benchmark_candidates import (
 )
 from xlstm.tools.benchmark_train_step import time_train_step
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.config import to_run_config
-from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
+from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.llm.config import RunConfig
 
@@ -75,14 +76,18 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     _refuse_flags_of_the_other_mode()
-    config = to_run_config(_CONFIG.value)
+    config = run_config(_CONFIG)
     json_path = output_path("json", _JSON.value)
     if _TRAIN_STEP.value:
         processes.initialize_devices()
     rows = _time_train_step(config) if _TRAIN_STEP.value else _time_backends(config)
     if jax.process_index():
         return
-    source = {"device": jax.devices()[0].device_kind, "jax_version": jax.__version__}
+    source = {
+        "device": jax.devices()[0].device_kind,
+        "jax_version": jax.__version__,
+        "matmul_precision": config.model.matmul_precision,
+    }
     rows = [source | row for row in rows]
     if json_path:
         write_atomically(json_path, json.dumps(rows, indent=2) + "\n")
@@ -111,7 +116,7 @@ def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
     names = [config.backend.name] if _BACKENDS.value is None else _BACKENDS.value
     for name in names:
         choice = dataclasses.replace(config.backend, name=name)
-        candidates += backend_candidates(choice, chunk_sizes)
+        candidates += backend_candidates(choice, chunk_sizes, config.model)
     if _EXTERNAL.value:
         sys.path.append(resolve_path(""))
     for name in _EXTERNAL.value:
@@ -134,7 +139,9 @@ def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
         for shape, found in fitting.items():
             dtype = jnp.dtype(_DTYPE.value)
             advance = _advancer(progress, tasks[shape])
-            rows += time_candidates(shape, found, dtype, _REPEATS.value, advance)
+            rows += time_candidates(
+                shape, found, dtype, _REPEATS.value, advance, config.model.precision
+            )
     return rows
 
 
@@ -197,6 +204,7 @@ def _backend_table(row: dict[str, Any]) -> Table:
 
 def _train_step_table(row: dict[str, Any]) -> Table:
     """The figures of a training step."""
+    on_device = row.get("peak_device_memory_mib")
     table = Table(title=f"training step of {row['config']} on {row['device']}")
     for column, justify in (("figure", "left"), ("value", "right")):
         table.add_column(column, justify=justify)
@@ -210,8 +218,10 @@ def _train_step_table(row: dict[str, Any]) -> Table:
         ("fraction of the dense matmul", f"{row['matmul_fraction']:.1%}"),
         ("temporary memory of the step", f"{row['temporary_memory_mib']:,.0f} MiB"),
         ("peak resident memory", f"{row['peak_resident_memory_mib']:,.0f} MiB"),
+        ("peak memory of the device", on_device and f"{on_device:,.0f} MiB"),
     ):
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     return table
 
 

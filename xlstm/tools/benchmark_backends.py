@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from xlstm.tools.benchmark_candidates import Candidate, Shape
 from xlstm.trainer.base.throughput import measure_matmul_rate
@@ -66,6 +67,7 @@ def time_candidates(
     dtype: jnp.dtype,
     repeats: int,
     advance: Callable[[], None],
+    precision: lax.Precision | None = None,
 ) -> list[dict[str, Any]]:
     """Compiles all candidates, then runs them in turn, again and again.
 
@@ -77,6 +79,7 @@ def time_candidates(
         dtype: Type of `q`, `k` and `v`; the gates are float32.
         repeats: Timed runs of each.
         advance: Called after each compilation and each timed run.
+        precision: How exactly the matmul beside them multiplies float32.
 
     Returns:
         A row for each candidate, whose keys name the units. Fractions are useful operations over
@@ -97,13 +100,13 @@ def time_candidates(
     rates, last_measured = [], -np.inf
     for _ in range(repeats):
         if time.perf_counter() - last_measured > _MATMUL_INTERVAL:
-            rates.append(_matmul_rate(dtype))
+            rates.append(_matmul_rate(dtype, precision))
             last_measured = time.perf_counter()
         for functions in timed:
             for function in functions.values():
                 function.run()
                 advance()
-    rate = float(np.median([*rates, _matmul_rate(dtype)]))
+    rate = float(np.median([*rates, _matmul_rate(dtype, precision)]))
 
     rows: list[dict[str, Any]] = []
     for candidate, functions in zip(candidates, timed, strict=True):
@@ -143,7 +146,7 @@ def _passes(function: Callable[..., jax.Array]) -> dict[str, Callable]:
     return dict(zip(PASSES, functions, strict=True))
 
 
-def _matmul_rate(dtype: jnp.dtype) -> float:
+def _matmul_rate(dtype: jnp.dtype, precision: lax.Precision | None) -> float:
     """The rate of one device, on which the candidates run, in operations a second."""
     num_devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    return measure_matmul_rate(dtype, seconds=0.0) / num_devices
+    return measure_matmul_rate(dtype, precision, seconds=0.0) / num_devices

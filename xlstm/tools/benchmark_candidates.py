@@ -12,6 +12,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     backend_config,
     create_backend,
 )
+from xlstm.models.xlstm_parallel.config import ModelConfig
 
 
 class Shape(NamedTuple):
@@ -79,20 +80,23 @@ def parse_chunk_size(text: str) -> int:
     return int(text)
 
 
-def backend_candidates(choice: BackendConfig, chunk_sizes: Sequence[int]) -> list[Candidate]:
+def backend_candidates(
+    choice: BackendConfig, chunk_sizes: Sequence[int], model: ModelConfig | None = None
+) -> list[Candidate]:
     """Makes the candidates of one backend.
 
     Args:
         choice: The backend and its options.
         chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them.
+        model: The model that says how exactly to multiply; None for JAX's own setting.
 
     Returns:
         A candidate for each chunk size, or the only one.
     """
     if not hasattr(backend_config(choice), "chunk_size"):
-        return [_backend_candidate(choice, None)]
+        return [_backend_candidate(choice, None, model)]
     return [
-        _backend_candidate(dataclasses.replace(choice, chunk_size=size), size)
+        _backend_candidate(dataclasses.replace(choice, chunk_size=size), size, model)
         for size in chunk_sizes
     ]
 
@@ -135,11 +139,13 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
     return [candidate(size) for size in chunk_sizes]
 
 
-def _backend_candidate(choice: BackendConfig, chunk_size: int | None) -> Candidate:
+def _backend_candidate(
+    choice: BackendConfig, chunk_size: int | None, model: ModelConfig | None
+) -> Candidate:
     taken = {field.name for field in dataclasses.fields(backend_config(choice))}
     told = dataclasses.asdict(choice)
     options = {name: told[name] for name in told if name in taken - {"chunk_size"}}
-    return Candidate(choice.name, chunk_size, options, create_backend(choice))
+    return Candidate(choice.name, chunk_size, options, create_backend(choice, model))
 
 
 def _load_function(name: str) -> Callable:

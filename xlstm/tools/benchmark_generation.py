@@ -25,14 +25,14 @@ from rich.progress import track
 from rich.table import Table
 
 from xlstm.common_types import PyTree
+from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.models.xlstm_parallel.generate import Progress, begin, prefill, read, row_keys, write
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.command_line import output_path, run
-from xlstm.tools.config import to_run_config
-from xlstm.tools.config_flag import define_config_flag, with_config_paths
+from xlstm.tools.config_flag import define_config_flag, run_config, with_config_paths
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.param_utils import get_num_params, unboxed
 from xlstm.trainer.base.throughput import measure_matmul_rate
@@ -79,8 +79,10 @@ def time_generation(
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.vocab_size, (batch_size, prompt_length), np.int32)
     prompts, keys = jnp.asarray(prompts), row_keys(jax.random.PRNGKey(0), range(batch_size))
-    matrix = jnp.ones((math.isqrt(num_params),) * 2, model.compute_dtype)
-    product = jax.jit(jnp.dot)
+    size = math.isqrt(num_params)
+    matrix = jax.random.normal(jax.random.key(0), (size, size), model.compute_dtype)
+    precision = product_precision(model.precision, matrix)
+    product = jax.jit(functools.partial(jnp.dot, precision=precision))
     row = matrix[:batch_size]
 
     def write_some(progress: Progress) -> Progress:
@@ -99,7 +101,7 @@ def time_generation(
     jax.block_until_ready((read_all(), progress, product(row, matrix)))
     read_times, figures = [], []
     for _ in range(repeats):
-        rate = measure_matmul_rate(model.compute_dtype, seconds=0.1)
+        rate = measure_matmul_rate(model.compute_dtype, model.precision, seconds=0.1)
         if sum(read_times) < _READ_SECONDS:
             read_times.append(_timed(read_all)[0])
         write_time, progress = _timed(functools.partial(write_some, progress))
@@ -151,7 +153,7 @@ def main(argv: list[str]) -> None:
     """Times what the flags choose, prints a table, and writes the figures if asked to."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = to_run_config(_CONFIG.value).language_model
+    config = run_config(_CONFIG).language_model
     batch_sizes = _sizes("batch_sizes", _BATCH_SIZES.value)
     prompt_lengths = _sizes("prompt_lengths", _PROMPT_LENGTHS.value)
     json_path = output_path("json", _JSON.value)

@@ -40,7 +40,9 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
 def _candidates(batch: int, time: int, dim: int, num_heads: int) -> dict[str, tuple]:
     """Functions of weights and an input `(B, T, D)`, with these, by name."""
     x = jax.random.normal(jax.random.key(0), (batch, time, dim))
-    model = ModelConfig(embedding_dim=dim, num_heads=num_heads, num_blocks=1, ratio="[0:1]")
+    # All multiply as JAX is set to, as the LSTM does.
+    sizes = {"embedding_dim": dim, "num_heads": num_heads, "num_blocks": 1}
+    model = ModelConfig(**sizes, ratio="[0:1]", matmul_precision="default")
     layer = sLSTMLayer(LanguageModelConfig(model))
     lstm = nn.RNN(nn.OptimizedLSTMCell(dim))
     layer_params = nn.meta.unbox(layer.init(jax.random.key(1), x, None, None, None))

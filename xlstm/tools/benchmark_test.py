@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from xlstm.tools import benchmark_train_step
+from xlstm.tools.config import config_path, load_config, to_run_config
+
 MODULE = """
 def scaled(q, k, v, i, f, chunk_size=None):
     assert q.shape == k.shape and i.shape == f.shape == v.shape[:3]
@@ -34,6 +37,7 @@ def test_backends_and_an_external_function(tmp_path):
         "--external=their_mlstm:scaled",
         "--dtype=bfloat16",
         "--config.backend.keep_G=False",
+        "--config.model.matmul_precision=default",
         "--json=figures.json",
     )
     assert result.returncode == 0, result.stderr
@@ -50,6 +54,7 @@ def test_backends_and_an_external_function(tmp_path):
     figures = ("median_ms", "min_ms", "compile_s", "matmul_fraction", "ratio_to_first")
     for row in rows:
         assert row["dtype"] == "bfloat16" and row["device"] and row["jax_version"]
+        assert row["matmul_precision"] == "default"
         assert row["matmul_rate_gflop_per_s"] > 0
         for name in ("forward", "forward_backward"):
             assert all(row[f"{name}_{figure}"] > 0 for figure in figures)
@@ -65,8 +70,26 @@ def test_train_step(tmp_path):
     (row,) = json.loads((tmp_path / "step.json").read_text())
     assert row.pop("config") == "smoke"
     assert row.pop("device") and row.pop("jax_version")
+    assert row.pop("matmul_precision") == "highest"
+    assert "peak_device_memory_mib" not in row  # A CPU does not count it.
     assert min(row.values()) > 0
     assert f"{row['parameters']:,}" in result.stdout
+
+
+def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(monkeypatch):
+    values = load_config(config_path("smoke", ""))
+    values.model.num_blocks = 1
+    order = []
+
+    def note(name, value):
+        return lambda *args, **kwargs: order.append((name, *args)) or value
+
+    monkeypatch.setattr(benchmark_train_step, "peak_device_bytes", note("memory", 3 * 2**20))
+    monkeypatch.setattr(benchmark_train_step, "measure_matmul_rate", note("matmul", 1e9))
+    config = to_run_config(values)
+    figures = benchmark_train_step.time_train_step(config, 1, lambda: None)
+    assert figures["peak_device_memory_mib"] == 3
+    assert order == [("memory",), ("matmul", config.model.compute_dtype, config.model.precision)]
 
 
 @pytest.mark.parametrize(

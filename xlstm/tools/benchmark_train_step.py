@@ -11,6 +11,7 @@ from xlstm.dataset.batch import Batch
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.param_utils import get_num_params
 from xlstm.trainer.base.throughput import measure_matmul_rate
+from xlstm.trainer.callbacks.metrics import peak_device_bytes
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh, global_batches
 from xlstm.trainer.llm.language_model import create_language_model_run
@@ -34,7 +35,7 @@ def time_train_step(
     """Compiles and times a training step.
 
     Data are random tokens: reading them is not part of the figure. The rate of a large dense matmul
-    is measured beside every step, since a machine's speed drifts.
+    is measured beside every step, since a machine's speed drifts; it multiplies as the model does.
 
     Args:
         config: Model, mesh, batch and optimizer.
@@ -42,7 +43,8 @@ def time_train_step(
         advance: Called after the compilation and each timed step.
 
     Returns:
-        The figures, whose keys name the units.
+        The figures, whose keys name the units. The peak of the device's memory is there where the
+        device counts it: of all that the process did up to the first step, the yardstick left out.
     """
     mesh = create_run_mesh(config)
     state, _, train_step = create_language_model_run(config, mesh)
@@ -55,10 +57,13 @@ def time_train_step(
 
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
+    peak = peak_device_bytes()
     advance()
     rates, times = [], []
     for _ in range(repeats):
-        rates.append(measure_matmul_rate(config.model.compute_dtype, seconds=0.2))
+        rates.append(
+            measure_matmul_rate(config.model.compute_dtype, config.model.precision, seconds=0.2)
+        )
         begin = time.perf_counter()
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
@@ -68,7 +73,7 @@ def time_train_step(
     median = float(np.median(times))
     tokens = config.data.batch_size * config.data.context_length
     fractions = flops * tokens / np.asarray(times) / np.asarray(rates)
-    return {
+    figures = {
         "parameters": num_params,
         "compile_s": compile_time,
         "step_median_ms": median * 1e3,
@@ -79,3 +84,4 @@ def time_train_step(
         "temporary_memory_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
         "peak_resident_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
+    return figures if peak is None else figures | {"peak_device_memory_mib": peak / 2**20}

@@ -24,8 +24,7 @@ from rich.table import Table
 
 from xlstm.common_types import TrainState
 from xlstm.tools.command_line import run
-from xlstm.tools.config import to_run_config
-from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
+from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
 from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.open_run import OpenRun, open_run
@@ -100,7 +99,7 @@ def main(argv: list[str]) -> None:
     """Measures and prints."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = measured_config(to_run_config(_CONFIG.value), _STRETCHES.value)
+    config = measured_config(run_config(_CONFIG), _STRETCHES.value)
     with tempfile.TemporaryDirectory() as folder, open_run(config, folder) as opened:
         bare, trained = measure(opened, config.trainer.num_steps)
     table = Table(title=f"{config_name()} on {jax.devices()[0].device_kind}")

@@ -1,8 +1,11 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 from xlstm.dataset.testing import config_for, write_store
+from xlstm.tools import benchmark_trainer
 from xlstm.tools.benchmark_trainer import measure, measured_config
 from xlstm.tools.config import config_path, load_config, to_run_config
 from xlstm.trainer.llm.open_run import open_run
@@ -22,3 +25,15 @@ def test_stretches_of_a_whole_run_are_timed(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, 51))
     assert all("loss" in row for row in rows)
     assert sorted(map(int, os.listdir(tmp_path / "run" / "checkpoints"))) == [40, 50]
+
+
+def test_stores_are_looked_for_where_the_user_is(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", benchmark_trainer.__name__, "--config.data.stores=data/none"],
+        env={**os.environ, "BUILD_WORKING_DIRECTORY": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 2
+    assert f"{tmp_path}/data/none" in result.stderr

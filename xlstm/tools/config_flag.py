@@ -1,12 +1,16 @@
 """The flag `--config`, and `--config.<section>.<field>` for every field."""
 
+import dataclasses
 import os
 
 from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from xlstm.tools.config import check_field, config_path, load_config
+from xlstm.dataset.config import STDLIB
+from xlstm.tools.command_line import resolve_path
+from xlstm.tools.config import check_field, config_path, load_config, to_run_config
+from xlstm.trainer.llm.config import RunConfig
 
 DEFAULT_CONFIG = "stdlib_tiny"
 _FLAG = ("--config", "-config")
@@ -42,6 +46,30 @@ def define_config_flag() -> flags.FlagHolder:
         f"A config by its name, or path[:argument] of a config file [{DEFAULT_CONFIG}].",
         lock_config=True,
     )
+
+
+def run_config(flag: flags.FlagHolder) -> RunConfig:
+    """Reads the configuration that the flags choose.
+
+    Args:
+        flag: What `define_config_flag` returned.
+
+    Returns:
+        The checked configuration. Its paths are absolute: relative ones start where the user called
+        `bazel run`.
+
+    Raises:
+        ValueError: If a value cannot be.
+    """
+    config = to_run_config(flag.value)
+    data, init_from = config.data, config.trainer.init_from
+    stores = tuple(name if name == STDLIB else resolve_path(name) for name in data.stores)
+    validation_stores = tuple(
+        f"{name}={resolve_path(path)}" for name, path in data.validation_paths.items()
+    )
+    data = dataclasses.replace(data, stores=stores, validation_stores=validation_stores)
+    trainer = dataclasses.replace(config.trainer, init_from=init_from and resolve_path(init_from))
+    return dataclasses.replace(config, data=data, trainer=trainer)
 
 
 def config_name() -> str:

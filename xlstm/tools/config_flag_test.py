@@ -4,8 +4,8 @@ import pytest
 from absl import flags
 
 from xlstm.tools import config_flag
-from xlstm.tools.config import config_path, to_run_config
-from xlstm.tools.config_flag import DEFAULT_CONFIG, config_name, with_config_paths
+from xlstm.tools.config import config_path
+from xlstm.tools.config_flag import DEFAULT_CONFIG, config_name, run_config, with_config_paths
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def parse(monkeypatch):
             "config", None, "help", flag_values=values, lock_config=True
         )
         values(["tool", *with_config_paths(list(words))])
-        return to_run_config(holder.value)
+        return run_config(holder)
 
     return parse
 
@@ -127,6 +127,19 @@ def test_a_path_starts_where_the_user_is(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
     assert parse("--config=mine.py").model.embedding_dim == 96
     assert config_name() == "mine"
+
+
+def test_paths_in_the_config_start_where_the_user_is(parse, monkeypatch):
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", "/home/someone")
+    config = parse(
+        "--config.data.stores=('stdlib', 'data/a', '/data/b')",
+        "--config.data.validation_stores=('c=../c', 'd=/data/d')",
+        "--config.trainer.init_from=runs/mine",
+    )
+    assert config.data.stores == ("stdlib", "/home/someone/data/a", "/data/b")
+    assert config.data.validation_stores == ("c=/home/c", "d=/data/d")
+    assert config.trainer.init_from == "/home/someone/runs/mine"
+    assert parse().trainer.init_from == ""
 
 
 def test_an_argument_is_part_of_the_name(parse):

@@ -23,8 +23,7 @@ from xlstm.dataset.batch import Batch
 from xlstm.distributed.communication import Collective, find_collectives
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.tools.command_line import run
-from xlstm.tools.config import to_run_config
-from xlstm.tools.config_flag import define_config_flag, with_config_paths
+from xlstm.tools.config_flag import define_config_flag, run_config, with_config_paths
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.train_step import BATCH_SPEC
@@ -167,7 +166,7 @@ def main(argv: list[str]) -> None:
     """Compiles the step of the config and prints the tables."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = to_run_config(_CONFIG.value)
+    config = run_config(_CONFIG)
     initialize_devices()
     mesh = create_run_mesh(config)
     description = describe_step(config, mesh)

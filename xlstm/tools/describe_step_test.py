@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from xlstm.testing.lowered_products import lowered_products
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
@@ -53,6 +54,20 @@ def test_parameters_and_optimizer_state_are_divided(replicated, sizes):
         # All but the scales of norms and, over `fsdp`, gates.
         assert memory[name] / replicated[name] == pytest.approx(1 / 8, rel=0.02)
     assert memory["temporary"] < replicated["temporary"]
+
+
+def test_a_step_multiplies_as_exactly_as_the_config_says():
+    config = RunConfig(
+        model=ModelConfig(num_blocks=4, ratio="[1:1]", matmul_precision="high"),
+        mesh=MeshConfig(fsdp=2, tp=2, pp=2),
+        data=DataConfig(context_length=48, batch_size=8),
+    )
+    _, _, lowered = describe_step.lower_step(config, create_run_mesh(config))
+    products = lowered_products(lowered)
+    # The sums over the pairs of tokens of a chunk are always exact.
+    others = [product for product in products if product.operands[1] != "48x48xf32"]
+    assert {product.precisions for product in others} == {("HIGH", "HIGH")}
+    assert len(others) > 60
 
 
 def test_a_step_of_7b_is_divided_and_nothing_is_allocated():

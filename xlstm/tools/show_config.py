@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm.tools.command_line import run
-from xlstm.tools.config import field_comments, sections, to_run_config
-from xlstm.tools.config_flag import config_name, define_config_flag, with_config_paths
+from xlstm.tools.config import field_comments, sections
+from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
 from xlstm.trainer.llm.config import RunConfig
 
 _CONFIG = define_config_flag()
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     """Prints the config that the flags choose."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = to_run_config(_CONFIG.value)
+    config = run_config(_CONFIG)
     Console(markup=False, highlight=False).print(config_table(config, config_name()))
 
 

@@ -1,13 +1,16 @@
 """Projection that mixes neighbouring channels."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from xlstm.models.shared.init import small_init
 from xlstm.models.shared.parameters import boxed_parameter
+from xlstm.models.shared.precision import product_precision
 
 _LARGEST_SUM = 8  # Channels of a block up to which products are summed one by one.
 
@@ -19,6 +22,7 @@ class BlockDiagonal(nn.Module):
         block_size: Channels that are mixed, S.
         dtype: Type of the computation and of the output.
         bias_init: Initializer of the `bias`, shape `(C,)`; None for no bias.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     References:
         Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figures 10 (a block a head) and 11 (blocks of
@@ -28,6 +32,7 @@ class BlockDiagonal(nn.Module):
     block_size: int
     dtype: jnp.dtype = jnp.float32
     bias_init: Callable | None = None
+    precision: lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -35,15 +40,17 @@ class BlockDiagonal(nn.Module):
         shape = (x.shape[-1] // self.block_size, self.block_size, self.block_size)
         init_fn = small_init(self.block_size)
         kernel = boxed_parameter(self, "kernel", init_fn, shape, ("tp", None, None))
-        y = multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype), self.precision)
         if self.bias_init is not None:
             bias = boxed_parameter(self, "bias", self.bias_init, x.shape[-1:], ("tp",))
             y = y + bias.astype(self.dtype)
         return y
 
 
-@jax.custom_vjp
-def multiply_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply_blocks(
+    x: jax.Array, kernel: jax.Array, precision: lax.Precision | None = None
+) -> jax.Array:
     """Multiplies by a matrix of blocks on the diagonal.
 
     With small blocks it and its gradient for `x` are sums of few products that XLA fuses. For the
@@ -53,6 +60,7 @@ def multiply_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args:
         x: `(..., C)`.
         kernel: The blocks `(C / S, S, S)`, rows for inputs.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         `(..., C)`.
@@ -60,20 +68,28 @@ def multiply_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     num_blocks, size, _ = kernel.shape
     blocks = x.reshape(*x.shape[:-1], num_blocks, size)
     if size > _LARGEST_SUM:
-        return jnp.einsum("...gi,gio->...go", blocks, kernel).reshape(x.shape)
+        precision = product_precision(precision, blocks, kernel)
+        y = jnp.einsum("...gi,gio->...go", blocks, kernel, precision=precision)
+        return y.reshape(x.shape)
     return sum(blocks[..., i : i + 1] * kernel[:, i] for i in range(size)).reshape(x.shape)
 
 
 def _multiply_blocks_bwd(
-    residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+    precision: lax.Precision | None, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     num_blocks, size, _ = kernel.shape
     of_inputs, of_outputs = (z.reshape(-1, num_blocks, size) for z in (x, dy))
-    d_kernel = jnp.einsum("ngi,ngo->gio", of_inputs, of_outputs)
-    return multiply_blocks(dy, kernel.swapaxes(1, 2)), d_kernel
+    d_kernel = jnp.einsum(
+        "ngi,ngo->gio",
+        of_inputs,
+        of_outputs,
+        precision=product_precision(precision, of_inputs, of_outputs),
+    )
+    return multiply_blocks(dy, kernel.swapaxes(1, 2), precision), d_kernel
 
 
 multiply_blocks.defvjp(
-    lambda x, kernel: (multiply_blocks(x, kernel), (x, kernel)), _multiply_blocks_bwd
+    lambda x, kernel, precision: (multiply_blocks(x, kernel, precision), (x, kernel)),
+    _multiply_blocks_bwd,
 )

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from xlstm.distributed.mesh import axis_size
 from xlstm.models.shared.parameters import Axes, boxed_parameter
+from xlstm.models.shared.precision import product_precision
 
 
 class Dense(nn.Module):
@@ -23,6 +25,7 @@ class Dense(nn.Module):
             device's alone: `xlstm.distributed.tensor_parallel` says what goes around it.
         bias_init: Initializer of the `bias`, shape `(features,)`; None for no bias.
         dtype: Type of the computation and of the output.
+        precision: How exactly float32 is multiplied, see `product_precision`.
     """
 
     features: int
@@ -30,6 +33,7 @@ class Dense(nn.Module):
     kernel_axes: tuple[Axes, Axes]
     bias_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
+    precision: lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -38,7 +42,8 @@ class Dense(nn.Module):
         features = self.features // (axis_size(out_axes) if out_axes else 1)
         shape = (x.shape[-1], features)
         kernel = boxed_parameter(self, "kernel", self.kernel_init, shape, self.kernel_axes)
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        operands = x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype)
+        y = jnp.matmul(*operands, precision=product_precision(self.precision, *operands))
         if self.bias_init is not None:
             bias = boxed_parameter(self, "bias", self.bias_init, (features,), (out_axes,))
             y = y + bias.astype(self.dtype)

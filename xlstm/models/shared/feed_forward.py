@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from xlstm.distributed.tensor_parallel import column_parallel, row_parallel
 from xlstm.models.shared.dense import Dense
@@ -25,6 +26,7 @@ class GatedFeedForward(nn.Module):
         dtype: Type of the computation.
         overlap: Whether `tp` sends and multiplies at once.
         activation: Of the gate.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     References:
         Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6.
@@ -35,19 +37,22 @@ class GatedFeedForward(nn.Module):
     dtype: jnp.dtype = jnp.float32
     overlap: bool = False
     activation: Callable[[jax.Array], jax.Array] = nn.silu
+    precision: lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps this device's tokens, `(B, T / tp, D)`, to their outputs of the same shape."""
         embedding_dim = x.shape[-1]
 
+        numerics = {"dtype": self.dtype, "precision": self.precision}
+
         def up(name: str) -> Dense:
             init_fn = small_init(embedding_dim)
-            return Dense(self.hidden_dim, init_fn, (None, "tp"), dtype=self.dtype, name=name)
+            return Dense(self.hidden_dim, init_fn, (None, "tp"), **numerics, name=name)
 
         gate, value = up("proj_up_gate"), up("proj_up")
         down_init = wang_init(embedding_dim, self.num_blocks)
-        down = Dense(embedding_dim, down_init, ("tp", None), dtype=self.dtype, name="proj_down")
+        down = Dense(embedding_dim, down_init, ("tp", None), **numerics, name="proj_down")
         hidden = column_parallel(
             lambda x: self.activation(gate(x)) * value(x), x, "tp", overlap=self.overlap
         )

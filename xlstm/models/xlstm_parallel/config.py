@@ -5,11 +5,13 @@ import functools
 import typing
 
 import jax.numpy as jnp
+from jax import lax
 
 from xlstm.common_types import DTYPES
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.finite import check_finite
 from xlstm.models.shared.feed_forward import feed_forward_dim
+from xlstm.models.shared.precision import PRECISIONS
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import FORGET_GATES
 from xlstm.models.xlstm_parallel.pattern import BlockPattern, find_pattern, parse_ratio
@@ -59,6 +61,10 @@ class ModelConfig:
     # are near 0.)
     dropout: float = 0.0  # Share of the embedding's and of each layer's outputs that is dropped.
     dtype: str = "float32"  # Type of the computation, float32 or bfloat16; parameters are float32.
+    matmul_precision: str = "highest"  # How float32 is multiplied: highest, in float32 (52 TFLOP/s
+    # on an H100); high, less exactly, in TF32 on NVIDIA GPUs (371 TFLOP/s, outputs off by 5e-4);
+    # default, as JAX is set to, by itself the fastest way, in TF32 or on TPUs in bfloat16. A CPU
+    # always multiplies in float32, and bfloat16 is multiplied as it is.
     remat: str = "dots"  # What the backward pass computes again: none; dots, all but the matmuls of
     # the dense layers; block, everything.
     scan_unroll: int = 1  # Blocks that a step of the scan over blocks holds; compiles slower.
@@ -84,6 +90,7 @@ class ModelConfig:
             ("block", _MLSTM_BLOCKS),
             ("slstm_forget_gate", FORGET_GATES),
             ("dtype", DTYPES),
+            ("matmul_precision", PRECISIONS),
             ("remat", _REMAT),
         ]:
             value = getattr(self, name)
@@ -184,6 +191,11 @@ class ModelConfig:
     def compute_dtype(self) -> jnp.dtype:
         """Type of the computation."""
         return DTYPES[self.dtype]
+
+    @property
+    def precision(self) -> lax.Precision | None:
+        """How exactly float32 is multiplied, see `product_precision`."""
+        return PRECISIONS[self.matmul_precision]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,6 +89,10 @@ def test_sizes_are_at_least_one(name, value):
             "slstm_forget_gate='linear' is unknown; there are sigmoid, exponential",
         ),
         ({"remat": "all"}, "remat='all' is unknown; there are none, dots, block"),
+        (
+            {"matmul_precision": "tf32"},
+            "matmul_precision='tf32' is unknown; there are default, high, highest",
+        ),
         ({"dtype": "float16"}, "dtype='float16' is unknown; there are float32, bfloat16"),
     ],
 )

@@ -55,7 +55,13 @@ class xLSTMLMModel(nn.Module):
         self.blocks = block_stack(self.config, wrap)(self.config)
         self.stage = _Stage(self.blocks)
         self.out_norm = gathered(_OUT_NORMS[config.block])(config.norm_eps, dtype)
-        self.lm_head = gathered(Dense)(config.vocab_size, in_init, (None, VOCAB_AXES), dtype=dtype)
+        self.lm_head = gathered(Dense)(
+            config.vocab_size,
+            in_init,
+            (None, VOCAB_AXES),
+            dtype=dtype,
+            precision=config.precision,
+        )
 
     def __call__(
         self,

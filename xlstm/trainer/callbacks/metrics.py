@@ -102,8 +102,14 @@ class MetricsCallback(Callback):
 
 def device_memory() -> dict[str, float]:
     """The most memory that has been in use, in GiB: of a device, or of the process on a CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return {"peak_device_memory": stats["peak_bytes_in_use"] / 2**30}
+    peak = peak_device_bytes()
+    if peak is not None:
+        return {"peak_device_memory": peak / 2**30}
     unit = 1 if sys.platform == "darwin" else 2**10
     return {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def peak_device_bytes() -> int | None:
+    """The most memory that has been in use on a device, in bytes; None where nobody counts it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")

@@ -82,5 +82,12 @@ def test_rows_hold_finite_numbers_only():
     assert all(map(math.isfinite, row.values()))
 
 
+@pytest.mark.parametrize("stats, peak", [(None, None), ({}, None), ({"peak_bytes_in_use": 7}, 7)])
+def test_what_a_device_counts(monkeypatch, stats, peak):
+    device = type("Device", (), {"memory_stats": lambda self: stats})()
+    monkeypatch.setattr(metrics_module.jax, "local_devices", lambda: [device])
+    assert metrics_module.peak_device_bytes() == peak
+
+
 def test_without_an_accelerator_it_is_the_memory_of_the_process():
     assert 0.01 < device_memory()["peak_memory"] < 100

@@ -347,7 +347,7 @@ def _create_callbacks(
         interval=config.logger.interval,
         tokens_before=lambda step: rows_before(config.data, step) * context_length,
         flops_per_token=count_flops_per_token(config.language_model, context_length),
-        matmul_rate=measure_matmul_rate(config.model.compute_dtype),
+        matmul_rate=measure_matmul_rate(config.model.compute_dtype, config.model.precision),
         constants={"bubble_fraction": run.bubble} if run.bubble else {},
     )
     bad_steps = BadStepsCallback(

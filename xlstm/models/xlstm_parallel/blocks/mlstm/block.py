@@ -40,7 +40,14 @@ class mLSTMBlock(nn.Module):
         x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * place.number + 1)
         normed = RMSNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         overlap = self.config.mesh.tp_overlap
-        ffn = GatedFeedForward(config.ffn_dim, config.num_blocks, dtype, overlap, name="ffn")
+        ffn = GatedFeedForward(
+            config.ffn_dim,
+            config.num_blocks,
+            dtype,
+            overlap,
+            precision=config.precision,
+            name="ffn",
+        )
         x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * place.number + 2)
         return stream.after(place, x, state), None
 

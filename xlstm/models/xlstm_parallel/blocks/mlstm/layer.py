@@ -48,16 +48,17 @@ class mLSTMLayer(nn.Module):
             The output `(B, T / tp, D)`, and the last state if `state` was given, else None.
         """
         config, overlap = self.config.model, self.config.mesh.tp_overlap
-        dtype, embedding_dim = config.compute_dtype, x.shape[-1]
+        embedding_dim = x.shape[-1]
+        numerics = {"dtype": config.compute_dtype, "precision": config.precision}
 
         def dense(name: str, features: int) -> Dense:
             init_fn = small_init(embedding_dim)
-            return Dense(features, init_fn, (None, "tp"), dtype=dtype, name=name)
+            return Dense(features, init_fn, (None, "tp"), **numerics, name=name)
 
         def gate(name: str, bias_init: Callable) -> Dense:
             # Initially the gates do not depend on the input.
             init_fn = nn.initializers.zeros
-            return Dense(config.num_heads, init_fn, (None, "tp"), bias_init, dtype, name=name)
+            return Dense(config.num_heads, init_fn, (None, "tp"), bias_init, **numerics, name=name)
 
         layers = {
             "q": dense("q", config.qk_dim),
@@ -73,5 +74,5 @@ class mLSTMLayer(nn.Module):
         inputs = CellInputs(**y | {"ogate": nn.sigmoid(y["ogate"])})
         h, state = run_cell(self, self.config, inputs, reset, padding, state)
         out_init = wang_init(embedding_dim, config.num_blocks)
-        out_proj = Dense(embedding_dim, out_init, ("tp", None), dtype=dtype, name="out_proj")
+        out_proj = Dense(embedding_dim, out_init, ("tp", None), **numerics, name="out_proj")
         return row_parallel(out_proj, inputs.ogate * h, "tp", overlap=overlap), state

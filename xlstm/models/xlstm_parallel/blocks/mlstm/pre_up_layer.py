@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from xlstm.distributed.tensor_parallel import column_parallel, row_parallel, scatter_features
 from xlstm.models.shared.block_diagonal import BlockDiagonal
@@ -55,11 +56,12 @@ class mLSTMPreUpLayer(nn.Module):
         """
         config, overlap = self.config.model, self.config.mesh.tp_overlap
         dtype, embedding_dim = config.compute_dtype, x.shape[-1]
+        numerics = {"dtype": dtype, "precision": config.precision}
         cell_state, last_inputs = state or (None, None)
 
         def up(name: str) -> Dense:
             init_fn = small_init(embedding_dim)
-            return Dense(config.inner_dim, init_fn, (None, "tp"), dtype=dtype, name=name)
+            return Dense(config.inner_dim, init_fn, (None, "tp"), **numerics, name=name)
 
         proj_up, proj_up_gate = up("proj_up"), up("proj_up_gate")
         u, z = column_parallel(lambda x: (proj_up(x), proj_up_gate(x)), x, "tp", overlap=overlap)
@@ -68,10 +70,10 @@ class mLSTMPreUpLayer(nn.Module):
         c = nn.silu(c)
 
         def project(name: str, y: jax.Array) -> jax.Array:
-            return BlockDiagonal(config.qkv_block_size, dtype, name=name)(y)
+            return BlockDiagonal(config.qkv_block_size, **numerics, name=name)(y)
 
         def gate(name: str, bias_init: Callable) -> jax.Array:
-            return _HeadGate(config.num_heads, bias_init, dtype, name=name)(qkv)
+            return _HeadGate(config.num_heads, bias_init, **numerics, name=name)(qkv)
 
         qkv = project("q", c), project("k", c), project("v", u)
         igate = gate("igate_preact", nn.initializers.normal(0.1))
@@ -80,7 +82,7 @@ class mLSTMPreUpLayer(nn.Module):
         h, cell_state = run_cell(self, self.config, inputs, reset, padding, cell_state)
         skip = boxed_parameter(self, "skip", nn.initializers.ones, c.shape[-1:], ("tp",))
         down_init = wang_init(embedding_dim, config.num_blocks)
-        down = Dense(embedding_dim, down_init, ("tp", None), dtype=dtype, name="proj_down")
+        down = Dense(embedding_dim, down_init, ("tp", None), **numerics, name="proj_down")
         y = (h + skip.astype(dtype) * c) * inputs.ogate
         y = row_parallel(down, y, "tp", overlap=overlap)
         return y, None if state is None else ConvolutionalState(cell_state, last_inputs)
@@ -93,11 +95,13 @@ class _HeadGate(nn.Module):
         num_heads: Number of heads of all devices together, NH.
         bias_init: Initializer of the bias.
         dtype: Type of the products; their sum is float32.
+        precision: How exactly float32 is multiplied.
     """
 
     num_heads: int
     bias_init: Callable
     dtype: jnp.dtype
+    precision: lax.Precision | None
 
     @nn.compact
     def __call__(self, qkv: tuple[jax.Array, ...]) -> jax.Array:
@@ -110,6 +114,8 @@ class _HeadGate(nn.Module):
             jnp.dot(
                 x.reshape(-1, channels).astype(self.dtype),
                 part.astype(self.dtype),
+                # Whatever the type: of the products of the gradient one factor is float32.
+                precision=self.precision,
                 preferred_element_type=jnp.float32,
             )
             for x, part in zip(qkv, kernel, strict=True)

@@ -39,6 +39,7 @@ class sLSTMBlock(nn.Module):
             dtype,
             self.config.mesh.tp_overlap,
             nn.gelu,
+            config.precision,
             name="ffn",
         )
         x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * place.number + 2)

@@ -33,6 +33,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from xlstm.models.shared.precision import product_precision
+
 FORGET_GATES = ("sigmoid", "exponential")
 
 # What the forward pass keeps, under this name for `jax.checkpoint_policies`: whoever keeps it too
@@ -84,6 +86,7 @@ def slstm(
     reset: jax.Array | None = None,
     padding: jax.Array | None = None,
     forget_gate: str = "sigmoid",
+    precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, SLSTMState | None]:
     """Runs the cell over all tokens, which for one token is a step of decoding.
 
@@ -99,6 +102,7 @@ def slstm(
         padding: Which tokens leave the state as it is, bool `(B, T)`, or None; their outputs mean
             nothing.
         forget_gate: `sigmoid` or `exponential`.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         The outputs h, `(B, NH, T, DH)`, at least float32, and the last state if `state` was given,
@@ -114,14 +118,19 @@ def slstm(
     dtype = jnp.promote_types(jnp.result_type(x, *first), jnp.float32)
     first = SLSTMState(*(leaf.astype(dtype).swapaxes(0, 1) for leaf in first))
     masks = tuple(None if mask is None else mask.T[:, None, :, None] for mask in (reset, padding))
-    h, last = _slstm(x, recurrent, first, masks, forget_gate, state is not None)
+    h, last = _slstm(x, recurrent, first, masks, forget_gate, state is not None, precision)
     if last is not None:
         last = SLSTMState(*(leaf.swapaxes(0, 1) for leaf in last))
     return h.transpose(2, 1, 0, 3), last
 
 
 def gate_preactivations(
-    x: tuple[jax.Array, ...], recurrent: jax.Array, h: jax.Array, reset: jax.Array | None
+    x: tuple[jax.Array, ...],
+    recurrent: jax.Array,
+    h: jax.Array,
+    reset: jax.Array | None,
+    *,
+    precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, ...]:
     """The whole pre-activations of documents that the zero state came before.
 
@@ -130,6 +139,7 @@ def gate_preactivations(
         recurrent: Recurrent weights, see `slstm`.
         h: What `slstm` made of them, `(B, NH, T, DH)`.
         reset: See `slstm`.
+        precision: See `slstm`.
 
     Returns:
         z, i, f and o, each `(B, NH, T, DH)`.
@@ -137,7 +147,7 @@ def gate_preactivations(
     h = jnp.pad(h, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
     if reset is not None:
         h = jnp.where(reset[:, None, :, None], 0, h)
-    mixed = jnp.split(_mix(h, recurrent, h.dtype), 4, axis=-1)
+    mixed = jnp.split(_mix(h, recurrent, h.dtype, precision), 4, axis=-1)
     return tuple(part + more for part, more in zip(x, mixed, strict=True))
 
 
@@ -157,21 +167,23 @@ def _check(z, i, f, o, recurrent, forget_gate) -> None:
         raise ValueError(f"forget_gate={forget_gate!r}: there are {', '.join(FORGET_GATES)}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _slstm(x, recurrent, state, masks, forget_gate, with_state):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _slstm(x, recurrent, state, masks, forget_gate, with_state, precision):
     """With time first and heads before examples: `x (T, NH, B, 4 * DH)`, `state (NH, B, DH)`."""
-    last, kept = _forward(x, recurrent, state, masks, forget_gate, with_state)
+    last, kept = _forward(x, recurrent, state, masks, forget_gate, with_state, precision)
     return kept.h, last if with_state else None
 
 
-def _slstm_fwd(x, recurrent, state, masks, forget_gate, with_state):
-    last, kept = _forward(x, recurrent, state, masks, forget_gate, with_state)
+def _slstm_fwd(x, recurrent, state, masks, forget_gate, with_state, precision):
+    last, kept = _forward(x, recurrent, state, masks, forget_gate, with_state, precision)
     kept = jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), kept)
     last = last if with_state else None
     return (kept.h, last), (x, recurrent, state, masks, kept, last)
 
 
-def _forward(x, recurrent, state, masks, forget_gate, with_state) -> tuple[SLSTMState, _Kept]:
+def _forward(
+    x, recurrent, state, masks, forget_gate, with_state, precision
+) -> tuple[SLSTMState, _Kept]:
     dtype = state.c.dtype
 
     def body(state, token):
@@ -179,7 +191,7 @@ def _forward(x, recurrent, state, masks, forget_gate, with_state) -> tuple[SLSTM
         h, c, n, m = state
         if reset is not None:
             h = jnp.where(reset, 0, h)
-        z, i, f, o = jnp.split(x.astype(dtype) + _mix(h, recurrent, dtype), 4, axis=-1)
+        z, i, f, o = jnp.split(x.astype(dtype) + _mix(h, recurrent, dtype, precision), 4, axis=-1)
         carried = _log_forget(f, forget_gate) + m
         if reset is not None:
             carried = jnp.where(reset, -jnp.inf, carried)
@@ -199,7 +211,7 @@ def _forward(x, recurrent, state, masks, forget_gate, with_state) -> tuple[SLSTM
     return state._replace(m=jnp.where(state.n == 0, 0, state.m)), kept
 
 
-def _slstm_bwd(forget_gate, with_state, residuals, cotangents):
+def _slstm_bwd(forget_gate, with_state, precision, residuals, cotangents):
     x, recurrent, state, masks, kept, last = residuals
     dh, dlast = cotangents
     dtype, has_read = state.c.dtype, state.n != 0
@@ -209,7 +221,7 @@ def _slstm_bwd(forget_gate, with_state, residuals, cotangents):
     reset, _ = masks
     if reset is not None:
         h_before = jnp.where(reset, 0, h_before)
-    preactivations = x.astype(dtype) + _mix(h_before, recurrent, dtype)
+    preactivations = x.astype(dtype) + _mix(h_before, recurrent, dtype, precision)
     transposed = recurrent.swapaxes(1, 2)
 
     def body(carry, token):
@@ -231,7 +243,7 @@ def _slstm_bwd(forget_gate, with_state, residuals, cotangents):
         dx = jnp.concatenate([dy * added * (1 - z * z), di, df, dh * y * o * (1 - o)], axis=-1)
         if padding is not None:
             dx = jnp.where(padding, 0, dx)
-        dh_before = _mix(dx, transposed, dtype)
+        dh_before = _mix(dx, transposed, dtype, precision)
         if reset is not None:
             dh_before = jnp.where(reset, 0, dh_before)
         new = _Cotangents(dh_before, dy * kept, dl_before, dm)
@@ -247,7 +259,13 @@ def _slstm_bwd(forget_gate, with_state, residuals, cotangents):
         carry = _Cotangents(dlast.h, dlast.c * last.n, dl, dlast.m - dl)
     tokens = (dh, preactivations, kept.y, y_before, kept.odds, kept.from_state, masks)
     first, dx = lax.scan(body, carry, tokens, reverse=True)
-    drecurrent = jnp.einsum("tnbd,tnbe->nde", h_before, dx)
+    drecurrent = jnp.einsum(
+        "tnbd,tnbe->nde",
+        h_before.astype(recurrent.dtype),
+        dx.astype(recurrent.dtype),
+        precision=product_precision(precision, recurrent),
+        preferred_element_type=dtype,
+    )
     dstate = SLSTMState(
         h=first.h,
         c=jnp.where(has_read, first.y / n, 0),
@@ -269,10 +287,16 @@ class _Cotangents(NamedTuple):
     m: jax.Array | None
 
 
-def _mix(h: jax.Array, recurrent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _mix(
+    h: jax.Array, recurrent: jax.Array, dtype: jnp.dtype, precision: lax.Precision | None
+) -> jax.Array:
     """Products of `(..., NH, B, DH)` with weights of heads, in their type; `dtype` comes out."""
     return jnp.einsum(
-        "...nbd,nde->...nbe", h.astype(recurrent.dtype), recurrent, preferred_element_type=dtype
+        "...nbd,nde->...nbe",
+        h.astype(recurrent.dtype),
+        recurrent,
+        precision=product_precision(precision, recurrent),
+        preferred_element_type=dtype,
     )
 
 

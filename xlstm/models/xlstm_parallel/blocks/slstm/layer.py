@@ -61,7 +61,7 @@ class sLSTMLayer(nn.Module):
         c = nn.silu(c)
 
         def gate(name: str, y: jax.Array, bias_init: Callable) -> jax.Array:
-            y = BlockDiagonal(head_dim, dtype, bias_init, name=name)(y)
+            y = BlockDiagonal(head_dim, dtype, bias_init, config.precision, name=name)(y)
             return y.reshape(*y.shape[:2], -1, head_dim).swapaxes(1, 2)
 
         zeros = nn.initializers.zeros
@@ -83,9 +83,12 @@ class sLSTMLayer(nn.Module):
             reset=reset,
             padding=padding,
             forget_gate=config.slstm_forget_gate,
+            precision=config.precision,
         )
         if self.is_mutable_collection("intermediates"):
-            _, i, f, o = gate_preactivations(inputs, recurrent, h, reset)
+            _, i, f, o = gate_preactivations(
+                inputs, recurrent, h, reset, precision=config.precision
+            )
             sow_gate_moments(self, i, f, nn.sigmoid(o))
         y = MultiHeadLayerNorm(config.norm_eps, dtype, name="multihead_norm")(h)
         y = features_to_tokens(y, "tp")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import LARGEST_GATE, MLSTMState
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import documents, rev_cumsum_off
 
@@ -116,7 +117,11 @@ def log_scales(log_weights: jax.Array, gates: ChunkGates, before_m: jax.Array) -
 
 
 def chunk_states(
-    k: jax.Array, v: jax.Array, gates: ChunkGates, state: MLSTMState
+    k: jax.Array,
+    v: jax.Array,
+    gates: ChunkGates,
+    state: MLSTMState,
+    precision: lax.Precision | None,
 ) -> tuple[MLSTMState, MLSTMState]:
     """Hands the state from chunk to chunk.
 
@@ -125,6 +130,7 @@ def chunk_states(
         v: Values `(N, NC, L, DHV)`.
         gates: The gates.
         state: State before the first chunk, leading axis `N`.
+        precision: See `product`.
 
     Returns:
         The states before every chunk, with leading axes `(N, NC)`, and the last state.
@@ -141,7 +147,7 @@ def chunk_states(
         m = jnp.maximum(log_carry, local_m)
         m = m if floor is None else jnp.maximum(m, floor)
         keep, add = jnp.exp(log_carry - m), jnp.exp(local_m - m)
-        local_C = product("nlk,nlv->nkv", k, v)
+        local_C = product("nlk,nlv->nkv", k, v, precision=precision)
         C = keep[:, None, None] * state.C + add[:, None, None] * local_C
         n = keep[:, None] * state.n + add[:, None] * local_n
         return MLSTMState(C, n, m)
@@ -150,7 +156,12 @@ def chunk_states(
 
 
 def chunk_state_gradients(
-    q: jax.Array, d_numerator: jax.Array, local_n: jax.Array, keep: jax.Array, last: tuple
+    q: jax.Array,
+    d_numerator: jax.Array,
+    local_n: jax.Array,
+    keep: jax.Array,
+    last: tuple,
+    precision: lax.Precision | None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Hands the state's gradient from chunk to chunk, backward.
 
@@ -160,6 +171,7 @@ def chunk_state_gradients(
         local_n: Gradient of `n` before the chunk through its own outputs, `(N, NC, DHQK)`.
         keep: Share of the state that a chunk hands on, `(N, NC)`.
         last: Gradient of `C` and `n` of the last state.
+        precision: See `product`.
 
     Returns:
         The gradients of `C` and `n` after every chunk, and of the initial ones.
@@ -168,7 +180,7 @@ def chunk_state_gradients(
     def before(d_state, xs):
         q, d_numerator, local_n, keep = xs
         d_C, d_n = d_state
-        local_C = product("nlk,nlv->nkv", q, d_numerator)
+        local_C = product("nlk,nlv->nkv", q, d_numerator, precision=precision)
         return keep[:, None, None] * d_C + local_C, keep[:, None] * d_n + local_n
 
     return _hand_on(before, last, (q, d_numerator, local_n, keep), reverse=True)
@@ -207,7 +219,11 @@ def _hand_on(step, state, xs, reverse=False):
     return states, state
 
 
-def product(spec: str, *operands: jax.Array) -> jax.Array:
+def product(spec: str, *operands: jax.Array, precision: lax.Precision | None) -> jax.Array:
     """Einsum of operands in the compute type, accumulated in at least float32."""
-    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
-    return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+    return jnp.einsum(
+        spec,
+        *operands,
+        precision=product_precision(precision, *operands),
+        preferred_element_type=jnp.promote_types(jnp.result_type(*operands), jnp.float32),
+    )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from xlstm.distributed.mesh import vary_alike
 
@@ -86,9 +87,11 @@ class mLSTMBackend(nn.Module):
 
     Attributes:
         config: The backend's configuration, an instance of `config_class`.
+        precision: How exactly float32 is multiplied, see `product_precision`.
     """
 
     config: mLSTMBackendConfig
+    precision: lax.Precision | None = None
     config_class = mLSTMBackendConfig
 
     @property

@@ -121,6 +121,8 @@ def fwbw_forward(
     initial_n: jax.Array | None = None,
     initial_m: jax.Array | None = None,
     reset: jax.Array | None = None,
+    *,
+    precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, FwbwContext]:
     """The forward pass.
 
@@ -135,6 +137,7 @@ def fwbw_forward(
         initial_n: Normalizer `(..., DHQK)`; None for zero.
         initial_m: Log scale `(...)`; None for zero.
         reset: Bool, broadcasts to `(..., T)`: True drops the state before that token.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         `h (..., T, DHV)` in the type of `v`, and what `fwbw_backward` needs.
@@ -147,14 +150,15 @@ def fwbw_forward(
     reset = check_reset(reset, inputs.i.shape)
     q, k, v = _cut_tokens(inputs, config.chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
-    before, last = chunk_states(k, v, gates, fold_state(inputs.state))
+    before, last = chunk_states(k, v, gates, fold_state(inputs.state), precision)
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
-    pairs = _, scores = _weigh_pairs(q, k, log_weights, m)
+    multiply = functools.partial(product, precision=precision)
+    pairs = _, scores = _weigh_pairs(q, k, log_weights, m, precision)
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
-    numerator = product("ncts,ncsv->nctv", scores.astype(v.dtype), v)
-    numerator += product("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
+    numerator = multiply("ncts,ncsv->nctv", scores.astype(v.dtype), v)
+    numerator += multiply("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
     qn = jnp.sum(scores, axis=-1) + jnp.sum(carried_q * before.n[..., None, :], axis=-1)
     h = divide_by_normalizer(numerator, qn, m, config.stabilize_correctly)
 
@@ -180,6 +184,8 @@ def fwbw_backward(
     dc_last: jax.Array | None = None,
     dn_last: jax.Array | None = None,
     dm_last: jax.Array | None = None,
+    *,
+    precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, ...]:
     """The backward pass.
 
@@ -193,6 +199,7 @@ def fwbw_backward(
         dc_last: Gradient of the last `C (..., DHQK, DHV)`; None for zero.
         dn_last: Gradient of the last `n (..., DHQK)`; None for zero.
         dm_last: Gradient of the last `m (...)`; None for zero.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         The gradients of `q, k, v, i, f` and of the initial `C, n, m`, in the shapes and types of
@@ -216,7 +223,7 @@ def fwbw_backward(
     # Without the barrier the compiler would find that it has computed before what is computed again
     # here, and keep it; or do so long before the gradient is there.
     ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
-    d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config)
+    d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config, precision)
     (d_arguments,) = pull_back(d_inputs)
     if ctx.arguments.initial_C is None:
         return *d_arguments[:5], *d_inputs.state
@@ -229,11 +236,15 @@ def _cut_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
 
 
 def _weigh_pairs(
-    q: jax.Array, k: jax.Array, log_weights: jax.Array, m: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    log_weights: jax.Array,
+    m: jax.Array,
+    precision: lax.Precision | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weights and gated scores of the pairs of tokens in each chunk, `(N, NC, L, L)`."""
     weights = jnp.exp(log_weights - m[..., None])
-    return weights, product("nctk,ncsk->ncts", q, k) * weights
+    return weights, product("nctk,ncsk->ncts", q, k, precision=precision) * weights
 
 
 class _Recomputed(NamedTuple):
@@ -250,7 +261,10 @@ class _Recomputed(NamedTuple):
 
 
 def _recompute(
-    ctx: FwbwContext, inputs: MLSTMInputs, config: mLSTMBackendFwbwConfig
+    ctx: FwbwContext,
+    inputs: MLSTMInputs,
+    config: mLSTMBackendFwbwConfig,
+    precision: lax.Precision | None,
 ) -> _Recomputed:
     """Takes from the context what it has, and computes the rest again."""
     gates, m, pairs, before = ctx.gates, ctx.m, ctx.pairs, ctx.before
@@ -258,13 +272,13 @@ def _recompute(
     if gates is None:
         gates = chunk_gates(inputs.i, inputs.log_f, ctx.reset, config.chunk_size)
     if before is None:
-        before, _ = chunk_states(k, v, gates, fold_state(inputs.state))
+        before, _ = chunk_states(k, v, gates, fold_state(inputs.state), precision)
     if m is None or pairs is None:
         log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     if m is None:
         m = log_scales(log_weights, gates, before.m)
     if pairs is None:
-        pairs = _weigh_pairs(q, k, log_weights, m)
+        pairs = _weigh_pairs(q, k, log_weights, m, precision)
     return _Recomputed(q, k, v, gates, before, m, *pairs)
 
 
@@ -280,10 +294,12 @@ def _gradient_of_inputs(
     d_last: MLSTMState,
     has_d_last: bool,
     config: mLSTMBackendFwbwConfig,
+    precision: lax.Precision | None,
 ) -> MLSTMInputs:
     """The gradient of the prepared inputs; see `fwbw_backward`."""
-    q, k, v, gates, before, m, weights, scores = _recompute(ctx, inputs, config)
+    q, k, v, gates, before, m, weights, scores = _recompute(ctx, inputs, config, precision)
     dtype, (*leading, time) = v.dtype, inputs.i.shape
+    multiply = functools.partial(product, precision=precision)
     dh = cut(dh, len(leading), config.chunk_size).astype(ctx.h.dtype)
     d_numerator, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
     d_numerator = d_numerator.astype(dtype)
@@ -303,22 +319,23 @@ def _gradient_of_inputs(
         jnp.sum(carried_q * d_qn[..., None], axis=-2),
         keep,
         fold_state(d_last)[:2],
+        precision,
     )
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
-        product("nctv,nckv->nctk", d_numerator, before.C.astype(dtype))
+        multiply("nctv,nckv->nctk", d_numerator, before.C.astype(dtype))
         + d_qn[..., None] * before.n[..., None, :]
     )
-    dk_write = write * (product("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
-    dv = write * product("ncsk,nckv->ncsv", k, d_C.astype(dtype))
+    dk_write = write * (multiply("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
+    dv = write * multiply("ncsk,nckv->ncsv", k, d_C.astype(dtype))
 
     # Through the pairs inside of the chunk.
-    d_scores = product("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
+    d_scores = multiply("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
     d_pairs = d_scores * scores
     d_products = (d_scores * weights).astype(dtype)
-    dq = product("ncts,ncsk->nctk", d_products, k) + dq_carry
-    dk = product("ncts,nctk->ncsk", d_products, q) + dk_write
-    dv += product("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
+    dq = multiply("ncts,ncsk->nctk", d_products, k) + dq_carry
+    dk = multiply("ncts,nctk->ncsk", d_products, q) + dk_write
+    dv += multiply("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
 
     # The gates. Sums of what spans a forget gate, never differences of sums: with gates nearly shut
     # they are tiny beside what does not span it, and in float32 a difference would be noise.
@@ -347,22 +364,25 @@ def _gradient_of_inputs(
     return MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _fwbw(
-    arguments: MLSTMArguments, reset: jax.Array | None, config: mLSTMBackendFwbwConfig
+    arguments: MLSTMArguments,
+    reset: jax.Array | None,
+    config: mLSTMBackendFwbwConfig,
+    precision: lax.Precision | None,
 ) -> jax.Array | tuple[jax.Array, MLSTMState]:
     """The function that `mlstm_fwbw_custom_grad` returns."""
-    return _fwbw_forward_rule(arguments, reset, config)[0]
+    return _fwbw_forward_rule(arguments, reset, config, precision)[0]
 
 
-def _fwbw_forward_rule(arguments, reset, config):
-    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset=reset)
+def _fwbw_forward_rule(arguments, reset, config, precision):
+    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset=reset, precision=precision)
     return ((h, ctx.last_state) if config.return_state else h), ctx
 
 
-def _fwbw_backward_rule(config, ctx, cotangents):
+def _fwbw_backward_rule(config, precision, ctx, cotangents):
     dh, d_last = cotangents if config.return_state else (cotangents, (None, None, None))
-    grads = fwbw_backward(ctx, dh, config, *d_last)
+    grads = fwbw_backward(ctx, dh, config, *d_last, precision=precision)
     given = [x is not None for x in ctx.arguments]
     grads = (dx if is_given else None for dx, is_given in zip(grads, given, strict=True))
     return MLSTMArguments(*grads), None
@@ -371,11 +391,12 @@ def _fwbw_backward_rule(config, ctx, cotangents):
 _fwbw.defvjp(_fwbw_forward_rule, _fwbw_backward_rule)
 
 
-def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig):
+def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig, precision: lax.Precision | None = None):
     """Makes the chunkwise mLSTM function with its hand-written gradient.
 
     Args:
         config: Options.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         A function of `(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None)`,
@@ -385,7 +406,7 @@ def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig):
 
     def mlstm_fwbw(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None):
         arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
-        return _fwbw(arguments, reset, config)
+        return _fwbw(arguments, reset, config, precision)
 
     return mlstm_fwbw
 
@@ -399,4 +420,4 @@ class mLSTMBackendFwbw(mLSTMBackend):
     def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
         config = dataclasses.replace(self.config, return_state=return_last_states)
-        return mlstm_fwbw_custom_grad(config)(*arguments, reset=reset)
+        return mlstm_fwbw_custom_grad(config, self.precision)(*arguments, reset=reset)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
@@ -29,7 +30,11 @@ class mLSTMBackendParallelStabilizedConfig(mLSTMBackendConfig):
 
 
 def mlstm_parallel_stabilized(
-    inputs: MLSTMInputs, reset: jax.Array | None, *, stabilize_correctly: bool
+    inputs: MLSTMInputs,
+    reset: jax.Array | None,
+    *,
+    stabilize_correctly: bool,
+    precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, MLSTMState]:
     """Runs the cell over a sequence by weighing every pair of a token and an earlier one.
 
@@ -41,6 +46,7 @@ def mlstm_parallel_stabilized(
         inputs: Prepared inputs over `T` tokens.
         reset: Where the state is dropped before the token, bool `(..., T)`, or None.
         stabilize_correctly: See `divide_by_normalizer`.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         `h (..., T, DHV)` and the last state.
@@ -65,10 +71,13 @@ def mlstm_parallel_stabilized(
     weight = jnp.exp(log_weight - scale[..., None])
     carry = jnp.where(carries, jnp.exp(log_carry - scale), 0)
 
-    scores = jnp.einsum("...tk,...sk->...ts", q, k).astype(i.dtype) * weight
-    numerator = jnp.einsum("...ts,...sv->...tv", scores, v)
-    numerator += carry[..., None] * jnp.einsum("...tk,...kv->...tv", q, state.C)
-    qn = jnp.sum(scores, axis=-1) + carry * jnp.einsum("...tk,...k->...t", q, state.n)
+    def multiply(spec: str, *operands: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, *operands, precision=product_precision(precision, *operands))
+
+    scores = multiply("...tk,...sk->...ts", q, k).astype(i.dtype) * weight
+    numerator = multiply("...ts,...sv->...tv", scores, v)
+    numerator += carry[..., None] * multiply("...tk,...kv->...tv", q, state.C)
+    qn = jnp.sum(scores, axis=-1) + carry * multiply("...tk,...k->...t", q, state.n)
     h = divide_by_normalizer(numerator, qn, m, stabilize_correctly)
 
     last_m = m[..., -1] if stabilize_correctly else scale[..., -1]
@@ -77,8 +86,8 @@ def mlstm_parallel_stabilized(
     last_carry = rescale * carry[..., -1]
     last = MLSTMState(
         C=last_carry[..., None, None] * state.C
-        + jnp.einsum("...s,...sk,...sv->...kv", last_weight, k, v),
-        n=last_carry[..., None] * state.n + jnp.einsum("...s,...sk->...k", last_weight, k),
+        + multiply("...s,...sk,...sv->...kv", last_weight, k, v),
+        n=last_carry[..., None] * state.n + multiply("...s,...sk->...k", last_weight, k),
         m=last_m,
     )
     return h, last
@@ -93,6 +102,8 @@ class mLSTMBackendParallelStabilized(mLSTMBackend):
     def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
         cell = functools.partial(
-            mlstm_parallel_stabilized, stabilize_correctly=self.config.stabilize_correctly
+            mlstm_parallel_stabilized,
+            stabilize_correctly=self.config.stabilize_correctly,
+            precision=self.precision,
         )
         return run_prepared(cell, arguments, reset, return_last_states)

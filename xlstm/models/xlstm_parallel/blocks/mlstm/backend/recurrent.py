@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     MLSTMInputs,
     MLSTMState,
@@ -33,6 +34,7 @@ def mlstm_step(
     log_f: jax.Array,
     *,
     stabilize_correctly: bool,
+    precision: lax.Precision | None = None,
 ) -> tuple[MLSTMState, jax.Array]:
     """One token of the mLSTM.
 
@@ -46,6 +48,7 @@ def mlstm_step(
         i: Input gate pre-activation `(...)`.
         log_f: Log forget gate `(...)`.
         stabilize_correctly: See `divide_by_normalizer`.
+        precision: How exactly float32 is multiplied, see `product_precision`.
 
     Returns:
         The state after the token, and `h (..., DHV)`.
@@ -60,7 +63,7 @@ def mlstm_step(
     k = k.astype(state.n.dtype)
     C = keep[..., None, None] * state.C + (write[..., None] * k)[..., None] * v[..., None, :]
     n = keep[..., None] * state.n + write[..., None] * k
-    numerator = jnp.einsum("...k,...kv->...v", q, C)
+    numerator = jnp.einsum("...k,...kv->...v", q, C, precision=product_precision(precision, q, C))
     h = divide_by_normalizer(numerator, jnp.sum(n * q, axis=-1), m, stabilize_correctly)
     return MLSTMState(C, n, m), h.astype(v.dtype)
 
@@ -71,7 +74,11 @@ def _rescale(state: MLSTMState, log_factor: jax.Array) -> MLSTMState:
 
 
 def mlstm_recurrent(
-    inputs: MLSTMInputs, reset: jax.Array | None, *, stabilize_correctly: bool
+    inputs: MLSTMInputs,
+    reset: jax.Array | None,
+    *,
+    stabilize_correctly: bool,
+    precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, MLSTMState]:
     """Runs the cell over a sequence, one token after the other.
 
@@ -79,6 +86,7 @@ def mlstm_recurrent(
         inputs: Prepared inputs over `T` tokens.
         reset: Where the state is dropped before the token, bool `(..., T)`, or None.
         stabilize_correctly: See `divide_by_normalizer`.
+        precision: See `mlstm_step`.
 
     Returns:
         `h (..., T, DHV)` and the last state.
@@ -99,7 +107,9 @@ def mlstm_recurrent(
                 ),
                 state,
             )
-        return mlstm_step(state, *token, stabilize_correctly=stabilize_correctly)
+        return mlstm_step(
+            state, *token, stabilize_correctly=stabilize_correctly, precision=precision
+        )
 
     state, h = lax.scan(body, state, (resets, tokens))
     if stabilize_correctly:  # And back.
@@ -118,6 +128,8 @@ class mLSTMBackendRecurrent(mLSTMBackend):
     def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
         cell = functools.partial(
-            mlstm_recurrent, stabilize_correctly=self.config.stabilize_correctly
+            mlstm_recurrent,
+            stabilize_correctly=self.config.stabilize_correctly,
+            precision=self.precision,
         )
         return run_prepared(cell, arguments, reset, return_last_states)

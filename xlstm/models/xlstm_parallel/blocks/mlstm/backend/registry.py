@@ -1,6 +1,7 @@
 """The one place where a backend is found by its name."""
 
 import dataclasses
+from typing import Any
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
     mLSTMBackend,
@@ -51,15 +52,17 @@ def backend_config(choice: BackendConfig) -> mLSTMBackendConfig:
     return config_class(**{name: value for name, value in options.items() if name in known})
 
 
-def create_backend(choice: BackendConfig, model_config=None) -> mLSTMBackend:
+def create_backend(choice: BackendConfig, model_config: Any = None) -> mLSTMBackend:
     """Creates the chosen backend, adapted to a model.
 
     Args:
         choice: Name and options.
-        model_config: The model's configuration, for backends that adapt to it.
+        model_config: The model's configuration, whose `precision` the backend's products have, and
+            for backends that adapt to it; None for the backend on its own.
 
     Returns:
         The Flax module.
     """
     config = backend_config(choice).assign_model_config_params(model_config)
-    return BACKENDS[choice.name](config=config)
+    precision = None if model_config is None else model_config.precision
+    return BACKENDS[choice.name](config=config, precision=precision)
