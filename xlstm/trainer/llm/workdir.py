@@ -36,6 +36,7 @@ _FREE_TO_CHANGE = {
 # keeps those that it began with, and goes on with the same command.
 _FORMER_DEFAULTS = {
     "data.shuffle": "grain",
+    "model.matmul_precision": "default",
     "optimizer.weight_decay_exclude": ("bias", "norm", "embeddings"),
 }
 
