@@ -170,15 +170,19 @@ def test_a_field_that_is_newer_than_the_run_had_its_default(claimed):
 
 
 _FORMER_EXCLUDE = ("bias", "norm", "embeddings")
-_FORMER = {"data.shuffle": "grain", "optimizer.weight_decay_exclude": _FORMER_EXCLUDE}
+_FORMER = {
+    "data.shuffle": "grain",
+    "model.matmul_precision": "default",
+    "optimizer.weight_decay_exclude": _FORMER_EXCLUDE,
+}
 
 
 @pytest.fixture
 def begun_before(claimed):
-    """The folder of a run from before the field data.shuffle and today's weight decay."""
+    """The folder of a run from before two of today's fields and today's weight decay."""
 
     def change(config):
-        del config["data"]["shuffle"]
+        del config["data"]["shuffle"], config["model"]["matmul_precision"]
         config["optimizer"]["weight_decay_exclude"] = list(_FORMER_EXCLUDE)
 
     _rewrite(claimed, change)
@@ -189,7 +193,7 @@ def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
     kept = kept_defaults(begun_before, RunConfig())
     assert kept == _FORMER
     config = with_fields(RunConfig(), kept)
-    assert config.data.shuffle == "grain"
+    assert (config.data.shuffle, config.model.matmul_precision) == ("grain", "default")
     assert config.optimizer.weight_decay_exclude == _FORMER_EXCLUDE
     _claim(begun_before, config)
     # Now its folder has both, and the same command goes on again.
