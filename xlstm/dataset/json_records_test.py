@@ -112,6 +112,14 @@ def test_bad_records_of_an_array(tmp_path):
         texts_of(path)
 
 
+def test_a_number_that_ends_in_the_next_piece_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "_BLOCK_BYTES", 3)
+    path = write(tmp_path / "file.json", '[12345, {"text": "a"}, 67890]')
+    bad = []
+    assert texts_of(path, on_bad=bad.append) == ["a"]
+    assert [message.rpartition(" ")[2] for message in bad] == ["12345", "67890"]
+
+
 def test_keys_within_objects(tmp_path):
     lines = [
         {"data": {"text": "inner", "more": {"text": "innermost"}}},
