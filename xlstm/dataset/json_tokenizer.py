@@ -22,6 +22,7 @@ from xlstm.dataset.tokenizer_definition import (
     adds_space,
     bytes_of_spans,
     characters_without_token,
+    has_all_bytes,
     may_leave_out,
     without_prefix,
 )
@@ -84,6 +85,9 @@ class JsonTokenizer(Tokenizer):
         self._is_forbidden[[self.eod_id, self.bos_id]] = True
         model = self._definition["model"]
         self._may_leave_out = may_leave_out(self._definition)
+        self._has_unknown = self._may_leave_out or self._unknown_id is not None
+        self._has_unknown &= not has_all_bytes(self._definition)
+        self._adds_space = adds_space(self._definition)
         # Byte tokens, too, are in the vocabulary of such models, to be found in texts.
         self._spells_bytes = model.get("byte_fallback") and model["type"] == "Unigram"
         self._guarded = functools.lru_cache(maxsize=16)(self._make_guarded)
@@ -116,7 +120,7 @@ class JsonTokenizer(Tokenizer):
         return (
             has_component(definition.get("decoder"), "ByteLevel")
             and kinds <= {"Sequence", "ByteLevel"}
-            and not (definition.get("normalizer") or adds_space(definition) or strips)
+            and not (definition.get("normalizer") or self._adds_space or strips)
             and not self._may_leave_out
         )
 
@@ -139,16 +143,21 @@ class JsonTokenizer(Tokenizer):
         text_bytes = np.array([len(utf8(text, i)) for i, text in enumerate(texts)], np.int64)
         found, corrected, corrected_bytes, left_out = [], [], [], {}
         num_unknown, position = 0, 0
-        encodings = self._encode_fast(self._guarded(is_continuation), texts)
+        encodings = self._encode_all(self._guarded(is_continuation), texts)
         for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             ids = np.array(encoding.ids, np.int64)
-            if not self._is_accounted_for(text, ids, int(text_bytes[i])):
-                ids, changed, sizes, missing = self._encode_exactly(text, is_continuation)
+            first_bytes = self._account_for(text, ids, int(text_bytes[i]))
+            if first_bytes is None:
+                exact = self._encode_exactly(text, is_continuation, encoding)
+                ids, changed, sizes, missing = exact
                 num_unknown += np.count_nonzero(ids == self._unknown_id)
                 corrected.append(changed + position)
                 corrected_bytes.append(sizes)
                 if missing:
                     left_out[i] = missing
+            elif ids.size and first_bytes != self.token_bytes[0][ids[0]]:
+                corrected.append(np.array([position]))
+                corrected_bytes.append(np.array([first_bytes]))
             found.append(ids)
             position += ids.size
         return EncodedTexts(
@@ -161,11 +170,13 @@ class JsonTokenizer(Tokenizer):
             left_out=left_out,
         )
 
-    def _encode_fast(
+    def _encode_all(
         self, inner: tokenizers.Tokenizer, texts: Sequence[str]
     ) -> list[tokenizers.Encoding]:
+        """Encodes texts, with the place of each token where that is often needed."""
+        encode = inner.encode_batch if self._has_unknown else inner.encode_batch_fast
         try:
-            return inner.encode_batch_fast(texts, add_special_tokens=False)
+            return encode(texts, add_special_tokens=False)
         except Exception as error:  # The library raises plain `Exception`s.
             if len(texts) == 1:
                 message = f"the tokenizer {self.name} cannot encode the text: {error}"
@@ -174,18 +185,35 @@ class JsonTokenizer(Tokenizer):
         encodings = []
         for i, text in enumerate(texts):
             try:
-                encodings += self._encode_fast(inner, [text])
+                encodings += self._encode_all(inner, [text])
             except TextError as error:
                 raise TextError(str(error), i) from error
         return encodings
 
-    def _is_accounted_for(self, text: str, ids: np.ndarray, text_bytes: int) -> bool:
-        """Returns whether the tokens, by `token_bytes`, make up the text, and none is special."""
+    def _account_for(self, text: str, ids: np.ndarray, text_bytes: int) -> int | None:
+        """Tries to find all bytes of a text in its tokens, by `token_bytes`.
+
+        Returns:
+            The bytes of the first token, or 0 without any; None if that is not all, or a token is
+            special.
+        """
         if self._may_leave_out or (self._spells_bytes and "<0x" in text):
-            return False
+            return None
         if self._is_forbidden[ids].any() or (ids == self._unknown_id).any():
-            return False
-        return self._count_bytes(ids).sum() == text_bytes
+            return None
+        if not ids.size:
+            return None if text else 0
+        at_start, inside = self.token_bytes
+        first_bytes = int(at_start[ids[0]])
+        rest = int(inside[ids].sum() - inside[ids[0]])
+        if rest + first_bytes == text_bytes:
+            return first_bytes
+        # A space in front that was there already, or one that was put there and is not left out.
+        if text.startswith(" "):
+            first_bytes = int(inside[ids[0]])
+        elif self._adds_space:
+            first_bytes -= 1
+        return first_bytes if rest + first_bytes == text_bytes else None
 
     def _count_bytes(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes of each token of a text by `token_bytes`."""
@@ -194,13 +222,14 @@ class JsonTokenizer(Tokenizer):
         return sizes
 
     def _encode_exactly(
-        self, text: str, is_continuation: bool
+        self, text: str, is_continuation: bool, encoding: tokenizers.Encoding
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """Encodes a text with the place of each token in it, and without special tokens.
 
         Args:
             text: The text.
             is_continuation: Whether it continues another one.
+            encoding: What `_encode_all` made of it.
 
         Returns:
             The ids; the indices of tokens that stand for another number of bytes than `token_bytes`
@@ -211,14 +240,16 @@ class JsonTokenizer(Tokenizer):
             # Other models find it in a text as any other token.
             spelled |= {self._unknown_id} if self._tokens[self._unknown_id] in text else set()
         spells_bytes = bool(self._spells_bytes and "<0x" in text)
+        is_ready = self._has_unknown and not (spelled or spells_bytes)
         while True:
-            inner = self._guarded(is_continuation, spelled, spells_bytes)
-            encoding = inner.encode(text, add_special_tokens=False)
+            if not is_ready:
+                inner = self._guarded(is_continuation, spelled, spells_bytes)
+                encoding = inner.encode(text, add_special_tokens=False)
             ids = np.array(encoding.ids, np.int64)
             found = frozenset(ids[self._is_forbidden[ids]].tolist())
             if found <= spelled:
                 break
-            spelled |= found
+            spelled, is_ready = spelled | found, False
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         kept = ~self._is_forbidden[ids]
         # A special token of one character cannot be spelled in another way.

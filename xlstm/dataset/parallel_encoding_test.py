@@ -44,18 +44,26 @@ class Deadly(Block):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.fixture
+def words(tmp_path):
+    """A tokenizer that is a file, so that processes encode."""
+    return load_tokenizer(write_tokenizer_json(tmp_path / "tokenizer.json", ["<a>", "</s>"]))
+
+
+@pytest.mark.parametrize("kind", ["byte", "words"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_order_and_few_blocks_ahead(workers):
-    taken = []
+def test_order_and_few_blocks_ahead(words, kind, workers):
+    taken, tokenizer = [], ByteTokenizer() if kind == "byte" else words
 
     def blocks():
         for number in range(40):
             taken.append(number)
             yield Numbered(1, number)
 
-    for number, (block, documents) in enumerate(encode_blocks(blocks(), ByteTokenizer(), workers)):
+    for number, (block, documents) in enumerate(encode_blocks(blocks(), tokenizer, workers)):
         assert block.number == number
-        assert bytes(documents.tokens) == b"\0" + str(number).encode()
+        assert documents.tokens[0] == tokenizer.bos_id
+        assert tokenizer.decode(documents.tokens) == str(number)
         assert len(taken) <= number + 1 + 2 * workers + 1
     assert number == 39
 
@@ -69,18 +77,22 @@ def test_workers_use_the_tokenizer_as_given(tmp_path):
     assert documents.tokens[0] == 0 and documents.tokens.dtype == np.uint16
 
 
-def test_a_malformed_document():
+@pytest.mark.parametrize("kind", ["byte", "words"])
+def test_a_malformed_document(words, kind):
+    tokenizer = ByteTokenizer() if kind == "byte" else words
     with pytest.raises(ValueError, match="^file.txt, line 7: not text$"):
-        list(encode_blocks([Numbered(1, 0), Malformed(1), Numbered(1, 1)], ByteTokenizer(), 2))
+        list(encode_blocks([Numbered(1, 0), Malformed(1), Numbered(1, 1)], tokenizer, 2))
 
 
-def test_malformed_records_that_are_left_out():
+@pytest.mark.parametrize("kind", ["byte", "words"])
+def test_malformed_records_that_are_left_out(words, kind):
+    tokenizer = ByteTokenizer() if kind == "byte" else words
     blocks = [PartlyMalformed(1), PartlyMalformed(1)]
-    for _, documents in encode_blocks(blocks, ByteTokenizer(), 2, skip_bad_records=True):
-        assert bytes(documents.tokens) == b"\0before\0behind"
+    for _, documents in encode_blocks(blocks, tokenizer, 2, skip_bad_records=True):
+        assert tokenizer.decode(documents.tokens) == "beforebehind"
         assert documents.bad_records == ("file.txt, line 7: not text",)
 
 
-def test_a_worker_that_dies():
+def test_a_worker_that_dies(words):
     with pytest.raises(OSError, match="a worker process died"):
-        list(encode_blocks([Deadly(1)], ByteTokenizer(), 1))
+        list(encode_blocks([Deadly(1)], words, 1))

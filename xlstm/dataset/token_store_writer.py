@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -23,6 +24,8 @@ from xlstm.dataset.token_store import (
     StoreMeta,
 )
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
+
+_HASHER = ThreadPoolExecutor(1)
 
 
 class StoreExistsError(ValueError):
@@ -75,14 +78,15 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocum
     lengths = encoded.lengths[encoded.lengths > 0]
     # A marker in front of each document, and behind it if that is another one.
     num_markers = 1 if tokenizer.bos_id == tokenizer.eod_id else 2
-    ends = np.cumsum(lengths + num_markers)
-    is_text = np.ones(ends[-1] if ends.size else 0, bool)
-    is_text[ends - 1] = num_markers == 1
-    is_text[ends - (lengths + num_markers)] = False
-    tokens = np.full(is_text.size, tokenizer.eod_id, tokenizer.dtype)
-    tokens[ends - (lengths + num_markers)] = tokenizer.bos_id
-    tokens[is_text] = encoded.ids
-    indices = np.flatnonzero(is_text)[encoded.corrected]
+    ends = np.cumsum(lengths)
+    tokens = np.empty(encoded.ids.size + num_markers * lengths.size, tokenizer.dtype)
+    for number, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
+        stop = end + num_markers * number + 1
+        tokens[stop - length - 1] = tokenizer.bos_id
+        tokens[stop - length : stop] = encoded.ids[end - length : end]
+        tokens[stop : stop + num_markers - 1] = tokenizer.eod_id
+    documents = np.searchsorted(ends, encoded.corrected, side="right")
+    indices = encoded.corrected + num_markers * documents + 1
     return EncodedDocuments(
         tokens=tokens,
         lengths=lengths + num_markers,
@@ -162,9 +166,9 @@ class TokenStoreWriter:
         starts = np.cumsum(lengths) - lengths
         ends = starts + lengths - 1
         bos_id, eod_id = self._tokenizer.bos_id, self._tokenizer.eod_id
-        in_place = np.array_equal(np.flatnonzero(tokens == bos_id), starts)
+        in_place = _has_only_at(tokens, bos_id, starts)
         if eod_id != bos_id:
-            in_place &= np.array_equal(np.flatnonzero(tokens == eod_id), ends)
+            in_place &= _has_only_at(tokens, eod_id, ends)
         if tokens.dtype != self._tokenizer.dtype or not in_place:
             raise ValueError(
                 f"the documents were not encoded with this store's tokenizer "
@@ -175,7 +179,7 @@ class TokenStoreWriter:
                 f"the documents hold the token {tokens.max()}, the tokenizer "
                 f"{self._tokenizer.name} has only {self._tokenizer.vocab_size}"
             )
-        self._tokens.write(tokens.tobytes())
+        self._tokens.write(memoryview(tokens).cast("B"))
         self._documents.write((starts + self._num_tokens).astype(OFFSET_DTYPE).tobytes())
         if len(documents.corrections):
             if self._corrections is None:
@@ -224,6 +228,16 @@ class TokenStoreWriter:
         _sync_folder(os.path.dirname(self.path))
 
 
+def _has_only_at(tokens: np.ndarray, token_id: int, indices: np.ndarray) -> bool:
+    """Returns whether a token stands at all of some different indices, and nowhere else."""
+    is_inside = indices.size == 0 or (indices[0] >= 0 and indices[-1] < tokens.size)
+    return (
+        is_inside
+        and np.count_nonzero(tokens == token_id) == indices.size
+        and bool(np.all(tokens[indices] == token_id))
+    )
+
+
 class _HashedFile:
     """A file that is written once, from front to end, and knows its size and SHA-256."""
 
@@ -234,13 +248,16 @@ class _HashedFile:
         self._hash = hashlib.sha256()
         self._size = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends bytes; an OSError names the file."""
+        # Both take about as long.
+        hashing = _HASHER.submit(self._hash.update, data)
         try:
             self._file.write(data)
         except OSError as error:
             raise self._named(error) from error
-        self._hash.update(data)
+        finally:
+            hashing.result()
         self._size += len(data)
 
     def close(self) -> dict[str, int | str]:

@@ -44,10 +44,19 @@ def may_leave_out(definition: dict[str, Any]) -> bool:
     model = definition["model"]
     if model["type"] != "BPE" or model.get("unk_token") in model["vocab"]:
         return False
+    return not has_all_bytes(definition)
+
+
+def has_all_bytes(definition: dict[str, Any]) -> bool:
+    """Returns whether every byte has a token, so that nothing is unknown."""
+    model = definition["model"]
+    if model["type"] not in ("BPE", "Unigram"):
+        return False
+    vocab = dict(model["vocab"])
     if _is_byte_level(definition):
-        return not model["vocab"].keys() >= byte_letters().keys()
+        return vocab.keys() >= byte_letters().keys()
     byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
-    return not (model.get("byte_fallback") and model["vocab"].keys() >= byte_tokens)
+    return bool(model.get("byte_fallback")) and vocab.keys() >= byte_tokens
 
 
 def characters_without_token(
