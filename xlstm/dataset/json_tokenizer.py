@@ -146,18 +146,15 @@ class JsonTokenizer(Tokenizer):
         encodings = self._encode_all(self._guarded(is_continuation), texts)
         for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             ids = np.array(encoding.ids, np.int64)
-            first_bytes = self._account_for(text, ids, int(text_bytes[i]))
-            if first_bytes is None:
-                exact = self._encode_exactly(text, is_continuation, encoding)
-                ids, changed, sizes, missing = exact
-                num_unknown += np.count_nonzero(ids == self._unknown_id)
-                corrected.append(changed + position)
-                corrected_bytes.append(sizes)
+            account = self._account_for(text, encoding, ids, int(text_bytes[i]))
+            if account is None:
+                ids, *account, missing = self._encode_exactly(text, is_continuation, encoding)
                 if missing:
                     left_out[i] = missing
-            elif ids.size and first_bytes != self.token_bytes[0][ids[0]]:
-                corrected.append(np.array([position]))
-                corrected_bytes.append(np.array([first_bytes]))
+            changed, sizes = account
+            corrected.append(changed + position)
+            corrected_bytes.append(sizes)
+            num_unknown += np.count_nonzero(ids == self._unknown_id)
             found.append(ids)
             position += ids.size
         return EncodedTexts(
@@ -190,30 +187,45 @@ class JsonTokenizer(Tokenizer):
                 raise TextError(str(error), i) from error
         return encodings
 
-    def _account_for(self, text: str, ids: np.ndarray, text_bytes: int) -> int | None:
+    def _account_for(
+        self, text: str, encoding: tokenizers.Encoding, ids: np.ndarray, text_bytes: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Tries to find all bytes of a text in its tokens, by `token_bytes`.
 
+        Args:
+            text: The text.
+            encoding: What `_encode_all` made of it.
+            ids: Its ids.
+            text_bytes: Its size.
+
         Returns:
-            The bytes of the first token, or 0 without any; None if that is not all, or a token is
-            special.
+            The indices of tokens that stand for another number of bytes than `token_bytes` says:
+            unknown ones, or the first one; and their bytes. None if that does not make up the
+            text, or a token is special.
         """
-        if self._may_leave_out or (self._spells_bytes and "<0x" in text):
+        is_unclear = self._may_leave_out or (self._spells_bytes and "<0x" in text)
+        if is_unclear or self._is_forbidden[ids].any() or (text and not ids.size):
             return None
-        if self._is_forbidden[ids].any() or (ids == self._unknown_id).any():
+        unknown = np.flatnonzero(ids == self._unknown_id)
+        if unknown.size and not (self._has_unknown and self._tokens[self._unknown_id] not in text):
             return None
-        if not ids.size:
-            return None if text else 0
-        at_start, inside = self.token_bytes
-        first_bytes = int(at_start[ids[0]])
-        rest = int(inside[ids].sum() - inside[ids[0]])
-        if rest + first_bytes == text_bytes:
-            return first_bytes
-        # A space in front that was there already, or one that was put there and is not left out.
-        if text.startswith(" "):
-            first_bytes = int(inside[ids[0]])
-        elif self._adds_space:
-            first_bytes -= 1
-        return first_bytes if rest + first_bytes == text_bytes else None
+        sizes = self._count_bytes(ids)
+        for i in unknown.tolist():
+            start, stop = encoding.token_to_chars(i)
+            sizes[i] = len(text[start:stop].encode())
+        rest = text_bytes - int(sizes.sum())
+        if rest and not np.array_equal(unknown[:1], [0]):
+            # A space in front was there already, or was put there and is not left out.
+            if text.startswith(" "):
+                change = int(self.token_bytes[1][ids[0]]) - int(sizes[0])
+            else:
+                change = -int(self._adds_space)
+            sizes[0] += change
+            rest -= change
+        if rest:
+            return None
+        changed = np.flatnonzero(sizes != self._count_bytes(ids)) if ids.size else _NOTHING
+        return changed, sizes[changed]
 
     def _count_bytes(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes of each token of a text by `token_bytes`."""

@@ -58,8 +58,13 @@ def test_tokens_stand_for_all_bytes_of_a_text(tokenizer):
         assert sizes.sum() == len(text.encode()) or not (sizes.size or text.strip(" \n\t\ufffd"))
 
 
-def test_a_token_has_the_bytes_that_it_covers(tokenizer):
-    """Offsets of the library are the oracle, where no character is cut."""
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "suffix_bpe"])
+def test_a_token_has_the_bytes_that_it_covers(name):
+    """Offsets of the library are the oracle, where no character is cut.
+
+    They leave spaces to the token behind them; `suffix_bpe` writes them with the one in front.
+    """
+    tokenizer = family(name)
     oracle = tokenizers.Tokenizer.from_str(tokenizer.definition.decode())
     oracle.post_processor = None
     for text in ("the größte café", "Stadt! cat 한국", "naïve 🌶 mat, sat"):
