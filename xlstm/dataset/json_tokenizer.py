@@ -126,7 +126,7 @@ class JsonTokenizer(Tokenizer):
 
     def token(self, token_id: int) -> str:
         """See `Tokenizer.token`."""
-        return self._tokens[token_id]
+        return self._tokens.get(token_id, f"id {token_id}")
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """See `Tokenizer.encode_batch`."""

@@ -45,6 +45,12 @@ class LoadedModel:
     fingerprint: str = ""
     eos_ids: tuple[int, ...] = ()
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids that end texts, ascending."""
+        marker = {self.tokenizer.eod_id} if self.tokenizer else set()
+        return tuple(sorted({*self.eos_ids, *marker}))
+
 
 def without_stages(params: PyTree, mesh: Mesh) -> PyTree:
     """Cuts stacks of blocks along another dimension than that of the blocks.

@@ -18,6 +18,7 @@ from xlstm.dataset.tokenizer import (
     tokenizer_token,
 )
 from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.llm.hf_files import read_json
 from xlstm.trainer.llm.workdir import Workdir
 
 # Files and folders that public models have for their tokenizers.
@@ -181,11 +182,7 @@ def read_eos_ids(workdir: Workdir, vocab_size: int) -> tuple[int, ...]:
     """
     if not os.path.exists(workdir.generation_config):
         return ()
-    try:
-        with open(workdir.generation_config, encoding="utf-8") as file:
-            ids = json.load(file).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{workdir.generation_config} cannot be used: {error}") from error
+    ids = read_json(workdir.generation_config).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int for i in ids):
         raise ValueError(f"{workdir.generation_config} has eos_token_id={ids}: expected ids")

@@ -120,5 +120,5 @@ def test_ids_that_end_texts(tmp_path):
     with pytest.raises(ValueError, match=r"eos_token_id=\['end'\]: expected ids"):
         read_eos_ids(workdir, 10)
     file.write_text("[")
-    with pytest.raises(ValueError, match="generation_config.json cannot be used"):
+    with pytest.raises(ValueError, match="generation_config.json cannot be read"):
         read_eos_ids(workdir, 10)

@@ -156,13 +156,11 @@ def write_texts(
     seed = jax.random.PRNGKey(options.seed)
     keys = row_keys(seed, [first_number + row for row in rows])
     written = [Written() for _ in rows]
-    tokenizer, stop_ids = model.tokenizer, set(model.eos_ids)
-    streams = []
+    tokenizer, streams = model.tokenizer, []
     if tokenizer:
         states = before.states if before else [None] * len(prompts)
         pairs = zip(prompts, states, strict=True)
         streams = [TextStream(tokenizer, ids, options.stops, state) for ids, state in pairs]
-        stop_ids.add(tokenizer.eod_id)
     # After a stop string nothing may be read any more: that is known after each token only.
     size = 1 if options.token_by_token or options.stops else _TOKENS_A_CALL
     for place in range(0, options.num_tokens, size):
@@ -174,7 +172,7 @@ def write_texts(
             config=model.config,
             sampling=options.sampling,
             max_tokens=size,
-            stop_ids=tuple(sorted(stop_ids)),
+            stop_ids=model.end_ids,
         )
         done, pieces = to_host(progress.done), []
         for row, ids in enumerate(to_host(tokens)):
