@@ -128,10 +128,12 @@ def check_tokenizer(workdir: Workdir, info: Mapping[str, Any], tokenizer: Tokeni
         return
     known = read_tokenizer(workdir, info)
     if not same_tokenizer(known, tokenizer):
+        flags = f"--tokenizer={workdir.path}"
+        if known.bos_token != tokenizer.bos_token:
+            flags += f" --bos_token={known.bos_token!r}"
         raise ValueError(
             f"the data was encoded with another tokenizer ({describe(tokenizer)}) than what the"
-            f" model was trained on ({describe(known)}): prepare it with that one, as"
-            f" --tokenizer={workdir.path}"
+            f" model was trained on ({describe(known)}): prepare it with that one, as {flags}"
         )
 
 

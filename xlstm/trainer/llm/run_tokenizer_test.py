@@ -64,6 +64,8 @@ def test_a_run_made_when_there_was_one_marker_keeps_it(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     found = read_tokenizer(Workdir(str(tmp_path)), info_of(tokenizer))
     assert (found.bos_token, found.eod_token) == ("</s>", "</s>")
+    with pytest.raises(ValueError, match=r"'<s> \.\.\. </s>'.* --bos_token='</s>'$"):
+        check_tokenizer(Workdir(str(tmp_path)), info_of(tokenizer), tokenizer)
 
 
 def test_a_file_saved_again_is_the_same_tokenizer(tmp_path):

@@ -59,7 +59,7 @@ class Workdir:
 
     @property
     def tokenizer_config(self) -> str:
-        """What else there is to say of it: the end-of-document marker."""
+        """How other programs load it."""
         return os.path.join(self.path, TOKENIZER_CONFIG_FILE)
 
     @property
