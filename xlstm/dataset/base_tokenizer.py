@@ -159,7 +159,10 @@ class ByteTokenizer(Tokenizer):
     bos_token = eod_token = "\0"
     fingerprint = identity = "byte"
     definition = None
-    pieces = TokenPieces(*([[b"", *(bytes([byte]) for byte in range(1, 256))]] * 3))
+    pieces = TokenPieces(
+        [byte > 0 for byte in range(256)],
+        *([[b"", *(bytes([byte]) for byte in range(1, 256))]] * 3),
+    )
     token_bytes = np.ones((2, 256), np.int64)
     token_bytes[:, eod_id] = 0
     is_lossless = True

@@ -47,10 +47,11 @@ class StreamingDetokenizer:
 
     def add(self, ids: Iterable[int]) -> str:
         """Takes the next ids, and returns the text that is certain by now."""
-        first, middle, last = self._pieces.first, self._pieces.middle, self._pieces.last
+        is_text, first = self._pieces.is_text, self._pieces.first
+        middle, last = self._pieces.middle, self._pieces.last
         found = []
         for i in ids:
-            if not 0 <= i < len(middle) or not middle[i]:
+            if not 0 <= i < len(middle) or not is_text[i]:
                 continue
             piece = first[i] if self._is_first else middle[i]
             certain = piece

@@ -4,8 +4,8 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -21,13 +21,17 @@ from xlstm.dataset.token_pieces import TokenPieces, components, has_component, t
 from xlstm.dataset.tokenizer_definition import (
     adds_space,
     bytes_of_spans,
-    characters_without_token,
+    check_added_tokens,
+    finds_byte_tokens,
     has_all_bytes,
     may_leave_out,
+    with_unknown_token,
     without_prefix,
 )
 
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+_PROBE_TOKEN = "\ufffe nothing"
+_Result = TypeVar("_Result")
 _NOTHING = np.zeros(0, np.int64)
 _BYTE_TOKENS = "<(?=0x[0-9A-Fa-f]{2}>)"  # As a document may spell them out.
 
@@ -60,9 +64,12 @@ class JsonTokenizer(Tokenizer):
         """
         self.name, self.definition = name, definition
         inner = parse_tokenizer(definition, name)
-        self._definition = json.loads(definition)
-        self.eod_token, self.eod_id = _find_token(inner, name, eod_token, EOD_TOKENS)
-        self.bos_token, self.bos_id = _find_token(inner, name, bos_token, (self.eod_token,))
+        # As the library writes it: with all fields, which older files lack.
+        self._definition = json.loads(inner.to_str())
+        check_added_tokens(inner, self._definition, name)
+        self.eod_token, self.eod_id = _find_token(inner, name, "end", eod_token, EOD_TOKENS)
+        usual = (self.eod_token,)
+        self.bos_token, self.bos_id = _find_token(inner, name, "beginning", bos_token, usual)
         # A marker that is an added token like others would be found in texts.
         for entry in self._definition.get("added_tokens") or ():
             if entry["content"] in (self.eod_token, self.bos_token) and not entry["special"]:
@@ -83,19 +90,17 @@ class JsonTokenizer(Tokenizer):
         self._is_forbidden = np.zeros(self.vocab_size, bool)
         self._is_forbidden[list(self._special_ids - {self._unknown_id})] = True
         self._is_forbidden[[self.eod_id, self.bos_id]] = True
-        model = self._definition["model"]
         self._may_leave_out = may_leave_out(self._definition)
         self._has_unknown = self._may_leave_out or self._unknown_id is not None
         self._has_unknown &= not has_all_bytes(self._definition)
         self._adds_space = adds_space(self._definition)
-        # Byte tokens, too, are in the vocabulary of such models, to be found in texts.
-        self._spells_bytes = model.get("byte_fallback") and model["type"] == "Unigram"
-        self._guarded = functools.lru_cache(maxsize=16)(self._make_guarded)
+        self._spells_bytes = finds_byte_tokens(self._definition["model"])
+        self._variant = functools.cache(self._make_variant)
 
     @functools.cached_property
     def pieces(self) -> TokenPieces:
         """See `Tokenizer`."""
-        return token_pieces(self._inner, self._definition, self._special_ids)
+        return call(token_pieces, self._inner, self._definition, self._special_ids)
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -114,14 +119,17 @@ class JsonTokenizer(Tokenizer):
     def is_lossless(self) -> bool:
         """See `Tokenizer`: a byte-level vocabulary that nothing stands in front of."""
         definition = self._definition
-        added = definition.get("added_tokens") or ()
-        strips = any(entry.get("lstrip") or entry.get("rstrip") for entry in added)
-        kinds = {part["type"] for part in components(definition.get("pre_tokenizer"))}
+        strips = any(entry["lstrip"] or entry["rstrip"] for entry in definition["added_tokens"])
+        kinds = {part["type"] for part in components(definition["pre_tokenizer"])}
+        model = definition["model"]
+        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
         return (
-            has_component(definition.get("decoder"), "ByteLevel")
-            and kinds <= {"Sequence", "ByteLevel"}
-            and not (definition.get("normalizer") or self._adds_space or strips)
-            and not self._may_leave_out
+            has_component(definition["decoder"], "ByteLevel")
+            and "ByteLevel" in kinds <= {"Sequence", "ByteLevel"}
+            and model["type"] == "BPE"
+            and has_all_bytes(definition)
+            and not (definition["normalizer"] or self._adds_space or strips)
+            and not any(model[affix] for affix in affixes)
         )
 
     def token(self, token_id: int) -> str:
@@ -143,7 +151,7 @@ class JsonTokenizer(Tokenizer):
         text_bytes = np.array([len(utf8(text, i)) for i, text in enumerate(texts)], np.int64)
         found, corrected, corrected_bytes, left_out = [], [], [], {}
         num_unknown, position = 0, 0
-        encodings = self._encode_all(self._guarded(is_continuation), texts)
+        encodings = self._encode_all(self._variant(is_continuation), texts)
         for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             ids = np.array(encoding.ids, np.int64)
             account = self._account_for(text, encoding, ids, int(text_bytes[i]))
@@ -173,8 +181,8 @@ class JsonTokenizer(Tokenizer):
         """Encodes texts, with the place of each token where that is often needed."""
         encode = inner.encode_batch if self._has_unknown else inner.encode_batch_fast
         try:
-            return encode(texts, add_special_tokens=False)
-        except Exception as error:  # The library raises plain `Exception`s.
+            return call(encode, texts, add_special_tokens=False)
+        except LibraryError as error:
             if len(texts) == 1:
                 message = f"the tokenizer {self.name} cannot encode the text: {error}"
                 raise TextError(message) from error
@@ -247,56 +255,71 @@ class JsonTokenizer(Tokenizer):
             The ids; the indices of tokens that stand for another number of bytes than `token_bytes`
             says, and their bytes; the characters that no token stands for.
         """
-        spelled: frozenset[int] = frozenset()
+        spells_special = self._is_forbidden[encoding.ids].any()
         if self._definition["model"]["type"] != "BPE" and self._unknown_id is not None:
             # Other models find it in a text as any other token.
-            spelled |= {self._unknown_id} if self._tokens[self._unknown_id] in text else set()
-        spells_bytes = bool(self._spells_bytes and "<0x" in text)
-        is_ready = self._has_unknown and not (spelled or spells_bytes)
-        while True:
-            if not is_ready:
-                inner = self._guarded(is_continuation, spelled, spells_bytes)
-                encoding = inner.encode(text, add_special_tokens=False)
-            ids = np.array(encoding.ids, np.int64)
-            found = frozenset(ids[self._is_forbidden[ids]].tolist())
-            if found <= spelled:
-                break
-            spelled, is_ready = spelled | found, False
+            spells_special |= self._tokens[self._unknown_id] in text
+        spells_bytes = self._spells_bytes and "<0x" in text
+        if spells_special or spells_bytes or not self._has_unknown:
+            inner = self._variant(is_continuation, spells_special, spells_bytes)
+            encoding = inner.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int64)
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         kept = ~self._is_forbidden[ids]
         # A special token of one character cannot be spelled in another way.
         missing = "".join(text[start:end] for start, end in spans[~kept])
         if self._may_leave_out:
-            missing += characters_without_token(self._inner, self._definition, text)
+            missing += self._characters_without_token(text)
         ids, expected = ids[kept], self._count_bytes(ids[kept])
         sizes = bytes_of_spans(text, spans[kept], expected)
         changed = np.flatnonzero(sizes != expected)
         return ids, changed, sizes[changed], missing
 
-    def _make_guarded(
-        self,
-        is_continuation: bool,
-        spelled: frozenset[int] = frozenset(),
-        spells_bytes: bool = False,
+    def _characters_without_token(self, text: str) -> str:
+        """Returns the characters of a text that the model leaves out, each as often as it does."""
+        encoding = self._probe.encode(text, add_special_tokens=False)
+        ids, spans = encoding.ids, encoding.offsets
+        # What was put in front has the place of the first character, which has its own token.
+        is_prefix = len(ids) > 1 and spans[0][0] == spans[1][0]
+        missing = [
+            text[start:end]
+            for i, (start, end) in zip(ids, spans, strict=True)
+            if i == self._probe_id
+        ]
+        return "".join(missing[is_prefix and ids[0] == self._probe_id :])
+
+    @functools.cached_property
+    def _probe(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, with an unknown token in place of what it leaves out."""
+        definition = with_unknown_token(self._definition, _PROBE_TOKEN)
+        return _prepared(tokenizers.Tokenizer.from_str(json.dumps(definition)))
+
+    @functools.cached_property
+    def _probe_id(self) -> int:
+        return self._probe.token_to_id(_PROBE_TOKEN)
+
+    def _make_variant(
+        self, is_continuation: bool, spells_special: bool = False, spells_bytes: bool = False
     ) -> tokenizers.Tokenizer:
         """Makes the tokenizer that encodes texts.
 
         Args:
             is_continuation: Whether nothing is to be put in front of a text.
-            spelled: Special tokens that are spelled out in the text: they are cut, and so are text.
-            spells_bytes: Whether byte tokens are, too.
+            spells_special: Whether special tokens may be spelled out in the text: they are cut, so
+                that the model finds their parts only.
+            spells_bytes: Whether byte tokens may be.
 
         Returns:
             A tokenizer of the library.
         """
-        if not (is_continuation or spelled or spells_bytes):
+        if not (is_continuation or spells_special or spells_bytes):
             return self._inner
         definition = self._definition
         if is_continuation:
             definition = without_prefix(definition)
         inner = _prepared(tokenizers.Tokenizer.from_str(json.dumps(definition)))
         patterns = [_BYTE_TOKENS] if spells_bytes else []
-        for token in sorted(self._tokens[i] for i in spelled):
+        for token in sorted(self._tokens[i] for i in self._special_ids if spells_special):
             # Models that write spaces as "▁" find it written so.
             for written in sorted({token, token.replace(" ", "▁")}):
                 first, rest = re.escape(written[:1]), re.escape(written[1:])
@@ -309,11 +332,26 @@ class JsonTokenizer(Tokenizer):
         return inner
 
 
+class LibraryError(ValueError):
+    """The `tokenizers` library failed."""
+
+
+def call(function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+    """Calls the `tokenizers` library, and turns whatever it raises into a LibraryError."""
+    try:
+        return function(*args, **kwargs)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Errors are plain `Exception`s; a panic is none, nor can another process be told of it.
+    except BaseException as error:
+        raise LibraryError(str(error)) from None
+
+
 def parse_tokenizer(definition: bytes, name: str) -> tokenizers.Tokenizer:
     """Parses the content of a `tokenizer.json`; raises ValueError, with the name, if it cannot."""
     try:
-        return tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-    except Exception as error:  # The library raises plain `Exception`s.
+        return call(tokenizers.Tokenizer.from_str, definition.decode("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
 
 
@@ -329,16 +367,16 @@ def _prepared(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _find_token(
-    inner: tokenizers.Tokenizer, path: str, token: str | None, usual: Sequence[str]
+    inner: tokenizers.Tokenizer, path: str, what: str, token: str | None, usual: Sequence[str]
 ) -> tuple[str, int]:
-    """Finds a marker: the one asked for, or else the first usual one."""
+    """Finds the marker at an end of documents: the one asked for, or else the first usual one."""
     candidates = usual if token is None else (token,)
     for candidate in candidates:
         token_id = inner.token_to_id(candidate)
         if token_id is not None:
             return candidate, token_id
     looked_for = ", ".join(repr(candidate) for candidate in candidates)
-    raise ValueError(f"{path} has no end-of-document token (looked for {looked_for}): name one")
+    raise ValueError(f"{path} has no {what}-of-document token (looked for {looked_for}): name one")
 
 
 def _unknown_id(model: dict[str, Any], vocab: dict[str, int]) -> int | None:

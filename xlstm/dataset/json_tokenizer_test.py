@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from xlstm.dataset.base_tokenizer import TextError
-from xlstm.dataset.json_tokenizer import JsonTokenizer
+from xlstm.dataset.json_tokenizer import JsonTokenizer, call
 from xlstm.dataset.testing import random_text, tokenizer_families
 from xlstm.dataset.tokenizer import same_tokenizer
 
@@ -193,6 +193,106 @@ def test_what_no_model_can_encode_is_refused():
     with pytest.raises(TextError, match="metaspace_unigram cannot encode the text: ") as error:
         tokenizer.encode_batch(["the", "cat", "한국", "한국"])
     assert error.value.index == 2
+
+
+def test_characters_without_a_token_are_those_that_the_library_leaves_out():
+    """Whatever normalizers and added tokens make of a text."""
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    kinds = [
+        (None, {}, "aZb Z", "Z"),  # Found only as a whole word.
+        (None, {"rstrip": True, "single_word": False}, "aZ b", ""),
+        (tokenizers.normalizers.Lowercase(), {}, "A B", ""),
+        (tokenizers.normalizers.NFD(), {}, "bä", "ä"),
+    ]
+    for normalizer, flags, text, expected in kinds:
+        vocab = {"a": 0, "b": 1, "</s>": 2, " ": 3}
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        if normalizer:
+            inner.normalizer = normalizer
+        inner.add_tokens([tokenizers.AddedToken("Z", **{"single_word": True} | flags)])
+        encoded = JsonTokenizer(inner.to_str().encode(), "x").encode_batch([text])
+        assert encoded.left_out.get(0, "") == expected
+    # A byte that a normalizer brings.
+    vocab = {letter: i for i, letter in enumerate(x for x in letters if x != "Ì")} | {"</s>": 300}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    inner.normalizer = tokenizers.normalizers.NFD()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    assert JsonTokenizer(inner.to_str().encode(), "x").encode_batch(["é", "e"]).left_out.keys() == {
+        0
+    }
+
+
+def test_files_without_newer_fields(tokenizer):
+    definition = json.loads(tokenizer.definition)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding"):
+        if definition[part] is None:
+            del definition[part]
+    del definition["model"]["type"]
+    older = JsonTokenizer(json.dumps(definition).encode(), "older")
+    for text in ("the cat", "größte <s> 한국"):
+        assert older.encode(text).tolist() == tokenizer.encode(text).tolist()
+        ids = older.encode_continuation(text).tolist()
+        assert ids == tokenizer.encode_continuation(text).tolist()
+
+
+def test_whatever_the_library_raises_is_told():
+    class Panic(BaseException):
+        """As the library's own, which is no `Exception`."""
+
+    def fail():
+        raise Panic("it panicked")
+
+    with pytest.raises(ValueError, match="it panicked"):
+        call(fail)
+
+
+def test_added_tokens_that_the_library_finds_in_no_certain_way_are_refused():
+    def add(*contents):
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0}, unk_token="</s>"))
+        inner.normalizer = tokenizers.normalizers.BertNormalizer()
+        inner.add_tokens(list(contents))
+        return JsonTokenizer(inner.to_str().encode(), "words.json")
+
+    with pytest.raises(ValueError, match=r"words.json: the added token '\\x01' is empty"):
+        add("\x01")
+    with pytest.raises(ValueError, match="added tokens 'Ab' and 'ab' are the same, normalized"):
+        add("Ab", "ab")
+    add("Ab", "b")
+
+
+def test_affixes_that_are_spelled_as_bytes():
+    vocab = {"a": 0, "</s>": 1} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
+    model = tokenizers.models.BPE(vocab, [], byte_fallback=True, end_of_word_suffix="</w>")
+    tokenizer = JsonTokenizer(tokenizers.Tokenizer(model).to_str().encode(), "x")
+    encoded = tokenizer.encode_batch(["x"])
+    assert sizes_of(tokenizer, encoded)[0].sum() == 1
+
+
+def test_byte_tokens_are_not_found_in_a_text_by_a_bpe_either():
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"</s>": 256}
+    model = tokenizers.models.BPE(vocab, [], byte_fallback=True, ignore_merges=True)
+    inner = tokenizers.Tokenizer(model)
+    inner.decoder = tokenizers.decoders.ByteFallback()
+    tokenizer = JsonTokenizer(inner.to_str().encode(), "x")
+    assert tokenizer.decode(tokenizer.encode("<0x41>")) == "<0x41>"
+
+
+def test_a_token_without_text_behind_others_has_one_in_front():
+    model = tokenizers.models.WordPiece({"[UNK]": 0, "</s>": 1, "##": 2, "hello": 3})
+    inner = tokenizers.Tokenizer(model)
+    inner.decoder = tokenizers.decoders.WordPiece()
+    tokenizer = JsonTokenizer(inner.to_str().encode(), "x")
+    assert tokenizer.decode([2, 3]) == inner.decode([2, 3]) == "## hello"
+
+
+@pytest.mark.parametrize("name", ["byte_level", *(x for x in FAMILIES if x != "byte_level")])
+def test_only_a_plain_byte_level_vocabulary_is_lossless(name):
+    assert family(name).is_lossless == (name == "byte_level")
+    inner = tokenizers.Tokenizer.from_str(tokenizer_families()[name].decode())
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    changed_decoder = JsonTokenizer(inner.to_str().encode(), name)
+    assert changed_decoder.is_lossless == (name == "byte_level")
 
 
 def test_a_special_token_of_one_letter_is_told_where_a_text_has_it():

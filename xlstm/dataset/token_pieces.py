@@ -31,14 +31,16 @@ _DECODERS = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenPieces:
-    """The bytes of each token, `(V,)` each; those of special tokens are empty.
+    """The bytes of each token, `(V,)` each.
 
     Attributes:
+        is_text: Whether it is a token of texts; special ones are not, and have no bytes.
         first: Its bytes as the first token of a text, where a space in front may be left out.
         middle: Its bytes behind another token, if one more follows.
         last: Its bytes as the last token, if that differs: a beginning of `middle`.
     """
 
+    is_text: list[bool]
     first: list[bytes]
     middle: list[bytes]
     last: list[bytes]
@@ -98,15 +100,16 @@ def token_pieces(
     for token, token_id in vocab.items():
         if token_id not in special_ids:
             tokens[token_id] = token
+    is_text = [token is not None for token in tokens]
     if has_component(decoder, "ByteLevel"):
         added = inner.get_added_tokens_decoder()
         contents = {i: token.content for i, token in added.items() if i not in special_ids}
         _check_added_tokens(contents, definition["model"])
         pieces = [_byte_level_piece(token, contents.get(i)) for i, token in enumerate(tokens)]
-        return TokenPieces(pieces, pieces, pieces)
+        return TokenPieces(is_text, pieces, pieces, pieces)
     has_bytes = has_component(decoder, "ByteFallback")
     found = [_pieces_of(token, inner.decoder, has_bytes) for token in tokens]
-    return TokenPieces(*(list(column) for column in zip(*found, strict=True)))
+    return TokenPieces(is_text, *(list(column) for column in zip(*found, strict=True)))
 
 
 def _byte_level_piece(token: str | None, content: str | None) -> bytes:

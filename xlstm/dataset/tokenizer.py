@@ -92,12 +92,12 @@ def find_markers(path: str, definition: bytes) -> Markers:
     decided = [tokenizer_token(path, MARKERS_FILE, key) for key in ("eod_token", "bos_token")]
     if None not in decided:
         return Markers(*decided)
-    inner, parsed = parse_tokenizer(definition, path), json.loads(definition)
+    inner = parse_tokenizer(definition, path)
     named: list[tuple[str, list[str]]] = []
     for file in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
         token = tokenizer_token(path, file, "eos_token")
         named += [(file, [token])] if token is not None else []
-    bos_token = _leading_token(parsed)
+    bos_token = _leading_token(json.loads(inner.to_str()))
     for file in (GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE):
         content = _read_beside(path, file)
         tokens = _tokens_of_ids(content, "eos_token_id", inner)
@@ -165,7 +165,8 @@ def tokenizer_token(path: str, file: str, key: str) -> str | None:
     token = _read_beside(path, file).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
-        raise ValueError(f"{file} has {key}={token!r}: expected a text")
+        folder = os.path.dirname(path)
+        raise ValueError(f"{os.path.join(folder, file)} has {key}={token!r}: expected a text")
     return token
 
 
@@ -173,7 +174,7 @@ def _tokens_of_ids(content: dict[str, Any], key: str, inner: tokenizers.Tokenize
     """Returns the tokens that a field names by id or a list of ids, without unknown ones."""
     ids = content.get(key)
     ids = ids if isinstance(ids, list) else [ids]
-    tokens = [inner.id_to_token(i) for i in ids if type(i) is int and i >= 0]
+    tokens = [inner.id_to_token(i) for i in ids if type(i) is int and 0 <= i < 2**32]
     return [token for token in tokens if token is not None]
 
 

@@ -1,6 +1,5 @@
 """What the parsed content of a `tokenizer.json` says of the text that its tokens stand for."""
 
-import collections
 import copy
 from typing import Any
 
@@ -59,50 +58,47 @@ def has_all_bytes(definition: dict[str, Any]) -> bool:
     return bool(model.get("byte_fallback")) and vocab.keys() >= byte_tokens
 
 
-def characters_without_token(
-    inner: tokenizers.Tokenizer, definition: dict[str, Any], text: str
-) -> str:
-    """Finds the characters of a text that a BPE without an unknown token leaves out.
+def finds_byte_tokens(model: dict[str, Any]) -> bool:
+    """Returns whether a model finds its byte tokens, such as `<0x41>`, where a text spells them."""
+    return bool(model.get("byte_fallback")) and (
+        model["type"] == "Unigram" or bool(model.get("ignore_merges"))
+    )
+
+
+def with_unknown_token(definition: dict[str, Any], token: str) -> dict[str, Any]:
+    """Returns the definition of a BPE that has an unknown token for each character left out."""
+    definition = copy.deepcopy(definition)
+    model = definition["model"]
+    model["vocab"][token] = max(model["vocab"].values(), default=-1) + 1
+    model |= {"unk_token": token, "fuse_unk": False}
+    return definition
+
+
+def check_added_tokens(inner: tokenizers.Tokenizer, definition: dict[str, Any], name: str) -> None:
+    """Checks that a tokenizer finds its added tokens, and always the same ones.
 
     Args:
         inner: The tokenizer.
-        definition: Its definition, with a model of type BPE.
-        text: The text.
+        definition: Its definition.
+        name: What to call it.
 
-    Returns:
-        Those characters, as the normalizer has them, each as often as it occurs.
+    Raises:
+        ValueError: One is empty once it is normalized, for which the library would look for ever;
+            or two are the same, of which it would take either.
     """
-    for entry in definition.get("added_tokens") or ():
-        if not entry["special"]:
-            text = text.replace(entry["content"], "")
-    vocab = definition["model"]["vocab"]
-    if _is_byte_level(definition):
-        letters = {byte: letter for letter, byte in byte_letters().items()}
-        known = {c for c in set(text) if all(letters[byte] in vocab for byte in c.encode())}
-        return "".join(c for c in text if c not in known)
-    normalized = inner.normalizer.normalize_str(text) if inner.normalizer else text
-    words = [normalized]
-    if inner.pre_tokenizer:
-        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(normalized)]
-    counts = collections.Counter(words)
-    missing = {word: _left_out_of_word(word, definition["model"]) for word in counts}
-    return "".join(missing[word] * count for word, count in counts.items())
-
-
-def _left_out_of_word(word: str, model: dict[str, Any]) -> str:
-    """Returns the characters of a word for which a BPE has no token to begin its merges with."""
-    vocab = model["vocab"]
-    if model.get("ignore_merges") and word in vocab:
-        return ""
-    prefix = model.get("continuing_subword_prefix") or ""
-    suffix = model.get("end_of_word_suffix") or ""
-    missing = ""
-    for i, character in enumerate(word):
-        token = (prefix if i else "") + character + (suffix if i == len(word) - 1 else "")
-        byte_tokens = [f"<0x{byte:02X}>" for byte in token.encode()]
-        has_bytes = model.get("byte_fallback") and all(x in vocab for x in byte_tokens)
-        missing += "" if token in vocab or has_bytes else character
-    return missing
+    seen: dict[str, str] = {}
+    for entry in definition["added_tokens"]:
+        if not (entry["normalized"] and inner.normalizer):
+            continue
+        normalized = inner.normalizer.normalize_str(entry["content"])
+        if not normalized:
+            raise ValueError(f"{name}: the added token {entry['content']!r} is empty, normalized")
+        if normalized in seen:
+            raise ValueError(
+                f"{name}: the added tokens {seen[normalized]!r} and {entry['content']!r} are the"
+                " same, normalized"
+            )
+        seen[normalized] = entry["content"]
 
 
 def _is_byte_level(definition: dict[str, Any]) -> bool:
@@ -126,6 +122,8 @@ def bytes_of_spans(text: str, spans: np.ndarray, expected: np.ndarray) -> np.nda
     """
     if not len(spans):
         return expected
+    # Where affixes are spelled as bytes, the library's places go beyond the text.
+    spans = np.minimum(spans, len(text))
     # Their offsets as bytes; a token may begin before the end of the one before it.
     widths = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (widths >= 0x80) + (widths >= 0x800) + (widths >= 0x10000)

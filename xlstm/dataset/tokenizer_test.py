@@ -144,6 +144,7 @@ def test_files_that_disagree_about_the_end_marker_are_told(tmp_path):
     config = {"eos_token": "</s>"}
     assert not disagreements(tokenizer_config=config, generation_config={"eos_token_id": [2, 3]})
     assert not disagreements(tokenizer_config=config, config={"eos_token_id": 99999})
+    assert not disagreements(tokenizer_config=config, config={"eos_token_id": 2**40})
     assert disagreements(
         tokenizer_config=config,
         special_tokens_map={"eos_token": "<s>"},
@@ -186,6 +187,8 @@ def test_the_marker_in_front_is_that_of_the_post_processor_or_of_the_ids(
     tokenizer = load_tokenizer(write_family(tmp_path, change=change, **files))
     assert (tokenizer.bos_token, tokenizer.eod_token) == (expected, "</s>")
     assert load_tokenizer(tokenizer.name, None, "<unk>").bos_token == "<unk>"
+    with pytest.raises(ValueError, match="no beginning-of-document token .*'<none>'"):
+        load_tokenizer(tokenizer.name, None, "<none>")
 
 
 def test_folder_stands_for_its_file(json_path, tmp_path):

@@ -179,7 +179,8 @@ def write_texts(
             ids = ids[ids != NO_TOKEN].tolist()
             if not ids:
                 continue
-            text = streams[row].add(ids) if streams else ""
+            # What ends a text is not in it, even where it is no special token.
+            text = streams[row].add(ids[:-1] if done[row] else ids) if streams else ""
             written[row].ids += ids
             if done[row]:
                 written[row].reason = "end"

@@ -155,6 +155,7 @@ def test_any_of_the_ids_that_end_texts_ends_one(model):
     (written,), _ = write_texts(several, [[EOD, 97]], options(3))
     assert written.ids == expected[0].ids[: expected[0].ids.index(end) + 1]
     assert (written.reason, written.end_token) == ("end", chr(end))
+    assert written.text == model.tokenizer.decode([97, *written.ids[:-1]])[1:]
 
 
 def test_files_that_are_no_saved_state(model, tmp_path):
