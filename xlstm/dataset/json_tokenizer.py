@@ -212,17 +212,19 @@ class JsonTokenizer(Tokenizer):
             text, or a token is special.
         """
         is_unclear = self._may_leave_out or (self._spells_bytes and "<0x" in text)
-        if is_unclear or self._is_forbidden[ids].any() or (text and not ids.size):
+        if is_unclear or self._is_forbidden[ids].any():
             return None
         unknown = np.flatnonzero(ids == self._unknown_id)
         if unknown.size and not (self._has_unknown and self._tokens[self._unknown_id] not in text):
             return None
         sizes = self._count_bytes(ids)
+        if not unknown.size and sizes.sum() == text_bytes:  # Of most texts.
+            return _NOTHING, _NOTHING
         for i in unknown.tolist():
             start, stop = encoding.token_to_chars(i)
             sizes[i] = len(text[start:stop].encode())
         rest = text_bytes - int(sizes.sum())
-        if rest and not np.array_equal(unknown[:1], [0]):
+        if rest and ids.size and not np.array_equal(unknown[:1], [0]):
             # A space in front was there already, or was put there and is not left out.
             if text.startswith(" "):
                 change = int(self.token_bytes[1][ids[0]]) - int(sizes[0])
@@ -232,7 +234,7 @@ class JsonTokenizer(Tokenizer):
             rest -= change
         if rest:
             return None
-        changed = np.flatnonzero(sizes != self._count_bytes(ids)) if ids.size else _NOTHING
+        changed = np.flatnonzero(sizes != self._count_bytes(ids))
         return changed, sizes[changed]
 
     def _count_bytes(self, ids: np.ndarray) -> np.ndarray:
