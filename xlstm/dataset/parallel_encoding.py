@@ -75,6 +75,8 @@ def _start_worker(tokenizer_name: str, eod_token: str, bos_token: str) -> None:
     """Prepares a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is for the parent to handle.
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Otherwise the library starts a thread for each core, in each worker.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _use_tokenizer(load_tokenizer(tokenizer_name, eod_token, bos_token))
 
 
