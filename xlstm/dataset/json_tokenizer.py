@@ -71,7 +71,7 @@ class JsonTokenizer(Tokenizer):
         usual = (self.eod_token,)
         self.bos_token, self.bos_id = _find_token(inner, name, "beginning", bos_token, usual)
         # A marker that is an added token like others would be found in texts.
-        for entry in self._definition.get("added_tokens") or ():
+        for entry in self._definition["added_tokens"]:
             if entry["content"] in (self.eod_token, self.bos_token) and not entry["special"]:
                 entry["special"] = True
                 inner = tokenizers.Tokenizer.from_str(json.dumps(self._definition))
@@ -96,6 +96,7 @@ class JsonTokenizer(Tokenizer):
         self._adds_space = adds_space(self._definition)
         self._spells_bytes = finds_byte_tokens(self._definition["model"])
         self._variant = functools.cache(self._make_variant)
+        self._cannot_encode = f"the tokenizer {name} cannot encode the text"
 
     @functools.cached_property
     def pieces(self) -> TokenPieces:
@@ -156,7 +157,11 @@ class JsonTokenizer(Tokenizer):
             ids = np.array(encoding.ids, np.int64)
             account = self._account_for(text, encoding, ids, int(text_bytes[i]))
             if account is None:
-                ids, *account, missing = self._encode_exactly(text, is_continuation, encoding)
+                try:
+                    exact = self._encode_exactly(text, is_continuation, encoding)
+                except LibraryError as error:
+                    raise TextError(f"{self._cannot_encode}: {error}", i) from error
+                ids, *account, missing = exact
                 if missing:
                     left_out[i] = missing
             changed, sizes = account
@@ -184,8 +189,7 @@ class JsonTokenizer(Tokenizer):
             return call(encode, texts, add_special_tokens=False)
         except LibraryError as error:
             if len(texts) == 1:
-                message = f"the tokenizer {self.name} cannot encode the text: {error}"
-                raise TextError(message) from error
+                raise TextError(f"{self._cannot_encode}: {error}") from error
         # It does not say which one.
         encodings = []
         for i, text in enumerate(texts):
@@ -264,7 +268,7 @@ class JsonTokenizer(Tokenizer):
         spells_bytes = self._spells_bytes and "<0x" in text
         if spells_special or spells_bytes or not self._has_unknown:
             inner = self._variant(is_continuation, spells_special, spells_bytes)
-            encoding = inner.encode(text, add_special_tokens=False)
+            encoding = call(inner.encode, text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int64)
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         kept = ~self._is_forbidden[ids]
@@ -279,7 +283,7 @@ class JsonTokenizer(Tokenizer):
 
     def _characters_without_token(self, text: str) -> str:
         """Returns the characters of a text that the model leaves out, each as often as it does."""
-        encoding = self._probe.encode(text, add_special_tokens=False)
+        encoding = call(self._probe.encode, text, add_special_tokens=False)
         ids, spans = encoding.ids, encoding.offsets
         # What was put in front has the place of the first character, which has its own token.
         is_prefix = len(ids) > 1 and spans[0][0] == spans[1][0]
