@@ -89,7 +89,7 @@ _MAX_BAD_RECORDS = define_share(
 _WORKERS = flags.DEFINE_integer(
     "workers",
     os.cpu_count() or 1,
-    "The number of processes that parse and tokenise.",
+    "The number of threads that tokenise.",
     lower_bound=1,
 )
 
@@ -143,7 +143,7 @@ def prepare(
         output: The folder to make.
         tokenizer: What `load_tokenizer` returned.
         text_column: The key or column with the text.
-        workers: The number of processes.
+        workers: The number of threads that tokenise.
         max_bad_records: The share of malformed records that may be left out, or None if the first
             one is an error.
         max_unknown: The share of characters that may be left out for want of a token.
