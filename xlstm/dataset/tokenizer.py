@@ -74,10 +74,9 @@ def find_markers(path: str, definition: bytes) -> Markers:
     """Finds the markers that the files of a public model name.
 
     In the folder of a run, `document_markers.json` says both. Else the marker behind documents is
-    the `eos_token` of `tokenizer_config.json`, else that of
-    `special_tokens_map.json`, else the (first) `eos_token_id` of `generation_config.json`, else
-    that of `config.json`. The one in front is what the tokenizer itself puts in front of a text,
-    else the `bos_token_id` of those files.
+    the `eos_token` of `tokenizer_config.json`, else that of `special_tokens_map.json`, else the
+    (first) `eos_token_id` of `generation_config.json`, else that of `config.json`. The one in front
+    is what the tokenizer itself puts in front of a text, else the `bos_token_id` of those files.
 
     Args:
         path: The path of the `tokenizer.json`.

@@ -156,11 +156,7 @@ def write_texts(
     seed = jax.random.PRNGKey(options.seed)
     keys = row_keys(seed, [first_number + row for row in rows])
     written = [Written() for _ in rows]
-    tokenizer, streams = model.tokenizer, []
-    if tokenizer:
-        states = before.states if before else [None] * len(prompts)
-        pairs = zip(prompts, states, strict=True)
-        streams = [TextStream(tokenizer, ids, options.stops, state) for ids, state in pairs]
+    tokenizer, streams = model.tokenizer, _open_streams(model, prompts, options, before)
     # After a stop string nothing may be read any more: that is known after each token only.
     size = 1 if options.token_by_token or options.stops else _TOKENS_A_CALL
     for place in range(0, options.num_tokens, size):
@@ -199,6 +195,20 @@ def write_texts(
         written[row].text += rest
         on_pieces([Piece(row, [], rest)])
     return written, TextsSoFar(progress, [stream.state for stream in streams])
+
+
+def _open_streams(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    options: WritingOptions,
+    before: TextsSoFar | None,
+) -> list[TextStream]:
+    """Begins the text of each row behind its prompt; without a tokenizer there is none."""
+    if not model.tokenizer:
+        return []
+    states = before.states if before else [None] * len(prompts)
+    pairs = zip(prompts, states, strict=True)
+    return [TextStream(model.tokenizer, ids, options.stops, state) for ids, state in pairs]
 
 
 def _check_prompts(
