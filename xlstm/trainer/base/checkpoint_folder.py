@@ -24,10 +24,15 @@ class Saved:
     Attributes:
         val_loss: The validation loss after its step, if it is known.
         for_ever: Whether it is never removed; so it stays when a run's configuration changes.
+        confirmed: Whether the steps up to it were sound, see `Soundness`; a run resumes from no
+            other one.
+        soundness: What `Soundness.from_dict` takes.
     """
 
     val_loss: float | None = None
     for_ever: bool = False
+    confirmed: bool = True
+    soundness: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Retention:
     """Which checkpoints are kept.
 
     Attributes:
-        max_to_keep: The last so many.
+        max_to_keep: The last so many that are confirmed; and the newest one if it is not.
         keep_interval: Those of steps that it divides are kept for ever; 0 for none.
         keep_best: Whether the one with the lowest validation loss is kept, too.
     """
@@ -50,7 +55,8 @@ class Retention:
 
     def kept(self, saved: Mapping[int, Saved]) -> dict[int, Saved]:
         """Chooses among checkpoints, given by step."""
-        kept = set(sorted(saved)[-self.max_to_keep :])
+        confirmed = [step for step in sorted(saved) if saved[step].confirmed]
+        kept = {*confirmed[-self.max_to_keep :], max(saved)}
         kept |= {step for step in saved if saved[step].for_ever}
         best = best_step(saved)
         if self.keep_best and best is not None:
@@ -62,6 +68,11 @@ def best_step(saved: Mapping[int, Saved]) -> int | None:
     """The step with the lowest validation loss, the first of several; None if no loss is known."""
     known = [step for step in sorted(saved) if saved[step].val_loss is not None]
     return min(known, key=lambda step: saved[step].val_loss, default=None)
+
+
+def confirmed_step(saved: Mapping[int, Saved]) -> int | None:
+    """The step of the newest checkpoint that is confirmed; None if none is."""
+    return max((step for step in saved if saved[step].confirmed), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +152,27 @@ class CheckpointFolder:
                     unfinished.append(int(step))
         return sorted(unfinished)
 
-    def set_aside(self, step: int) -> str:
-        """Moves a checkpoint out of the way, and returns to where."""
-        parent = os.path.join(os.path.dirname(os.path.abspath(self.path)), "damaged_checkpoints")
+    def set_aside(self, step: int, name: str, *, replace: bool = False) -> str:
+        """Moves a checkpoint out of the way.
+
+        Args:
+            step: Its step.
+            name: Of the folder, beside this one, that it is moved into.
+            replace: Whether one of the same step that is there already is removed.
+
+        Returns:
+            Where it is.
+        """
+        parent = os.path.join(os.path.dirname(os.path.abspath(self.path)), name)
         os.makedirs(parent, exist_ok=True)
-        taken, number = set(os.listdir(parent)), 1
-        name = str(step)
-        while name in taken:
+        path, number = os.path.join(parent, str(step)), 1
+        if replace and os.path.exists(path):
+            shutil.rmtree(path)
+        while os.path.lexists(path):
             number += 1
-            name = f"{step}-{number}"
-        os.rename(self.of_step(step), os.path.join(parent, name))
-        return os.path.join(parent, name)
+            path = os.path.join(parent, f"{step}-{number}")
+        os.rename(self.of_step(step), path)
+        return path
 
     def _names(self) -> list[str]:
         try:
@@ -162,7 +183,9 @@ class CheckpointFolder:
     def _saved(self, step: int) -> Saved:
         try:
             info = self._read(step)
-            return Saved(info["val_loss"], info["for_ever"])
+            # Versions before did not judge the steps.
+            known = {field: info[field] for field in ("confirmed", "soundness") if field in info}
+            return Saved(info["val_loss"], info["for_ever"], **known)
         except (OSError, ValueError, KeyError, TypeError):
             return Saved()  # It is damaged, and so it is not the best.
 

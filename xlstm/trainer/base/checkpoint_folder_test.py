@@ -1,6 +1,14 @@
+import json
+
 import pytest
 
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Retention, Saved, best_step
+from xlstm.trainer.base.checkpoint_folder import (
+    CheckpointFolder,
+    Retention,
+    Saved,
+    best_step,
+    confirmed_step,
+)
 
 
 @pytest.fixture
@@ -29,6 +37,26 @@ def test_what_is_kept(retention, expected):
     losses = {1: 5.0, 2: None, 8: None, 3: 1.5, 4: 1.5, 7: 2.0}
     saved = {step: Saved(loss, for_ever=step == 2) for step, loss in losses.items()}
     assert retention.kept(saved) == {step: saved[step] for step in expected}
+
+
+@pytest.mark.parametrize(
+    "confirmed, expected",
+    [
+        ("11111", {4, 5}),
+        ("11110", {3, 4, 5}),  # The newest one is for whoever wants to look at it.
+        ("11000", {1, 2, 5}),
+        ("10000", {1, 5}),
+        ("00000", {5}),
+        ("01010", {2, 4, 5}),
+        ("10101", {3, 5}),
+    ],
+)
+def test_a_streak_of_unconfirmed_ones_removes_no_confirmed_one(confirmed, expected):
+    saved = {step: Saved(confirmed=x == "1") for step, x in enumerate(confirmed, start=1)}
+    assert Retention(2).kept(saved).keys() == expected
+    newest = confirmed.rfind("1") + 1
+    assert confirmed_step(saved) == (newest or None)
+    assert not newest or newest in Retention(1).kept(saved)
 
 
 def test_what_is_kept_for_ever():
@@ -104,8 +132,25 @@ def test_removing(folder, tmp_path):
 def test_setting_aside(folder, tmp_path):
     aside = tmp_path / "damaged_checkpoints"
     for expected in ("9", "9-2", "9-3"):
-        assert folder.set_aside(9) == str(aside / expected)
+        assert folder.set_aside(9, "damaged_checkpoints") == str(aside / expected)
         folder.begin(9)
         folder.complete(9, {}, Saved())
     assert _names(aside) == ["9", "9-2", "9-3"]
     assert (aside / "9" / "run_info.json").exists()
+
+
+def test_setting_aside_in_place_of_an_earlier_one(folder, tmp_path):
+    for _ in range(2):
+        path = folder.set_aside(9, "unconfirmed_checkpoints", replace=True)
+        assert path == str(tmp_path / "unconfirmed_checkpoints" / "9")
+        folder.begin(9)
+        folder.complete(9, {"code": "new"}, Saved())
+    assert _names(tmp_path / "unconfirmed_checkpoints") == ["9"]
+
+
+def test_versions_before_did_not_judge(folder, tmp_path):
+    path = tmp_path / "checkpoints" / "9" / "run_info.json"
+    info = json.loads(path.read_text())
+    assert (info.pop("confirmed"), info.pop("soundness")) == (True, None)
+    path.write_text(json.dumps(info))
+    assert folder.saved()[9] == Saved(3.0, for_ever=True, confirmed=True, soundness=None)

@@ -1,6 +1,7 @@
 """Checkpoints of the train state, written and read by Orbax, and checked by checksums."""
 
 import contextlib
+import dataclasses
 import errno
 import math
 import os
@@ -19,7 +20,13 @@ from xlstm.trainer.base.checkpoint_arrays import (
     named_arrays,
     with_arrays,
 )
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Retention, Saved, best_step
+from xlstm.trainer.base.checkpoint_folder import (
+    CheckpointFolder,
+    Retention,
+    Saved,
+    best_step,
+    confirmed_step,
+)
 from xlstm.trainer.base.checksums import find_damage
 from xlstm.trainer.base.first_process import from_first_process, wait_for_all
 
@@ -83,6 +90,23 @@ def _save_arguments(arrays: dict[str, jax.Array]) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(arrays, save_args)
 
 
+def _no_usable(path: str, unconfirmed: list[int], damages: dict[int, str]) -> str:
+    """Says why a run that has checkpoints cannot go on."""
+    if not unconfirmed:
+        listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
+        return (
+            f"every checkpoint in {path} is damaged ({listed}): repair one, or take the folder away"
+            " to begin anew"
+        )
+    reasons = {step: "steps before it were not sound" for step in unconfirmed} | damages
+    listed = "; ".join(f"step {step}: {reason}" for step, reason in sorted(reasons.items()))
+    return (
+        f"no checkpoint in {path} is confirmed and whole ({listed}): take the folder away to begin"
+        " anew, with a lower schedule.peak_lr, say, or set trainer.confirm_steps=0 to go on from"
+        " the last whole one as it is"
+    )
+
+
 def read_run_info(directory: str, step: int) -> dict[str, Any]:
     """The `run_info` of the run that wrote a checkpoint.
 
@@ -101,9 +125,10 @@ class Checkpointer:
     """Writes checkpoints in the background, and reads those that are whole.
 
     A checkpoint counts once the checksums of all its files are written; only then are older ones
-    removed. After a failure in the background every method but `latest_step` and `best_loss`
-    raises. In a run of several processes every one has its own and calls the same methods; the
-    first one speaks and changes files that belong to none.
+    removed, and of those never the last one that is confirmed. After a failure in the background
+    every method but those that return what is known raises. In a run of several processes every one
+    has its own and calls the same methods; the first one speaks and changes files that belong to
+    none.
     """
 
     def __init__(
@@ -113,6 +138,7 @@ class Checkpointer:
         max_to_keep: int = 2,
         keep_interval: int = 0,
         keep_best: bool = False,
+        only_confirmed: bool = True,
         run_info: dict[str, Any] | None = None,
         report: Callable[[str], None] = lambda text: None,
     ):
@@ -123,6 +149,7 @@ class Checkpointer:
             max_to_keep: The last so many checkpoints are kept.
             keep_interval: Those of steps that it divides are kept for ever; 0 for none.
             keep_best: Whether that with the lowest validation loss is kept, too.
+            only_confirmed: Whether a run goes on from confirmed checkpoints only.
             run_info: What is to be known of the run, saved with each; JSON must be able to hold it.
             report: Takes sentences for the user, from any thread, in the first process only.
 
@@ -131,6 +158,7 @@ class Checkpointer:
         """
         self._folder = CheckpointFolder(directory)
         self._retention = Retention(max_to_keep, keep_interval, keep_best)
+        self._only_confirmed = only_confirmed
         self._run_info, self._report = run_info or {}, report
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -143,50 +171,65 @@ class Checkpointer:
     def _open_folder(self) -> dict[int, Saved]:
         """Makes the folder, or finds what is in it; every process keeps the same books."""
 
-        def read() -> list[tuple[int, float | None, bool]]:
+        def read() -> list[tuple[int, dict[str, Any]]]:
             os.makedirs(self._folder.path, exist_ok=True)
-            return [(step, x.val_loss, x.for_ever) for step, x in self._folder.saved().items()]
+            saved = self._folder.saved()
+            return [(step, dataclasses.asdict(saved[step])) for step in saved]
 
-        return {step: Saved(*values) for step, *values in from_first_process(read)}
+        return {step: Saved(**fields) for step, fields in from_first_process(read)}
 
-    def discard_damaged(self) -> int | None:
-        """Reads every byte of the newest checkpoints, until one is as it was written.
+    def discard_unusable(self) -> int | None:
+        """Looks for the newest checkpoint that a run can go on from.
 
-        Newer ones that are damaged are moved to `damaged_checkpoints` beside the folder. What a
-        killed run was still writing is removed.
+        It is confirmed, and every byte of it is as it was written. Newer ones are moved to
+        `unconfirmed_checkpoints` and `damaged_checkpoints` beside the folder. What a killed run was
+        still writing is removed.
 
         Returns:
             The step of that checkpoint, now the last one; None if there was none at all.
 
         Raises:
-            OSError: If all checkpoints are damaged, which stay where they are, or something cannot
-                be read or moved.
+            OSError: If there are checkpoints, but none such: they stay where they are. Or something
+                cannot be read or moved.
         """
         self.wait()
-        step = from_first_process(self._discard_damaged)
+        step = from_first_process(self._discard_unusable)
         self._saved = self._open_folder()
         return step
 
-    def _discard_damaged(self) -> int | None:
-        folder = self._folder
+    def _discard_unusable(self) -> int | None:
+        folder, unconfirmed, damages = self._folder, [], {}
         with reported(f"the checkpoints in {folder.path} cannot be checked"):
             self._remove_leftovers()
-            steps, damages = folder.steps(), {}
-            while steps and (damage := find_damage(folder.of_step(steps[-1]))):
-                damages[steps.pop()] = damage
-        if damages and not steps:
-            listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
-            raise OSError(
-                f"every checkpoint in {folder.path} is damaged ({listed}): repair one, or take the"
-                " folder away to begin anew"
-            )
-        with reported(f"a damaged checkpoint in {folder.path} cannot be moved away"):
-            for step, damage in damages.items():
+            steps, saved = folder.steps(), folder.saved()
+            while steps:
+                step = steps[-1]
+                if self._only_confirmed and not saved.get(step, Saved()).confirmed:
+                    unconfirmed.append(step)
+                elif damage := find_damage(folder.of_step(step)):
+                    damages[step] = damage
+                else:
+                    break
+                steps.pop()
+        if not steps:
+            if unconfirmed or damages:
+                raise OSError(_no_usable(folder.path, unconfirmed, damages))
+            return None
+        with reported(f"a checkpoint in {folder.path} cannot be moved away"):
+            for step in unconfirmed:
+                # The same steps may go wrong at each start: one copy is enough.
+                path = folder.set_aside(step, "unconfirmed_checkpoints", replace=True)
                 self._report(
-                    f"the checkpoint of step {step} is damaged ({damage}): it is moved to"
-                    f" {folder.set_aside(step)}, and that of step {steps[-1]} is used"
+                    f"the checkpoint of step {step} is not confirmed, since steps before it were"
+                    f" not sound: it is moved to {path}, and that of step {steps[-1]} is used"
                 )
-        return steps[-1] if steps else None
+            for step, damage in damages.items():
+                path = folder.set_aside(step, "damaged_checkpoints")
+                self._report(
+                    f"the checkpoint of step {step} is damaged ({damage}): it is moved to {path},"
+                    f" and that of step {steps[-1]} is used"
+                )
+        return steps[-1]
 
     def _remove_leftovers(self) -> None:
         try:
@@ -198,6 +241,14 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The step of the last whole checkpoint; None if there is none."""
         return max(self._saved, default=None)
+
+    def confirmed_step(self) -> int | None:
+        """The step of the last checkpoint that is confirmed; None if none is."""
+        return confirmed_step(self._saved)
+
+    def soundness(self, step: int) -> dict[str, Any] | None:
+        """What `save` was told of the steps up to a checkpoint; None if that is not known."""
+        return self._saved[step].soundness
 
     def best_loss(self) -> float | None:
         """The lowest validation loss of the whole checkpoints; None if none is known."""
@@ -243,7 +294,15 @@ class Checkpointer:
     def _arrays_path(folder: str) -> str:
         return os.path.join(os.path.abspath(folder), ITEM)
 
-    def save(self, step: int, state: TrainState, val_loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        val_loss: float | None = None,
+        *,
+        confirmed: bool = True,
+        soundness: dict[str, Any] | None = None,
+    ) -> None:
         """Begins to write a checkpoint; training may go on at once.
 
         It waits for the one before it.
@@ -252,6 +311,8 @@ class Checkpointer:
             step: Its step, of which there is no checkpoint yet.
             state: The state after that step.
             val_loss: Its validation loss, if it is known; one that is not a finite number is not.
+            confirmed: Whether a run may go on from it, see `Soundness.confirms`.
+            soundness: See `Soundness.to_dict`.
 
         Raises:
             OSError: If it, or the one before it, cannot be written.
@@ -263,7 +324,12 @@ class Checkpointer:
             arrays = _save_arguments(named_arrays(state))
             self._orbax.save(self._arrays_path(self._folder.unfinished(step)), args=arrays)
         is_known = val_loss is not None and math.isfinite(val_loss)
-        saved = Saved(float(val_loss) if is_known else None, self._retention.is_for_ever(step))
+        saved = Saved(
+            val_loss=float(val_loss) if is_known else None,
+            for_ever=self._retention.is_for_ever(step),
+            confirmed=confirmed,
+            soundness=soundness,
+        )
         self._thread = threading.Thread(target=self._finish, args=(step, saved))
         self._thread.start()
 

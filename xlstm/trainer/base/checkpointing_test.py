@@ -126,9 +126,9 @@ def _wait_for_error(checkpointer):
     return str(caught.value)
 
 
-def _discard_damaged(directory, report=pytest.fail):
+def _discard_unusable(directory, report=pytest.fail):
     with Checkpointer(str(directory), report=report) as checkpointer:
-        found = checkpointer.discard_damaged()
+        found = checkpointer.discard_unusable()
         assert checkpointer.latest_step() == found
     return found
 
@@ -206,7 +206,7 @@ def test_what_is_kept(tmp_path, like):
     # What was to be kept for ever stays without the wish, too.
     with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
         checkpointer.save(9, _create())
-    assert _discard_damaged(tmp_path) == 9
+    assert _discard_unusable(tmp_path) == 9
     assert _steps(tmp_path) == {4, 8, 9}
 
 
@@ -219,10 +219,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(tmp_path,
     _write(tmp_path, 1, 2, max_to_keep=1, report=reports.append)
     assert len(reports) == 1
     assert re.search("an old checkpoint cannot be removed .*Permission denied", reports[0])
-    assert _discard_damaged(tmp_path, reports.append) == 2
+    assert _discard_unusable(tmp_path, reports.append) == 2
     assert re.search("what is left of a checkpoint cannot be removed .*denied", reports[1])
     monkeypatch.undo()
-    assert _discard_damaged(tmp_path) == 2
+    assert _discard_unusable(tmp_path) == 2
     assert _steps(tmp_path) == {2}
 
 
@@ -247,7 +247,7 @@ def test_what_is_known_of_the_run(tmp_path):
 
 
 def test_without_checkpoints(tmp_path, like):
-    assert _discard_damaged(tmp_path / "none") is None
+    assert _discard_unusable(tmp_path / "none") is None
     with Checkpointer(str(tmp_path / "none")) as checkpointer:
         assert checkpointer.latest_step() is None
         assert checkpointer.best_loss() is None
@@ -262,7 +262,7 @@ def test_what_a_killed_run_left_unfinished_does_not_count(tmp_path):
     with Checkpointer(str(tmp_path)) as checkpointer:
         assert checkpointer.latest_step() == 2
     reports = []
-    assert _discard_damaged(tmp_path, reports.append) == 2
+    assert _discard_unusable(tmp_path, reports.append) == 2
     assert reports == ["the checkpoint of step 3 was not finished: it is removed"]
     assert _steps(tmp_path) == {2}
     assert not (tmp_path.parent / "damaged_checkpoints").exists()
@@ -271,7 +271,7 @@ def test_what_a_killed_run_left_unfinished_does_not_count(tmp_path):
 def test_a_run_that_was_killed_in_its_first_checkpoint_begins_anew(tmp_path):
     _write(tmp_path, 1)
     shutil.move(tmp_path / "1", tmp_path / "1.unfinished")
-    assert _discard_damaged(tmp_path, lambda text: None) is None
+    assert _discard_unusable(tmp_path, lambda text: None) is None
 
 
 def test_every_flipped_byte_is_found(tmp_path):
@@ -282,9 +282,9 @@ def test_every_flipped_byte_is_found(tmp_path):
             _flip(path, position)
             name = os.path.relpath(path, tmp_path / "1")
             with pytest.raises(OSError, match=f"every .* damaged .step 1: {name} has other bytes"):
-                _discard_damaged(tmp_path)
+                _discard_unusable(tmp_path)
             _flip(path, position)
-    assert _discard_damaged(tmp_path) == 1
+    assert _discard_unusable(tmp_path) == 1
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path, like):
@@ -295,7 +295,7 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, like):
     os.remove(directory / "2" / "checksums.json")
     (tmp_path / "damaged_checkpoints" / "3").mkdir(parents=True)
     reports = []
-    assert _discard_damaged(directory, reports.append) == 1
+    assert _discard_unusable(directory, reports.append) == 1
     aside = tmp_path / "damaged_checkpoints"
     patterns = [
         rf"the checkpoint of step 4 is damaged \(state/\S+ has 1,000 bytes, not the [\d,]+ that "
@@ -312,7 +312,51 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, like):
     _flip(_biggest_file(directory), 0)
     for _ in range(2):
         with pytest.raises(OSError, match="every checkpoint in .* is damaged .*begin anew"):
-            _discard_damaged(directory)
+            _discard_unusable(directory)
+
+
+def _write_unconfirmed(directory, *steps, first_unconfirmed):
+    with Checkpointer(str(directory), max_to_keep=9) as checkpointer:
+        for step in steps:
+            is_confirmed = step < first_unconfirmed
+            checkpointer.save(step, _create(), confirmed=is_confirmed, soundness={"step": step})
+
+
+def test_a_run_goes_on_from_the_newest_confirmed_checkpoint(tmp_path):
+    directory, aside = tmp_path / "checkpoints", tmp_path / "unconfirmed_checkpoints"
+    _write_unconfirmed(directory, 1, 2, 3, 4, first_unconfirmed=3)
+    assert _steps(directory) == {1, 2, 4}
+    _flip(_biggest_file(directory / "2"), 0)
+    reports = []
+    with Checkpointer(str(directory), report=reports.append) as checkpointer:
+        assert (checkpointer.latest_step(), checkpointer.confirmed_step()) == (4, 2)
+        assert checkpointer.discard_unusable() == checkpointer.confirmed_step() == 1
+        assert checkpointer.soundness(1) == {"step": 1}
+    assert reports[0] == (
+        "the checkpoint of step 4 is not confirmed, since steps before it were not sound: it is"
+        f" moved to {aside}/4, and that of step 1 is used"
+    )
+    assert "the checkpoint of step 2 is damaged" in reports[1]
+    assert _steps(directory) == {1} and _steps(aside) == {4}
+
+
+def test_without_a_confirmed_checkpoint_a_run_does_not_begin_anew(tmp_path):
+    _write_unconfirmed(tmp_path, 1, 2, first_unconfirmed=1)
+    for _ in range(2):
+        with pytest.raises(OSError, match="step 2: steps before it .*confirm_steps=0 to go on"):
+            _discard_unusable(tmp_path)
+    assert _steps(tmp_path) == {2}
+    with Checkpointer(str(tmp_path), only_confirmed=False) as checkpointer:
+        assert checkpointer.discard_unusable() == 2
+
+
+def test_a_damaged_confirmed_checkpoint_leaves_the_unconfirmed_ones_where_they_are(tmp_path):
+    _write_unconfirmed(tmp_path, 1, 2, first_unconfirmed=2)
+    _flip(_biggest_file(tmp_path / "1"), 0)
+    message = r"no checkpoint .* \(step 1: state/\S+ has other bytes .*; step 2: steps before it"
+    with pytest.raises(OSError, match=message):
+        _discard_unusable(tmp_path)
+    assert _steps(tmp_path) == {1, 2}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
@@ -376,7 +420,7 @@ def test_a_full_disk_is_told_at_once_and_the_last_checkpoint_stays(tmp_path, lik
             call()
     assert checkpointer.latest_step() == 1
     reports = []
-    assert _discard_damaged(tmp_path, reports.append) == 1
+    assert _discard_unusable(tmp_path, reports.append) == 1
     assert reports == ["the checkpoint of step 2 was not finished: it is removed"]
     assert _steps(tmp_path) == {1}
     with Checkpointer(str(tmp_path)) as checkpointer:
@@ -393,7 +437,7 @@ def test_a_checkpoint_without_checksums_does_not_count(tmp_path, monkeypatch):
     checkpointer.save(2, _create())
     assert _wait_for_error(checkpointer).endswith("No space left on device")
     assert checkpointer.latest_step() == 1
-    assert _discard_damaged(tmp_path, lambda text: None) == 1
+    assert _discard_unusable(tmp_path, lambda text: None) == 1
     assert _steps(tmp_path) == {1}
 
 

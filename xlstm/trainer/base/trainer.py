@@ -32,17 +32,32 @@ class TrainerConfig:
     keep_best_checkpoint: bool = False  # Whether that with the lowest validation loss is kept too:
     # the loss of the held-out set or, without one, of the first of data.validation_stores.
     nan_policy: str = "stop"  # After a gradient that is not finite: stop; skip (leave its step
-    # out); or rollback (go on behind it with the parameters of the last checkpoint).
+    # out); or rollback (go on behind it with the parameters of the last confirmed checkpoint).
     max_skipped_steps: int = 20  # So many steps left out in a row stop the run.
+    confirm_steps: int = 10  # A checkpoint is confirmed, so that a run resumes from it, if the last
+    # so many steps (or all) were sound: finite and within the next two limits; 0: every one is.
+    max_loss_spike: float = 2.0  # A loss so many nats above the mean of the last 50 sound steps is
+    # a spike.
+    max_update_ratio: float = 1.0  # An update, or the growth of the parameters, is too large if its
+    # norm is above so many times the parameters' norm in the last 50 sound steps.
     stall_seconds: int = 600  # After so long without progress the run says what hangs; 0: never.
 
     def __post_init__(self):
         check_finite("trainer.", self)
-        may_be_zero = {"seed", "checkpoint_minutes", "keep_checkpoint_interval", "stall_seconds"}
+        may_be_zero = {
+            "seed",
+            "checkpoint_minutes",
+            "keep_checkpoint_interval",
+            "confirm_steps",
+            "stall_seconds",
+        }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in may_be_zero else 1
-            if type(value) in (int, float) and not value >= least:
+            is_limit = field.name in ("max_loss_spike", "max_update_ratio")
+            if is_limit and not value > 0:
+                raise ValueError(f"trainer.{field.name}={value}: it must be above 0")
+            if not is_limit and type(value) in (int, float) and not value >= least:
                 raise ValueError(f"trainer.{field.name}={value}: it must be at least {least}")
         if self.seed >= 2**32:
             raise ValueError(f"trainer.seed={self.seed}: it must be below 2**32")

@@ -173,8 +173,16 @@ def test_counts_must_be_positive(field):
         TrainerConfig(**{field: 0})
 
 
+@pytest.mark.parametrize("field", ["max_loss_spike", "max_update_ratio"])
+def test_limits_must_be_positive(field):
+    assert getattr(TrainerConfig(**{field: 0.1}), field) == 0.1
+    with pytest.raises(ValueError, match=rf"trainer\.{field}=0.0: it must be above 0"):
+        TrainerConfig(**{field: 0.0})
+
+
 @pytest.mark.parametrize(
-    "field", ["seed", "checkpoint_minutes", "keep_checkpoint_interval", "stall_seconds"]
+    "field",
+    ["seed", "checkpoint_minutes", "keep_checkpoint_interval", "confirm_steps", "stall_seconds"],
 )
 def test_some_may_be_zero_but_not_negative(field):
     assert getattr(TrainerConfig(**{field: 0}), field) == 0

@@ -40,7 +40,8 @@ def update_state(
             smaller, `(1 + step) / (10 + step)`, so that the initial parameters are soon forgotten.
 
     Returns:
-        The state after, and the metrics `lr`, `skipped` (1 or 0) and `skipped_steps` (so far).
+        The state after, and the metrics `lr`, `update_norm` (of the change of the parameters),
+        `skipped` (1 or 0) and `skipped_steps` (so far).
     """
     mean, is_good = state.grad_norm_mean, jnp.isfinite(grad_norm) & jnp.isfinite(loss)
     # What counts for the average is limited: of many large norms in a row the last are no outliers.
@@ -61,9 +62,9 @@ def update_state(
     scale = grad_clip_norm / jnp.maximum(grad_norm, grad_clip_norm)
     clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), unboxed(grads))
     updates, opt_state = state.tx.update(clipped, state.opt_state, params)
-    params = choose(
-        jax.tree.map(lambda p, u: p - (lr * u).astype(p.dtype), params, updates), params
-    )
+    steps = jax.tree.map(lambda p, u: (lr * u).astype(p.dtype), params, updates)
+    update_norm = jnp.where(is_good, optax.tree.norm(steps), 0.0)
+    params = choose(jax.tree.map(jnp.subtract, params, steps), params)
     params_ema = state.params_ema
     if params_ema is not None:
         before = unboxed(params_ema)
@@ -78,5 +79,9 @@ def update_state(
         grad_norm_mean=mean,
         skipped_steps=state.skipped_steps + ~is_good,
     )
-    skipped = (~is_good).astype(jnp.int32)
-    return state, {"lr": lr, "skipped": skipped, "skipped_steps": state.skipped_steps}
+    return state, {
+        "lr": lr,
+        "update_norm": update_norm,
+        "skipped": (~is_good).astype(jnp.int32),
+        "skipped_steps": state.skipped_steps,
+    }

@@ -53,6 +53,16 @@ def _update(state, grads, clip=1e9, ratio=0.0, decay=0.0, loss=1.0):
     )
 
 
+@pytest.mark.parametrize("optimizer", [optax.identity(), optax.scale_by_adam()])
+def test_the_norm_of_the_update_is_that_of_the_change(optimizer):
+    state = _state(optimizer)
+    after, metrics = _update(state, _grads())
+    change = jax.tree.map(lambda x, y: np.asarray(x) - y, after.params, _PARAMS)
+    np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(change), rtol=1e-5)
+    _, metrics = _update(state, _grads(), loss=np.nan)
+    assert metrics["update_norm"] == 0 and metrics["skipped"] == 1
+
+
 def test_the_learning_rate_scales_the_direction():
     state, metrics = _update(_state(optax.identity()), _grads())
     for name, value in _PARAMS.items():

@@ -9,6 +9,7 @@ from xlstm.trainer.base.callback import Callback, Stop
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.process_requests import Request, Requests
+from xlstm.trainer.base.soundness import Soundness
 
 
 class CheckpointCallback(Callback):
@@ -19,6 +20,7 @@ class CheckpointCallback(Callback):
         checkpointer: Checkpointer,
         clock: Clock,
         requests: Requests,
+        soundness: Soundness,
         *,
         interval: int,
         minutes: float = 0.0,
@@ -31,12 +33,14 @@ class CheckpointCallback(Callback):
             clock: Is told when a checkpoint holds training up.
             requests: Are told of their answers; a checkpoint is asked for when the minutes are
                 over.
+            soundness: Knows whether the steps so far were sound.
             interval: Steps between checkpoints.
             minutes: Minutes between them; 0: any number.
             best_interval: At multiples of it `set_val_loss` is called first, and there is a
                 checkpoint if the loss is the lowest so far; 0: never.
         """
         self._checkpointer, self._clock, self._requests = checkpointer, clock, requests
+        self._soundness = soundness
         self._interval, self._seconds = interval, 60 * minutes
         self._best_interval = best_interval
         self._last_step: int | None = None
@@ -95,8 +99,13 @@ class CheckpointCallback(Callback):
         self._requests.answered(Request.CHECKPOINT)
         if step == self._last_step:
             return
-        val_loss = self._val_losses.get(step)
         with self._clock.phase("checkpoint"):
-            self._checkpointer.save(step, state, val_loss)
+            self._checkpointer.save(
+                step,
+                state,
+                self._val_losses.get(step),
+                confirmed=self._soundness.confirms(),
+                soundness=self._soundness.to_dict(),
+            )
         self._last_step = step
         self._last_time, self._has_asked = time.monotonic(), False

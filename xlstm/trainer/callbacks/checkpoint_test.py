@@ -9,9 +9,11 @@ import pytest
 from xlstm.common_types import TrainState
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.base.callback import Callback, RollBack
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.process_requests import Request, Requests
+from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.base.trainer import fit
 from xlstm.trainer.callbacks import checkpoint
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
@@ -32,6 +34,10 @@ def _state(step):
 @pytest.fixture
 def requests():
     return Requests(create_mesh(MeshConfig()))
+
+
+def _soundness():
+    return Soundness(confirm_steps=3, max_loss_spike=2.0, max_update_ratio=1.0)
 
 
 class _Validation(Callback):
@@ -71,7 +77,7 @@ def train(tmp_path, requests):
 
         with Checkpointer(str(tmp_path), max_to_keep=9, keep_best=keep_best) as checkpointer:
             callback = CheckpointCallback(
-                checkpointer, Clock(), requests, interval=interval, **options
+                checkpointer, Clock(), requests, _soundness(), interval=interval, **options
             )
             fit(
                 _state(start_step),
@@ -165,11 +171,25 @@ def test_without_a_wish_the_best_is_not_written(train):
     assert train(0, 5, 100, val_losses={2: 3.0, 4: 2.0}) == [5]
 
 
+def test_a_checkpoint_says_whether_the_steps_before_it_were_sound(tmp_path, requests):
+    soundness, good = _soundness(), dict.fromkeys(("grad_norm", "param_norm", "update_norm"), 1.0)
+    with Checkpointer(str(tmp_path), max_to_keep=9) as checkpointer:
+        callback = CheckpointCallback(checkpointer, Clock(), requests, soundness, interval=1)
+        for step, loss in enumerate([1.0, 1.0, 9.0, 1.0, 1.0, 1.0], start=1):
+            soundness.judge(good | {"loss": loss, "skipped": 0.0})
+            callback.on_step(step, _state(step))
+        checkpointer.wait()
+        assert checkpointer.confirmed_step() == 6
+        assert checkpointer.soundness(6) == soundness.to_dict()
+    saved = CheckpointFolder(str(tmp_path)).saved()
+    assert [step for step in saved if saved[step].confirmed] == [1, 2, 6]
+
+
 def test_a_failure_in_the_background_is_told_at_the_next_step(requests):
     class Failing:
         def check(self):
             raise OSError("disk full")
 
-    callback = CheckpointCallback(Failing(), Clock(), requests, interval=5)
+    callback = CheckpointCallback(Failing(), Clock(), requests, _soundness(), interval=5)
     with pytest.raises(OSError, match="disk full"):
         callback.is_due(3)

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -27,6 +28,7 @@ from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.process_requests import Request, Requests
 from xlstm.trainer.base.signals import on_stop_signal
+from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.base.throughput import measure_matmul_rate
 from xlstm.trainer.base.trainer import fit, to_row
 from xlstm.trainer.base.watchdog import watchdog
@@ -83,6 +85,7 @@ class _Run:
         console: Where the first process speaks.
         clock: What the time is spent on.
         requests: What this process asks of all.
+        soundness: Judges the steps.
         source: The run and the step whose parameters it begins with; None for random ones, and for
             a run that has begun.
     """
@@ -97,6 +100,7 @@ class _Run:
     console: Console
     clock: Clock
     requests: Requests
+    soundness: Soundness
     source: tuple[Workdir, int] | None
 
     def say(self, text: str) -> None:
@@ -178,9 +182,10 @@ def open_run(
         stack.enter_context(on_stop_signal(run.stop))
         checkpointer = stack.enter_context(_open_checkpointer(run))
         with run.clock.phase("checkpoint"):
-            start_step = checkpointer.discard_damaged() or 0
+            start_step = checkpointer.discard_unusable() or 0
             if start_step:
                 state = checkpointer.restore(state)
+                run.soundness.from_dict(_saved_soundness(run, checkpointer, start_step))
         if start_step:
             _say_going_on(run, start_step)
         if jax.process_index() == 0:
@@ -251,6 +256,11 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         console=console,
         clock=clock,
         requests=Requests(mesh),
+        soundness=Soundness(
+            config.trainer.confirm_steps,
+            config.trainer.max_loss_spike,
+            config.trainer.max_update_ratio,
+        ),
         source=source,
     )
     if kept:
@@ -292,6 +302,7 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
         max_to_keep=trainer.max_checkpoints,
         keep_interval=trainer.keep_checkpoint_interval,
         keep_best=trainer.keep_best_checkpoint,
+        only_confirmed=trainer.confirm_steps > 0,
         run_info=run_info(
             run.config,
             run.data.checksums,
@@ -353,6 +364,8 @@ def _create_callbacks(
     bad_steps = BadStepsCallback(
         trainer.nan_policy,
         trainer.max_skipped_steps,
+        run.soundness,
+        confirmed_step=functools.partial(_confirmed_step, checkpointer),
         dump_batch=functools.partial(dump_batch, run.data, run.workdir.bad_batches),
         roll_back=functools.partial(_roll_back, run, loggers, checkpointer),
         report=run.say,
@@ -362,6 +375,7 @@ def _create_callbacks(
         checkpointer,
         run.clock,
         run.requests,
+        run.soundness,
         interval=trainer.checkpoint_interval,
         minutes=trainer.checkpoint_minutes,
         best_interval=trainer.eval_interval if trainer.keep_best_checkpoint else 0,
@@ -385,15 +399,28 @@ def _create_callbacks(
     return [metrics, bad_steps, *([evaluation] if run.validation_sets else []), checkpoint, profile]
 
 
+def _confirmed_step(checkpointer: Checkpointer) -> int | None:
+    """The last confirmed checkpoint, once what is being written is whole."""
+    checkpointer.wait()
+    return checkpointer.confirmed_step()
+
+
+def _saved_soundness(run: _Run, checkpointer: Checkpointer, step: int) -> dict[str, Any] | None:
+    """What a checkpoint knows of the steps before it; other text has other losses."""
+    is_same_text = read_run_info(run.workdir.checkpoints, step)["corpora"] == run.data.checksums
+    return checkpointer.soundness(step) if is_same_text else None
+
+
 def _roll_back(
     run: _Run, loggers: Loggers, checkpointer: Checkpointer, step: int, state: TrainState
 ) -> TrainState:
-    """The last checkpoint's state, as if the steps since then had changed nothing."""
+    """The last confirmed checkpoint's state, as if the steps since had changed nothing."""
     with run.clock.phase("checkpoint"):
-        saved_step = checkpointer.discard_damaged()
+        saved_step = checkpointer.discard_unusable()
         if saved_step is None:
             raise ValueError(f"step {step} cannot be rolled back: there is no checkpoint yet")
         state = checkpointer.restore(state)
+        run.soundness.from_dict(_saved_soundness(run, checkpointer, saved_step))
     loggers.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
     return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)

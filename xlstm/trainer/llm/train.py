@@ -28,11 +28,17 @@ def train_language_model(
     num_steps = config.trainer.num_steps
     with open_run(config, workdir_path, allow_config_change=allow_config_change) as run:
         state = run.fit(run.state, run.start_step, max(num_steps, run.start_step))
-    step = int(state.step)
+    step, confirmed = int(state.step), run.checkpointer.confirmed_step()
+    if confirmed != step:
+        which = "there is none yet" if confirmed is None else f"that is step {confirmed:,}"
+        run.say(
+            f"the last steps were not sound: the checkpoint of step {step:,} is not confirmed. The"
+            f" same command goes on from the last confirmed one ({which})"
+        )
     if step < num_steps:
         run.say(
             f"stopped after step {step:,}, which is saved in {workdir_path}: the same command goes"
-            " on from there"
+            f" on from {'there' if confirmed == step else 'the last confirmed checkpoint'}"
         )
         return
     if config.logger.sample_tokens:

@@ -203,15 +203,15 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
 
 
 def test_a_rollback_takes_no_damaged_checkpoint(tmp_path, store, poisonous, bad_steps, monkeypatch):
-    newest, discard_damaged = (bad_steps[1] - 1) // 2 * 2, Checkpointer.discard_damaged
+    newest, discard_unusable = (bad_steps[1] - 1) // 2 * 2, Checkpointer.discard_unusable
 
     def damage_first(checkpointer):
         checkpointer.wait()
         for path in (tmp_path / "checkpoints" / str(newest)).rglob("d/*"):
             path.write_bytes(path.read_bytes()[:-1])
-        return discard_damaged(checkpointer)
+        return discard_unusable(checkpointer)
 
-    monkeypatch.setattr(Checkpointer, "discard_damaged", damage_first)
+    monkeypatch.setattr(Checkpointer, "discard_unusable", damage_first)
     train_language_model(_config(store, trainer={"nan_policy": "rollback"}), str(tmp_path))
     returns = {r["step"]: r["rolled_back_to"] for r in _rows(tmp_path) if "rolled_back_to" in r}
     assert returns[bad_steps[1]] == newest - 2

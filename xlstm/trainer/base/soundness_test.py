@@ -1,0 +1,131 @@
+import json
+import math
+import re
+
+import pytest
+
+from xlstm.trainer.base.soundness import Soundness
+
+_GOOD = {"loss": 3.0, "grad_norm": 1.0, "param_norm": 10.0, "update_norm": 0.1, "skipped": 0.0}
+
+
+def _create(confirm_steps=4):
+    return Soundness(confirm_steps, max_loss_spike=2.0, max_update_ratio=1.0)
+
+
+def _judge(soundness, *rows):
+    return [soundness.judge(_GOOD | row) for row in rows]
+
+
+def test_a_short_run_is_confirmed_while_all_its_steps_are_sound():
+    soundness = _create()
+    for _ in range(7):
+        assert soundness.judge(_GOOD) is None
+        assert soundness.confirms()
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"loss": math.nan}, "loss=nan"),
+        ({"grad_norm": math.inf}, "grad_norm=inf"),
+        ({"param_norm": math.inf}, "param_norm=inf"),
+        ({"update_norm": math.nan}, "update_norm=nan"),
+        ({"loss": 5.1}, "its loss of 5.1 is a spike above the usual 3"),
+        ({"update_norm": 10.1}, "the norm of its update, 10.1, is too large for .* norm 10"),
+        ({"param_norm": 20.5}, "the growth of the parameters' norm, 10.5, is too large for .* 10"),
+    ],
+)
+def test_a_bad_step_and_too_few_after_it_confirm_nothing(row, reason):
+    soundness = _create()
+    _judge(soundness, *[{}] * 10)
+    assert soundness.confirms()
+    (found,) = _judge(soundness, row)
+    assert re.search(reason, found)
+    confirmed = []
+    for _ in range(6):
+        confirmed.append(soundness.confirms())
+        assert soundness.judge(_GOOD) is None
+    assert confirmed == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("row", [{"loss": math.nan}, {"grad_norm": math.inf}, {"loss": 9.0}])
+def test_one_sound_step_confirms_that_a_step_was_well_left_out(row):
+    soundness, confirmed = _create(), []
+    left_out = row | {"skipped": 1.0}
+    for change in [{}, left_out, left_out, {}, {}]:
+        soundness.judge(_GOOD | change)
+        confirmed.append(soundness.confirms())
+    assert confirmed == [True, False, False, True, True]
+
+
+def test_leaving_steps_out_does_not_mend_the_parameters():
+    soundness = _create()
+    rows = [{}, {"update_norm": 1e3}, {"param_norm": 1e3, "loss": math.nan, "skipped": 1.0}]
+    _judge(soundness, *rows, {})
+    assert not soundness.confirms()
+
+
+@pytest.mark.parametrize(
+    "row", [{"loss": 4.9}, {"loss": 0.1}, {"update_norm": 9.9}, {"param_norm": 19.9}]
+)
+def test_what_is_within_the_limits_is_sound(row):
+    soundness = _create()
+    assert _judge(soundness, {}, row) == [None, None]
+
+
+def test_a_ruined_model_never_becomes_the_measure():
+    """As a learning rate of 1e3 leaves it: finite, with the loss of a guess, for ever."""
+    soundness = _create()
+    _judge(soundness, {}, {"param_norm": 10.1})
+    ruined = {"param_norm": 5e9, "update_norm": 0.1, "grad_norm": 0.0}
+    reasons = _judge(soundness, *[ruined] * 200)
+    assert all("growth" in reason for reason in reasons)
+    assert not soundness.confirms()
+
+
+def test_losses_and_norms_may_drift():
+    soundness = _create()
+    rows = [{"loss": 3 + 0.02 * step, "param_norm": 10 * 1.01**step} for step in range(500)]
+    assert _judge(soundness, *rows) == [None] * 500
+
+
+def test_a_first_update_larger_than_the_parameters_is_not_sound():
+    soundness = _create()
+    assert "too large" in soundness.judge(_GOOD | {"update_norm": 200.0})
+    assert not soundness.confirms()
+
+
+def test_parameters_that_begin_at_zero_may_be_anything():
+    soundness = _create()
+    assert _judge(soundness, {"param_norm": 0.0}, {"param_norm": 0.0}) == [None, None]
+
+
+def test_with_no_steps_to_confirm_everything_counts():
+    soundness = _create(confirm_steps=0)
+    soundness.judge(_GOOD | {"loss": math.nan})
+    assert soundness.confirms()
+
+
+@pytest.mark.parametrize("bad", [0, 3, 7, 60])
+def test_a_run_that_was_interrupted_judges_as_an_undisturbed_one(bad):
+    rows = [_GOOD | {"loss": 3.0 - 0.01 * step} for step in range(80)]
+    rows[bad] = rows[bad] | {"loss": math.nan}
+    undisturbed, other, found = _create(), _create(), []
+    for row in rows:
+        saved = json.loads(json.dumps(other.to_dict()))
+        other = _create()
+        other.from_dict(saved)
+        assert other.judge(row) == undisturbed.judge(row)
+        found.append(other.confirms())
+        assert found[-1] == undisturbed.confirms()
+    assert other.to_dict() == undisturbed.to_dict()
+    assert found.index(False) == bad and found[-1]
+
+
+def test_a_checkpoint_without_a_record_counts():
+    soundness = _create()
+    soundness.from_dict(None)
+    assert soundness.confirms()
+    soundness.judge(_GOOD | {"loss": 99.0})  # There is nothing to compare the first step with.
+    assert soundness.confirms()
