@@ -418,7 +418,10 @@ def _roll_back(
     with run.clock.phase("checkpoint"):
         saved_step = checkpointer.discard_unusable()
         if saved_step is None:
-            raise ValueError(f"step {step} cannot be rolled back: there is no checkpoint yet")
+            raise ValueError(
+                f"step {step} cannot be rolled back, since there is no checkpoint yet: begin anew"
+                " with a lower schedule.peak_lr"
+            )
         state = checkpointer.restore(state)
         run.soundness.from_dict(_saved_soundness(run, checkpointer, saved_step))
     loggers.log(step, {"rolled_back_to": saved_step})

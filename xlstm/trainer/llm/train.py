@@ -22,25 +22,28 @@ def train_language_model(
 
     Raises:
         ValueError: If the configuration does not fit itself, the devices, the data or the folder,
-            or if training diverges.
+            or if training diverges, or ends in steps that are not sound.
         OSError: If something cannot be read or written.
     """
     num_steps = config.trainer.num_steps
     with open_run(config, workdir_path, allow_config_change=allow_config_change) as run:
         state = run.fit(run.state, run.start_step, max(num_steps, run.start_step))
     step, confirmed = int(state.step), run.checkpointer.confirmed_step()
-    if confirmed != step:
-        which = "there is none yet" if confirmed is None else f"that is step {confirmed:,}"
-        run.say(
-            f"the last steps were not sound: the checkpoint of step {step:,} is not confirmed. The"
-            f" same command goes on from the last confirmed one ({which})"
-        )
+    is_confirmed = confirmed == step or not config.trainer.confirm_steps
+    good = "none is yet" if confirmed is None else f"the last one is that of step {confirmed:,}"
     if step < num_steps:
+        where = "there" if is_confirmed else f"the last confirmed checkpoint ({good})"
         run.say(
             f"stopped after step {step:,}, which is saved in {workdir_path}: the same command goes"
-            f" on from {'there' if confirmed == step else 'the last confirmed checkpoint'}"
+            f" on from {where}"
         )
         return
+    if not is_confirmed:
+        raise ValueError(
+            f"{step:,} steps are done, but the last ones were not sound, and their checkpoint is"
+            f" not confirmed ({good}): lower schedule.peak_lr or optimizer.grad_clip_norm, or name"
+            " the checkpoint itself to use it as it is"
+        )
     if config.logger.sample_tokens:
         run.say(f"{' a sample ':─^80}\n{_sample(config, run, state)}\n{'':─^80}")
     run.say(f"{step:,} steps done; everything lies in {workdir_path}")

@@ -1,8 +1,12 @@
 """Whole runs in one process: what is left out, and what may change when a run goes on."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
+import signal
+import time
 
 # Compile quickly: every run compiles anew, and trains for a moment. Without fusion emitters, as in
 # QUICK_XLA_FLAGS, another schedule would round the last bit of an update otherwise.
@@ -17,6 +21,7 @@ from xlstm.dataset.pipeline import open_stores, train_batches
 from xlstm.dataset.testing import write_store
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, confirmed_step
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm import language_model
@@ -222,6 +227,81 @@ def test_too_many_bad_steps_in_a_row_stop_a_run(tmp_path, store, poisonous, bad_
     trainer = {"nan_policy": "skip", "max_skipped_steps": 1}
     with pytest.raises(ValueError, match="the last of 1 such steps in a row"):
         train_language_model(_config(store, trainer=trainer), str(tmp_path))
+
+
+@pytest.fixture
+def ruinous(monkeypatch):
+    """After step 6 the learning rate is 1e3: steps are finite at first, and ruin everything."""
+    update_state = language_model.update_state
+
+    def update(*args, schedule, **options):
+        def rate(step):
+            return jax.numpy.where(step >= 6, 1e3, schedule(step))
+
+        return update_state(*args, schedule=rate, **options)
+
+    monkeypatch.setattr(language_model, "update_state", update)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_streak_of_bad_steps_costs_no_good_checkpoint(
+    tmp_path, store, ruinous, monkeypatch, policy
+):
+    config = _config(store, trainer={"nan_policy": policy, "max_checkpoints": 1})
+    for _ in range(2 if policy == "skip" else 1):  # A restart ends in the same way.
+        with pytest.raises(ValueError, match="confirmed.* step 6.*peak_lr"):
+            train_language_model(config, str(tmp_path / "ruined"))
+        saved = CheckpointFolder(str(tmp_path / "ruined" / "checkpoints")).saved()
+        assert confirmed_step(saved) == 6 and len(saved) == 2
+    norms = [row["param_norm"] for row in _rows(tmp_path / "ruined") if "param_norm" in row]
+    assert norms[-1] > 100 * norms[0]
+    monkeypatch.undo()
+    for name in ("clean", "ruined"):
+        train_language_model(config, str(tmp_path / name))
+    assert _losses(tmp_path / "ruined") == _losses(tmp_path / "clean")
+    states = [_last_state(config, tmp_path / name) for name in ("clean", "ruined")]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypatch):
+    config = _config(store, trainer={"nan_policy": "rollback", "max_checkpoints": 1})
+    # What comes behind the bad steps is ruined as well.
+    with pytest.raises(ValueError, match="12 steps are done, but .*.*the last one is that of step"):
+        train_language_model(config, str(tmp_path))
+    returns = {r["step"]: r["rolled_back_to"] for r in _rows(tmp_path) if "rolled_back_to" in r}
+    assert list(returns.values()) == [6] and min(returns) > 8
+    monkeypatch.undo()
+    train_language_model(config, str(tmp_path))
+    state = _last_state(config, tmp_path)
+    assert state.skipped_steps == min(returns) - 6
+    assert all(np.abs(leaf).max() < 20 for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
+    """And one that comes while the run is sound counts at once."""
+    config, to_row = _config(store, trainer={"checkpoint_interval": 5}), open_run_module._to_row
+
+    def asking(bad):
+        def spiked(metrics):
+            row = to_row(metrics)
+            step = int(metrics["skipped_steps"]) + next(steps)
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+            return row | {"loss": row["loss"] + 9 * (bad and step >= 7)}
+
+        return spiked
+
+    for bad in (True, False):
+        steps = itertools.count(1)
+        monkeypatch.setattr(open_run_module, "_to_row", asking(bad))
+        train_language_model(config, str(tmp_path / str(bad)))
+        (stopped,) = re.findall(r"stopped after step (\d+)", capsys.readouterr().out)
+        monkeypatch.undo()
+        train_language_model(config, str(tmp_path / str(bad)))
+        (step,) = re.findall(r"going on from step (\d+)", capsys.readouterr().out)
+        assert step == ("5" if bad else stopped)
 
 
 def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store):
