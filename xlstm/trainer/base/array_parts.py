@@ -14,6 +14,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
+from xlstm.trainer.base.storage_path import literal_path_handler
+from xlstm.trainer.base.stored_arrays import stored_arrays
+
 
 @dataclasses.dataclass(frozen=True)
 class ArrayParts:
@@ -83,12 +86,12 @@ class _PartsHandler(type_handlers.TypeHandler):
 def _checkpointer() -> ocp.Checkpointer:
     registry = type_handlers.create_type_handler_registry((ArrayParts, _PartsHandler()))
     return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        literal_path_handler(use_compression=False, type_handler_registry=registry)
     )
 
 
 def write_parts(path: str, arrays: Mapping[str, ArrayParts]) -> None:
-    """Writes arrays, one part in memory at a time.
+    """Writes arrays, one part in memory at a time, and makes sure that they can be read.
 
     Args:
         path: The folder to make for them.
@@ -99,6 +102,8 @@ def write_parts(path: str, arrays: Mapping[str, ArrayParts]) -> None:
     """
     with _checkpointer() as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays)))
+    float32 = np.dtype(np.float32)
+    stored_arrays(path, {k: jax.ShapeDtypeStruct(x.shape, float32) for k, x in arrays.items()})
 
 
 def open_parts(path: str, names: Iterable[str]) -> dict[str, tensorstore.TensorStore]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from xlstm.trainer.base.checksums import has_checksums, write_checksums
 from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.storage_path import check_storage_path
 
 _RUN_INFO = "run_info.json"
 _UNFINISHED, _REMOVED = ".unfinished", ".removed"
@@ -84,6 +85,10 @@ class CheckpointFolder:
     """
 
     path: str
+
+    def __post_init__(self):
+        """Raises ValueError if nothing can be stored there."""
+        check_storage_path(self.path)
 
     def of_step(self, step: int) -> str:
         """The folder of a checkpoint."""

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -28,7 +28,9 @@ from xlstm.trainer.base.checkpoint_folder import (
     confirmed_step,
 )
 from xlstm.trainer.base.checksums import find_damage
-from xlstm.trainer.base.first_process import from_first_process, wait_for_all
+from xlstm.trainer.base.first_process import from_first_process, in_first_process
+from xlstm.trainer.base.storage_path import literal_path_handler
+from xlstm.trainer.base.stored_arrays import stored_arrays
 
 ITEM = "state"  # The folder of the arrays in that of a step.
 
@@ -47,6 +49,7 @@ def reported(what: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The operating system's words for a failure, if there are any in a long text."""
     text = " ".join(str(error).split()) or repr(error)
+    text = text.partition(" [tensorstore_spec=")[0]
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
         if os.strerror(code) in text:
             return os.strerror(code)
@@ -60,7 +63,7 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     of the time of a small checkpoint, would be of no use to a run on another mesh.
     """
     arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
-    return ocp.PyTreeCheckpointHandler(
+    return literal_path_handler(
         use_compression=False,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
     )
@@ -206,7 +209,7 @@ class Checkpointer:
                 step = steps[-1]
                 if self._only_confirmed and not saved.get(step, Saved()).confirmed:
                     unconfirmed.append(step)
-                elif damage := find_damage(folder.of_step(step)):
+                elif damage := self._find_damage(step):
                     damages[step] = damage
                 else:
                     break
@@ -230,6 +233,17 @@ class Checkpointer:
                     f" and that of step {steps[-1]} is used"
                 )
         return steps[-1]
+
+    def _find_damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint; see `find_damage`."""
+        folder = self._folder.of_step(step)
+        damage = find_damage(folder)
+        if damage is None:
+            try:
+                stored_arrays(self._arrays_path(folder))
+            except Exception as error:  # Whatever storage raises; its files are as written.
+                damage = _reason(error)
+        return damage
 
     def _remove_leftovers(self) -> None:
         try:
@@ -284,7 +298,7 @@ class Checkpointer:
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in like_arrays.items()
         }
-        target = arrays_to_read(wanted, self._orbax.metadata(path).item_metadata.tree)
+        target = arrays_to_read(wanted, stored_arrays(path))
         for array in like_arrays.values():
             array.delete()
         arrays = self._orbax.restore(path, args=restore_arguments(target))
@@ -321,8 +335,9 @@ class Checkpointer:
         with self._writing():
             if jax.process_index() == 0:
                 self._folder.begin(step)
-            arrays = _save_arguments(named_arrays(state))
-            self._orbax.save(self._arrays_path(self._folder.unfinished(step)), args=arrays)
+            arrays, path = named_arrays(state), self._arrays_path(self._folder.unfinished(step))
+            self._orbax.save(path, args=_save_arguments(arrays))
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         is_known = val_loss is not None and math.isfinite(val_loss)
         saved = Saved(
             val_loss=float(val_loss) if is_known else None,
@@ -330,26 +345,34 @@ class Checkpointer:
             confirmed=confirmed,
             soundness=soundness,
         )
-        self._thread = threading.Thread(target=self._finish, args=(step, saved))
+        self._thread = threading.Thread(target=self._finish, args=(step, saved, shapes))
         self._thread.start()
 
-    def _finish(self, step: int, saved: Saved) -> None:
+    def _finish(self, step: int, saved: Saved, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """What is to be done in the background once Orbax has begun."""
+
+        def complete() -> None:
+            self._check_written(step, shapes)
+            self._folder.complete(step, self._run_info, saved)
+
         try:
             self._orbax.wait_until_finished()
-            is_first_process = jax.process_index() == 0
-            try:
-                if is_first_process:
-                    self._folder.complete(step, self._run_info, saved)
-            finally:
-                wait_for_all(f"checksums_{step}")
+            in_first_process(f"checkpoint_{step}", complete)
             known = self._saved | {step: saved}
             # Every process keeps the same books; replaced at once, so that no lock is needed.
             self._saved = self._retention.kept(known)
-            if is_first_process:
+            if jax.process_index() == 0:
                 self._remove(known.keys() - self._saved.keys())
         except Exception as error:  # As above; it is raised where the training sees it.
             self._error = error
+
+    def _check_written(self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """Raises an error if what all processes have written cannot be read."""
+        try:
+            stored_arrays(self._arrays_path(self._folder.unfinished(step)), shapes)
+        except Exception as error:
+            hint = "; do all processes see the same folder?" if jax.process_count() > 1 else ""
+            raise OSError(f"what was written cannot be read: {_reason(error)}{hint}") from error
 
     def _remove(self, steps: Iterable[int]) -> None:
         """Removes old checkpoints; that one stays is no reason to end a run."""
@@ -398,6 +421,9 @@ class Checkpointer:
     ) -> None:
         """Closes; after an error in the block, that one is told and not another from here."""
         if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-            return  # Another process may have ended: what is being written will never be whole.
+            # Another process may have ended: what is being written will never be whole. But if
+            # it ended because a checkpoint failed, this process knows.
+            self.check()
+            return
         with contextlib.suppress(OSError) if error_type else contextlib.nullcontext():
             self.close()

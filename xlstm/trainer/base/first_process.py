@@ -1,9 +1,10 @@
-"""What only the first of several processes may do, and all have to know."""
+"""What only the first of several processes may do, and what all of them have to know."""
 
 import collections
+import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,10 +23,65 @@ def wait_for_all(key: str) -> None:
         key: What the processes wait for; threads that wait at the same time need keys of their own.
     """
     if jax.process_count() > 1:
-        with _lock:
-            _uses[key] += 1  # A name serves once.
-            name = f"{key}_{_uses[key]}"
-        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_TIMEOUT_MS)
+        ocp.multihost.get_barrier_sync_fn()(key=_new_name(key), timeout_ms=_TIMEOUT_MS)
+
+
+def _new_name(key: str) -> str:
+    """A name that serves once, the same in all processes."""
+    with _lock:
+        _uses[key] += 1
+        return f"{key}_{_uses[key]}"
+
+
+def in_first_process(key: str, function: Callable[[], None]) -> None:
+    """Calls a function in the first process only, for which the others wait; from any thread.
+
+    Args:
+        key: Names what is done; threads that wait at the same time need keys of their own.
+        function: What to do.
+
+    Raises:
+        OSError: In every other process, if the function raises anything.
+    """
+    if jax.process_count() == 1:
+        function()
+        return
+    client, name = ocp.multihost.get_jax_distributed_client(), _new_name(key)
+    if jax.process_index() == 0:
+        message = None
+        try:
+            function()
+        except Exception as error:
+            message = str(error) or repr(error)
+            raise
+        finally:
+            client.key_value_set(name, json.dumps(message))
+    else:
+        message = json.loads(client.blocking_key_value_get(name, _TIMEOUT_MS))
+        if message is not None:
+            raise OSError(message)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Raises an OSError of a block that all processes go through in every one of them.
+
+    No process may wait for another one in the block.
+
+    Raises:
+        OSError: If the block raises one, in this process or another.
+    """
+    error = None
+    try:
+        yield
+    except OSError as caught:
+        error = caught
+    if jax.process_count() > 1:
+        failed = np.ravel(multihost_utils.process_allgather(np.bool_(error is not None)))
+        if error is None and failed.any():
+            raise OSError(f"process {failed.argmax()} of {len(failed)} failed, and says why")
+    if error is not None:
+        raise error
 
 
 def from_first_process(function: Callable[[], Any]) -> Any:

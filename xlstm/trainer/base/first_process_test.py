@@ -7,12 +7,19 @@ import sys
 import pytest
 
 from xlstm.trainer.base import first_process
-from xlstm.trainer.base.first_process import from_first_process, wait_for_all
+from xlstm.trainer.base.first_process import (
+    failing_together,
+    from_first_process,
+    in_first_process,
+    wait_for_all,
+)
 
 _PROCESS = f"""
-import json, os, sys, time
+import concurrent.futures, json, os, sys, time
 import jax
-from {first_process.__name__} import from_first_process, wait_for_all
+from {first_process.__name__} import (
+    failing_together, from_first_process, in_first_process, wait_for_all
+)
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, 2, index)
@@ -35,6 +42,29 @@ if index == 0:
     open(os.path.join(folder, "late"), "w").close()
 wait_for_all("late")
 wait_for_all("late")
+
+def fail_in_one(process, error):
+    with failing_together():
+        if index == process:
+            raise error
+
+def in_thread(function):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(in_first_process, "thread", function).result()
+
+in_thread(lambda: open(os.path.join(folder, "once"), "x").close())
+fail_in_one(2, OSError("nobody"))
+for function in (
+    lambda: in_thread(fail),
+    lambda: in_thread(lambda: 1 / 0),
+    lambda: fail_in_one(0, OSError("it is mine")),
+    lambda: fail_in_one(1, OSError("it is mine")),
+):
+    try:
+        function()
+        answers.append("no error")
+    except (OSError, ZeroDivisionError) as error:
+        answers.append(str(error))
 print(json.dumps([*answers, sorted(os.listdir(folder))]))
 """
 
@@ -42,8 +72,11 @@ print(json.dumps([*answers, sorted(os.listdir(folder))]))
 def test_one_process_answers_itself():
     wait_for_all("me")
     assert from_first_process(lambda: {1, 2}) == {1, 2}
-    with pytest.raises(ZeroDivisionError):
-        from_first_process(lambda: 1 / 0)
+    for call in (from_first_process, lambda function: in_first_process("me", function)):
+        with pytest.raises(ZeroDivisionError):
+            call(lambda: 1 / 0)
+    with pytest.raises(OSError, match="it is mine"), failing_together():
+        raise OSError("it is mine")
 
 
 def test_the_first_process_answers_for_all(tmp_path):
@@ -66,7 +99,11 @@ def test_the_first_process_answers_for_all(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    for output, errors in printed:
+    for index, (output, errors) in enumerate(printed):
         found = json.loads(output.splitlines()[-1]) if output else errors
         answer = {"who": 0, "long": "ü" * 1000}
-        assert found == [answer, None, "the disk is full", ["0", "late"]]
+        together = ["it is mine", "process 1 of 2 failed, and says why"]
+        if index == 1:
+            together = ["process 0 of 2 failed, and says why", "it is mine"]
+        errors = ["the disk is full", "the disk is full", "division by zero", *together]
+        assert found == [answer, None, *errors, ["0", "late", "once"]]

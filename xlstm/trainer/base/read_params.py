@@ -17,6 +17,8 @@ from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import ITEM, reported, restore_arguments
 from xlstm.trainer.base.checksums import find_damage
 from xlstm.trainer.base.param_utils import path_name, reboxed, unboxed
+from xlstm.trainer.base.storage_path import literal_path_handler
+from xlstm.trainer.base.stored_arrays import stored_arrays
 
 
 def read_params(directory: str, step: int, like: PyTree) -> PyTree:
@@ -35,7 +37,7 @@ def read_params(directory: str, step: int, like: PyTree) -> PyTree:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(unboxed(like))
     with _whole_checkpoint(directory, step) as (checkpointer, path):
-        target = _saved_names(checkpointer, path, {path_name(key): leaf for key, leaf in leaves})
+        target = _saved_names(path, {path_name(key): leaf for key, leaf in leaves})
         arrays = checkpointer.restore(path, args=restore_arguments(target))
     return reboxed(jax.tree.unflatten(structure, [arrays[name] for name in target]), like)
 
@@ -57,8 +59,8 @@ def open_params(
         OSError: See `read_params`.
     """
     wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    with _whole_checkpoint(directory, step) as (checkpointer, path):
-        target = _saved_names(checkpointer, path, wanted)
+    with _whole_checkpoint(directory, step) as (_, path):
+        target = _saved_names(path, wanted)
         arrays = open_parts(path, target)
     return dict(zip(shapes, (arrays[name] for name in target), strict=True))
 
@@ -73,15 +75,13 @@ def _whole_checkpoint(directory: str, step: int) -> Iterator[tuple[ocp.Checkpoin
     damage = find_damage(path)
     if damage:
         raise OSError(f"{what}: {damage}")
-    with reported(what), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with reported(what), ocp.Checkpointer(literal_path_handler()) as checkpointer:
         yield checkpointer, os.path.join(path, ITEM)
 
 
-def _saved_names(
-    checkpointer: ocp.Checkpointer, path: str, wanted: Mapping[str, Any]
-) -> dict[str, Any]:
+def _saved_names(path: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters wanted, in their order, by the names that they have among the arrays."""
-    saved = checkpointer.metadata(path).item_metadata.tree
+    saved = stored_arrays(path)
     has_average = any(name.startswith("params_ema.") for name in saved)
     prefix = "params_ema" if has_average else "params"
     wanted = {f"{prefix}.{name}": x for name, x in wanted.items()}

@@ -30,6 +30,7 @@ from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
 from xlstm.trainer.base.checkpointing import ITEM, read_run_info, reported
 from xlstm.trainer.base.files import new_folder
 from xlstm.trainer.base.read_params import open_params
+from xlstm.trainer.base.storage_path import check_storage_path
 from xlstm.trainer.llm.code_version import code_version
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.hf_files import open_tensors, read_json, write_json, write_tensors
@@ -92,6 +93,7 @@ def import_model(
             of the target's name.
         OSError: If something cannot be read or written.
     """
+    check_storage_path(target)
     published = read_json(os.path.join(source, _CONFIG_FILE))
     try:
         model, backend = from_hf_config(published)

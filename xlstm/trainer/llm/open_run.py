@@ -176,8 +176,7 @@ def open_run(
         state = start_from(*run.source, state)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(own_workdir(run.workdir))
+        stack.enter_context(own_workdir(run.workdir))
         stack.enter_context(watchdog(run.clock, config.trainer.stall_seconds, _warn))
         stack.enter_context(on_stop_signal(run.stop))
         checkpointer = stack.enter_context(_open_checkpointer(run))

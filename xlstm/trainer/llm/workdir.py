@@ -20,6 +20,7 @@ from xlstm.dataset.tokenizer import (
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import from_first_process
+from xlstm.trainer.base.shared_folder import check_shared_folder
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
@@ -324,15 +325,20 @@ def own_workdir(workdir: Workdir) -> Iterator[None]:
         workdir: The folder.
 
     Raises:
-        ValueError: If another process has it.
+        OSError: In every process, if another run has it, it cannot be made, or not all processes
+            of this run see it.
     """
-    os.makedirs(workdir.path, exist_ok=True)
-    folder = os.open(workdir.path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {workdir.path}") from None
+    with contextlib.ExitStack() as stack:
+
+        def own() -> None:
+            os.makedirs(workdir.path, exist_ok=True)
+            folder = os.open(workdir.path, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"another process is training in {workdir.path}") from None
+
+        from_first_process(own)
+        check_shared_folder(workdir.path)
         yield
-    finally:
-        os.close(folder)

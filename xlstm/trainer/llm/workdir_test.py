@@ -292,9 +292,12 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 
 def test_a_folder_has_one_owner_at_a_time(claimed):
     with own_workdir(claimed):
-        with pytest.raises(ValueError, match="another process is training in"):
-            with own_workdir(claimed):
-                pass
+        other_name = claimed.path + "-too"
+        os.symlink(claimed.path, other_name)
+        for path in (claimed.path, other_name):
+            with pytest.raises(OSError, match="another process is training in"):
+                with own_workdir(Workdir(path)):
+                    pass
     with own_workdir(claimed):
         pass
     assert os.listdir(claimed.path) == ["config.json"]

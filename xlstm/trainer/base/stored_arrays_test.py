@@ -1,0 +1,108 @@
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+
+from xlstm.trainer.base.array_parts import ArrayParts, write_parts
+from xlstm.trainer.base.stored_arrays import stored_arrays
+
+_SHAPES = {"stack": (4, 20, 20), "small": (3,)}
+_EXPECTED = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in _SHAPES.items()}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """An array of four parts, the second of which is zeros, and a small one of one."""
+    parts = (np.full((1, 20, 20), abs(i - 1), np.float32) for i in range(4))
+    arrays = {
+        "stack": ArrayParts(_SHAPES["stack"], 4, parts),
+        "small": ArrayParts(_SHAPES["small"], 1, iter([np.zeros(3, np.float32)])),
+    }
+    write_parts(str(tmp_path / "arrays"), arrays)
+    return str(tmp_path / "arrays")
+
+
+def _database(path, **options):
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}, **options}
+    return tensorstore.KvStore.open(spec).result()
+
+
+def _remove(path, key):
+    _database(path).delete_range(tensorstore.KvStore.KeyRange(key, key + "\0")).result()
+
+
+def test_what_is_there_whole(path):
+    for expected in (None, _EXPECTED):
+        found = stored_arrays(path, expected)
+        assert {name: x.shape for name, x in found.items()} == _SHAPES
+        assert {x.dtype for x in found.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("key", ["stack/0.0.0", "stack/1.0.0", "stack/3.0.0"])
+def test_a_missing_part_is_named_even_one_of_zeros(path, key):
+    _remove(path, key)
+    for expected in (None, _EXPECTED):
+        with pytest.raises(ValueError, match="^1 of 4 parts of the array stack are missing$"):
+            stored_arrays(path, expected)
+
+
+def test_a_missing_array_is_named(path):
+    _remove(path, "small/.zarray")
+    with pytest.raises(ValueError, match="^the array small is missing$"):
+        stored_arrays(path, _EXPECTED)
+    with pytest.raises(ValueError, match='cannot be opened .*"small/.zarray"'):
+        stored_arrays(path)
+    with pytest.raises(ValueError, match="^the array third is missing$"):
+        stored_arrays(path, {"third": _EXPECTED["small"]})
+
+
+@pytest.mark.parametrize("shape, dtype", [((4, 20, 10), np.float32), ((4, 20, 20), np.int32)])
+def test_another_shape_or_type_is_named(path, shape, dtype):
+    with pytest.raises(ValueError, match="the array stack is not listed as the one of the shape"):
+        stored_arrays(path, {"stack": jax.ShapeDtypeStruct(shape, dtype)})
+
+
+@pytest.mark.parametrize("size", [None, 0, 1599])
+def test_a_file_that_is_cut_or_gone_is_named(path, size):
+    folder = os.path.join(path, "ocdbt.process_0", "d")
+    name = max(os.listdir(folder), key=lambda x: os.path.getsize(os.path.join(folder, x)))
+    if size is None:
+        os.remove(os.path.join(folder, name))
+    else:
+        os.truncate(os.path.join(folder, name), size)
+    with pytest.raises(ValueError, match=f"{name}, which holds a part of the array stack, is cut"):
+        stored_arrays(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "_METADATA", "d"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_manifest_that_is_missing_or_other_bytes(path, name, is_there):
+    damaged = os.path.join(path, name)
+    shutil.move(damaged, f"{path}.{name}")
+    if is_there:
+        with open(damaged, "w") as file:
+            file.write("{}")
+    with pytest.raises((ValueError, OSError)):
+        stored_arrays(path)
+
+
+def test_a_tree_of_several_levels(path):
+    """As there is for a very large number of arrays."""
+    database = _database(path)
+    entries = {key: database[key] for key in database.list().result()}
+    os.remove(os.path.join(path, "manifest.ocdbt"))
+    shutil.rmtree(os.path.join(path, "d"))
+    small_nodes = {"max_decoded_node_bytes": 200, "max_inline_value_bytes": 10}
+    database = _database(path, config=small_nodes)
+    with tensorstore.Transaction() as transaction:
+        for key, value in entries.items():
+            database.with_transaction(transaction)[key] = value
+    base = tensorstore.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+    assert tensorstore.ocdbt.dump(base).result()["versions"][-1]["root_height"] > 1
+    assert stored_arrays(path, _EXPECTED).keys() == _SHAPES.keys()
+    _remove(path, "stack/2.0.0")
+    with pytest.raises(ValueError, match="1 of 4 parts of the array stack are missing"):
+        stored_arrays(path)
