@@ -90,7 +90,7 @@ def train_batches(
 
     Raises:
         ValueError: The step is negative, a batch from there on cannot be divided, or a store has
-            too little text.
+            too little text; or, later, a store was found to be damaged.
     """
     sources = _training_windows(config, stores)
     windows, bos_id = JoinedWindows(sources), stores[0].meta.bos_id
@@ -99,7 +99,15 @@ def train_batches(
     def read(numbers: list[int]) -> Batch:
         return full_batch(np.stack([windows[number] for number in numbers]), bos_id)
 
-    return read_batches(config, order, read, start_step, shard_index, shard_count)
+    batches = read_batches(config, order, read, start_step, shard_index, shard_count)
+
+    def checked() -> Iterator[Batch]:
+        for batch in batches:
+            for store in stores:
+                store.check()
+            yield batch
+
+    return checked()
 
 
 def read_batches(

@@ -103,7 +103,7 @@ def test_a_length_at_which_grain_leaves_the_last_window_out(tmp_path):
     config = config_for(tall, context_length=1, batch_size=size, validation_fraction=0.0)
     for batch in take(2, train_batches(config, [tall])):
         found = np.stack([batch.inputs[:, 0], batch.targets[:, 0]], axis=1)
-        tokens = np.asarray(tall.tokens)
+        tokens = tall.tokens[:]
         expected = np.stack([tokens[:-1], tokens[1:]], axis=1)
         assert len(expected) == size and expected[-1].tolist() == [ord("x"), ord("z")]
         np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(expected, axis=0))
@@ -237,7 +237,7 @@ def test_origins(store, tmp_path, step):
     assert {origin.store for origin in origins} == set(stores)
     for origin, inputs, targets in zip(origins, batch.inputs, batch.targets, strict=True):
         row = bytes([*inputs, targets[-1]])
-        edges, tokens = stores[origin.store].documents, stores[origin.store].tokens
+        edges, tokens = stores[origin.store].documents[:], stores[origin.store].tokens
         held_out = split_documents(len(edges) - 1, 0.2)
         documents = [
             bytes(tokens[edges[i] : edges[i + 1]])

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from xlstm.dataset.stdlib_corpus import build_stdlib_store, open_stdlib_store, stdlib_files
-from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.testing import open_verified
 from xlstm.dataset.token_store_writer import StoreExistsError
 
 
@@ -24,7 +24,7 @@ def test_store_is_the_text(tmp_path):
     assert store.meta.num_tokens > 3_000_000
     position = [path.endswith("/argparse.py") for path in stdlib_files()].index(True)
     with open(stdlib_files()[position], "rb") as file:
-        assert b"\0" + file.read() in bytes(store.tokens)
+        assert b"\0" + file.read() in bytes(store.tokens[:])
     with pytest.raises(StoreExistsError):
         build_stdlib_store(store.path)
 
@@ -50,4 +50,4 @@ def test_processes_may_race(tmp_path):
         counts = pool.map(_open_and_count, [path] * 3, chunksize=1)
     assert len(set(counts)) == 1
     assert os.listdir(tmp_path) == ["stdlib"]
-    TokenStore.open(path, verify=True)
+    open_verified(path)

@@ -64,6 +64,8 @@ class TaskRows:
 class TaskValidationSet:
     """Examples to validate on, always the same; see `ValidationSet`."""
 
+    stores = ()
+
     def __init__(self, name: str, rows: TaskRows, tokenizer: Tokenizer, batch_size: int):
         """Takes the set's name, its rows, their tokenizer and the rows of a batch."""
         self.name, self.tokenizer = name, tokenizer
@@ -85,6 +87,8 @@ class TaskValidationSet:
 
 class TaskData:
     """What a run on a task reads; see `StoreData`."""
+
+    stores = ()
 
     def __init__(self, config: DataConfig):
         """Makes the task.

@@ -10,6 +10,7 @@ import tokenizers
 
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.config import DataConfig
+from xlstm.dataset.store_verification import verify_store
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import TokenStoreWriter, encode_documents
 from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
@@ -164,6 +165,13 @@ def write_store(path: str, texts: Sequence[str], tokenizer: Tokenizer | None = N
     with TokenStoreWriter(str(path), tokenizer) as writer:
         writer.add(encode_documents(tokenizer, texts))
     return TokenStore.open(str(path))
+
+
+def open_verified(path: str) -> TokenStore:
+    """Opens a token store, after all of it was found to be as its checksums say."""
+    store = TokenStore.open(str(path))
+    verify_store(store)
+    return store
 
 
 def write_letter_store(path: str, first: int = 1, documents: int = 60, seed: int = 0) -> TokenStore:

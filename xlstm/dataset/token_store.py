@@ -1,4 +1,4 @@
-"""The token store: a folder that holds a tokenised corpus, opened by mapping it into memory.
+"""The token store: a folder that holds a tokenised corpus, read piece by piece.
 
     tokens.bin      the ids of all documents, one behind the other, little-endian uint8/16/32
     documents.bin   int64: where each document starts in tokens.bin, and at last where it ends
@@ -14,15 +14,22 @@ occur nowhere else. `token_store_writer` writes stores.
 Version 1 knew only one marker and no `text_bytes.bin`; it is still read.
 """
 
-import dataclasses
-import hashlib
-import json
+import bisect
 import os
-from collections.abc import Sequence
-from typing import Any
+import reprlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from xlstm.dataset.file_array import FileArray
+from xlstm.dataset.store_meta import (
+    CORRECTION_DTYPE,
+    CORRECTIONS_FILE,
+    DOCUMENTS_FILE,
+    OFFSET_DTYPE,
+    TOKENS_FILE,
+    StoreMeta,
+)
 from xlstm.dataset.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
@@ -31,86 +38,9 @@ from xlstm.dataset.tokenizer import (
     same_tokenizer,
 )
 
-FORMAT = "xlstm token store"
-VERSION = 2
 META_FILE = "meta.json"
-TOKENS_FILE = "tokens.bin"
-DOCUMENTS_FILE = "documents.bin"
-CORRECTIONS_FILE = "text_bytes.bin"
-OFFSET_DTYPE = np.dtype("<i8")
-_CORRECTION_BYTES = 2 * OFFSET_DTYPE.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreMeta:
-    """What `meta.json` says.
-
-    Attributes:
-        tokenizer: "byte", or "tokenizer.json" where the store holds the definition itself.
-        fingerprint: The tokenizer's.
-        vocab_size: The tokenizer's.
-        eod_id: The tokenizer's.
-        eod_token: The tokenizer's.
-        bos_id: The tokenizer's.
-        bos_token: The tokenizer's.
-        dtype: Of `tokens.bin`, in NumPy's notation.
-        num_documents: How many documents there are.
-        num_tokens: How many tokens there are, markers included.
-        text_bytes: The size of the text in UTF-8.
-        files: For every other file of the store, its size in `bytes` and its `sha256`.
-        version: That of the format.
-    """
-
-    tokenizer: str
-    fingerprint: str
-    vocab_size: int
-    eod_id: int
-    eod_token: str
-    bos_id: int
-    bos_token: str
-    dtype: str
-    num_documents: int
-    num_tokens: int
-    text_bytes: int
-    files: dict[str, dict[str, Any]]
-    version: int = VERSION
-
-    def to_json(self) -> str:
-        """Returns the text of `meta.json`."""
-        fields = {"format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(fields, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "StoreMeta":
-        """Parses the text of `meta.json`; raises ValueError where it is not one of ours."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-            raise ValueError(f"it does not describe an {FORMAT}")
-        version = fields.get("version")
-        if version not in (1, VERSION):
-            raise ValueError(f"it has format version {version}, this program reads 1 and {VERSION}")
-        try:
-            if version == 1:  # It had one marker for both.
-                fields |= {"bos_id": fields["eod_id"], "bos_token": fields["eod_token"]}
-            meta = cls(**fields)
-            itemsize = np.dtype(meta.dtype).itemsize
-            expected = {
-                TOKENS_FILE: meta.num_tokens * itemsize,
-                DOCUMENTS_FILE: (meta.num_documents + 1) * OFFSET_DTYPE.itemsize,
-            }
-            sizes = {name: meta.files[name]["bytes"] for name in expected}
-            if not all(isinstance(file["sha256"], str) for file in meta.files.values()):
-                raise TypeError("a checksum is no text")
-            counts = (meta.vocab_size, meta.eod_id, meta.bos_id, meta.text_bytes)
-            if not all(type(x) is int for x in counts):
-                raise TypeError("a count is no integer")
-            if meta.files.get(CORRECTIONS_FILE, {"bytes": 0})["bytes"] % _CORRECTION_BYTES:
-                raise TypeError(f"{CORRECTIONS_FILE} has no whole entries")
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"its fields are not those of version {version} ({error})") from error
-        if sizes != expected or not meta.num_tokens > meta.num_documents > 0:
-            raise ValueError("its counts and file sizes contradict each other")
-        return meta
+_MAX_META_BYTES = 1 << 20
+_PIECE = 1 << 20  # Elements that are checked at a time.
 
 
 class TokenStore:
@@ -119,20 +49,24 @@ class TokenStore:
     Attributes:
         path: The folder.
         meta: What `meta.json` says.
-        tokens: `(num_tokens,)` ids, mapped from the file.
+        tokens: `(num_tokens,)` ids.
         documents: `(num_documents + 1,)` int64: document `i` is `tokens[documents[i] :
             documents[i + 1]]`.
-        corrections: `(C, 2)` int64: the index of each token that stands for another number of bytes
-            of text than the tokenizer says, ascending, and those bytes.
+        corrections: `(C,)`, `index` and `bytes`: the index of each token that stands for another
+            number of bytes of text than the tokenizer says, ascending, and those bytes.
+        problem: What was found to be wrong since the store was opened, see `store_guard`; None if
+            nothing was.
     """
+
+    problem: Exception | None = None
 
     def __init__(
         self,
         path: str,
         meta: StoreMeta,
-        tokens: np.ndarray,
-        documents: np.ndarray,
-        corrections: np.ndarray,
+        tokens: FileArray,
+        documents: FileArray,
+        corrections: FileArray | np.ndarray,
     ):
         """Takes what `open` has read and checked."""
         self.path = path
@@ -142,12 +76,13 @@ class TokenStore:
         self.corrections = corrections
 
     @classmethod
-    def open(cls, path: str, *, verify: bool = False) -> "TokenStore":
-        """Opens a store, checking the sizes of its files and the order of its documents.
+    def open(cls, path: str) -> "TokenStore":
+        """Opens a store: checks the sizes of its files and the order of what points into them.
+
+        That the bytes are those of the checksums is for `store_guard` to find out.
 
         Args:
             path: The folder.
-            verify: Also read all of it and compare the checksums.
 
         Returns:
             The store.
@@ -157,23 +92,31 @@ class TokenStore:
         """
         try:
             meta = _read_meta(path)
-            for name, file in meta.files.items():
-                _check_file(path, name, file, verify)
-            tokens = np.memmap(os.path.join(path, TOKENS_FILE), np.dtype(meta.dtype), "r")
-            documents = np.memmap(os.path.join(path, DOCUMENTS_FILE), OFFSET_DTYPE, "r")
-            corrections = np.zeros((0, 2), np.int64)
+            tokens = _open_file(path, meta, TOKENS_FILE, np.dtype(meta.dtype))
+            documents = _open_file(path, meta, DOCUMENTS_FILE, OFFSET_DTYPE)
+            corrections = np.zeros(0, CORRECTION_DTYPE)
             if CORRECTIONS_FILE in meta.files:
-                mapped = np.memmap(os.path.join(path, CORRECTIONS_FILE), OFFSET_DTYPE, "r")
-                corrections = mapped.reshape(-1, 2)
+                corrections = _open_file(path, meta, CORRECTIONS_FILE, CORRECTION_DTYPE)
+            if TOKENIZER_FILE in meta.files:
+                _open_file(path, meta, TOKENIZER_FILE, np.dtype(np.uint8))
+            _check_documents(path, meta, documents)
+            _check_corrections(path, meta, corrections)
         except OSError as error:
             raise ValueError(f"cannot read {error.filename or path}: {error.strerror}") from error
-        in_order = documents[0] == 0 and documents[-1] == meta.num_tokens
-        if not in_order or not np.all(documents[:-1] < documents[1:]):
-            raise ValueError(
-                f"the token store {path} is damaged: the offsets in {DOCUMENTS_FILE} do not run "
-                f"from 0 to {meta.num_tokens} in rising order"
-            )
         return cls(path, meta, tokens, documents, corrections)
+
+    @property
+    def files(self) -> dict[str, FileArray]:
+        """The open files, by their names."""
+        files = {DOCUMENTS_FILE: self.documents, TOKENS_FILE: self.tokens}
+        if isinstance(self.corrections, FileArray):
+            files[CORRECTIONS_FILE] = self.corrections
+        return files
+
+    def check(self) -> None:
+        """Raises `problem`, if there is one."""
+        if self.problem is not None:
+            raise self.problem
 
     def load_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer that the store was written with.
@@ -186,11 +129,14 @@ class TokenStore:
             tokenizer = load_tokenizer(definition, self.meta.eod_token, self.meta.bos_token)
         else:
             tokenizer = load_tokenizer(self.meta.tokenizer)
-        if tokenizer.fingerprint != self.meta.fingerprint:
-            raise ValueError(
-                f"the token store {self.path} is damaged: its {tokenizer.name} has the fingerprint "
-                f"{tokenizer.fingerprint}, {META_FILE} says {self.meta.fingerprint}"
-            )
+        for name in ("fingerprint", "vocab_size", "eod_id", "eod_token", "bos_id", "bos_token"):
+            found, said = getattr(tokenizer, name), getattr(self.meta, name)
+            if found != said:
+                raise ValueError(
+                    f"the token store {self.path} is damaged: {META_FILE} says {name} "
+                    f"{reprlib.repr(said)}, its tokenizer {tokenizer.name} has "
+                    f"{reprlib.repr(found)}"
+                )
         return tokenizer
 
     def count_text_bytes(self, start: int, stop: int, tokenizer: Tokenizer) -> int | None:
@@ -213,9 +159,12 @@ class TokenStore:
         is_inside = np.zeros(ids.size, np.int64)
         is_inside[1:] = ids[:-1] != self.meta.bos_id
         sizes = tokenizer.token_bytes[is_inside, ids][ids.size - (stop - start) :]
-        first, last = np.searchsorted(self.corrections[:, 0], (start, stop))
+        first, last = (
+            bisect.bisect_left(self.corrections, place, key=lambda entry: entry["index"])
+            for place in (start, stop)
+        )
         corrected = self.corrections[first:last]
-        sizes[corrected[:, 0] - start] = corrected[:, 1]
+        sizes[corrected["index"] - start] = corrected["bytes"]
         return int(sizes.sum())
 
 
@@ -242,8 +191,10 @@ def _read_meta(path: str) -> StoreMeta:
     """Reads `meta.json`; raises ValueError or OSError."""
     meta_path = os.path.join(path, META_FILE)
     try:
-        with open(meta_path, encoding="utf-8") as file:
-            return StoreMeta.from_json(file.read())
+        content = FileArray(meta_path, np.uint8)[: _MAX_META_BYTES + 1].tobytes()
+        if len(content) > _MAX_META_BYTES:
+            raise ValueError(f"it has more than {_MAX_META_BYTES:,} bytes")
+        return StoreMeta.from_json(content.decode("utf-8"))
     except FileNotFoundError as error:
         if not os.path.isdir(path):
             raise ValueError(f"no token store at {path}: there is no such folder") from error
@@ -254,20 +205,54 @@ def _read_meta(path: str) -> StoreMeta:
         raise ValueError(f"cannot use the token store {path}: {META_FILE}: {error}") from error
 
 
-def _check_file(path: str, name: str, expected: dict[str, Any], verify: bool) -> None:
-    """Compares a file's size, and with `verify` its checksum, with what `meta.json` says."""
-    file_path = os.path.join(path, name)
-    size = os.path.getsize(file_path)
-    if size != expected["bytes"]:
+def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileArray:
+    """Opens a file of a store; raises ValueError if its size is not what `meta.json` says."""
+    file = FileArray(os.path.join(path, name), dtype)
+    if file.num_bytes != meta.files[name]["bytes"]:
         raise ValueError(
-            f"the token store {path} is truncated or damaged: {name} has {size} bytes, "
-            f"{META_FILE} says {expected['bytes']}"
+            f"the token store {path} is truncated or damaged: {name} has {file.num_bytes} bytes, "
+            f"{META_FILE} says {meta.files[name]['bytes']}"
         )
-    if verify:
-        with open(file_path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected["sha256"]:
+    return file
+
+
+def _check_documents(path: str, meta: StoreMeta, documents: FileArray) -> None:
+    """Raises ValueError if the documents do not lie one behind the other in all of the tokens."""
+    problem = f"the first is {documents[0]}" if documents[0] else ""
+    if not problem and documents[-1] != meta.num_tokens:
+        problem = f"the last is {documents[-1]}"
+    for first, offsets in [] if problem else _overlapping_pieces(documents):
+        falls = np.flatnonzero(offsets[1:] <= offsets[:-1])
+        if falls.size:
+            number = int(falls[0])
+            problem = f"document {first + number:,} would run from {offsets[number]} to"
+            problem = f"{problem} {offsets[number + 1]}"
+            break
+    if problem:
+        raise ValueError(
+            f"the token store {path} is damaged: the offsets in {DOCUMENTS_FILE} do not run from 0 "
+            f"to {meta.num_tokens} in rising order ({problem})"
+        )
+
+
+def _check_corrections(path: str, meta: StoreMeta, corrections: FileArray | np.ndarray) -> None:
+    """Raises ValueError if the corrections do not point to tokens in rising order."""
+    for first, entries in _overlapping_pieces(corrections):
+        index, num_bytes = entries["index"], entries["bytes"]
+        is_bad = (index < 0) | (index >= meta.num_tokens)
+        is_bad |= (num_bytes < 0) | (num_bytes > meta.text_bytes)
+        is_bad[1:] |= index[1:] <= index[:-1]
+        if is_bad.any():
+            number = int(np.argmax(is_bad))
             raise ValueError(
-                f"the token store {path} is damaged: the SHA-256 of {name} is {digest}, "
-                f"{META_FILE} says {expected['sha256']}"
+                f"the token store {path} is damaged: entry {first + number:,} of "
+                f"{CORRECTIONS_FILE} gives token {index[number]} {num_bytes[number]} bytes; "
+                f"expected tokens from 0 to {meta.num_tokens - 1} in rising order and 0 to "
+                f"{meta.text_bytes} bytes"
             )
+
+
+def _overlapping_pieces(array: FileArray | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields where pieces begin, and the pieces: each with the first element of the next."""
+    for first in range(0, len(array), _PIECE):
+        yield first, array[first : first + _PIECE + 1]

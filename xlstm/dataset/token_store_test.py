@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from xlstm.dataset.testing import write_store, write_tokenizer_json
+from xlstm.dataset import token_store
+from xlstm.dataset.testing import open_verified, write_store, write_tokenizer_json
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import load_tokenizer
 
@@ -28,11 +29,11 @@ def edit_meta(path, **changes):
 
 
 def test_documents_are_led_by_the_marker(path):
-    store = TokenStore.open(path, verify=True)
+    store = open_verified(path)
     assert store.meta.num_documents == 3
-    assert store.documents.tolist() == [0, 6, 13, 1014]
+    assert store.documents[:].tolist() == [0, 6, 13, 1014]
     assert store.tokens.dtype == np.uint8
-    assert bytes(store.tokens) == b"".join(b"\0" + text.encode() for text in TEXTS)
+    assert bytes(store.tokens[:]) == b"".join(b"\0" + text.encode() for text in TEXTS)
     assert store.meta.text_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
@@ -41,7 +42,7 @@ def test_store_holds_its_tokenizer(tmp_path):
     store = write_store(tmp_path / "store", TEXTS, load_tokenizer(source, "<end>"))
     os.remove(source)
     moved = shutil.move(store.path, tmp_path / "moved")
-    store = TokenStore.open(moved, verify=True)
+    store = open_verified(moved)
     tokenizer = store.load_tokenizer()
     assert store.tokens.dtype == np.uint16
     assert tokenizer.eod_id == store.meta.eod_id
@@ -135,11 +136,69 @@ def test_meta_with_another_field(path):
         TokenStore.open(path)
 
 
-@pytest.mark.parametrize("offsets", [[1, 6, 13, 1014], [0, 6, 13, 1013], [0, 13, 6, 1014]])
-def test_damaged_offsets(path, offsets):
+@pytest.mark.parametrize(
+    "offsets, place",
+    [
+        ([1, 6, 13, 1014], "the first is 1"),
+        ([0, 6, 13, 1013], "the last is 1013"),
+        ([0, 13, 6, 1014], "document 1 would run from 13 to 6"),
+        ([0, 6, 6, 1014], "document 1 would run from 6 to 6"),
+        ([0, -6, 13, 1014], "document 0 would run from 0 to -6"),
+    ],
+)
+@pytest.mark.parametrize("piece_size", [1, 2, 1 << 20])
+def test_damaged_offsets(path, offsets, place, piece_size, monkeypatch):
+    monkeypatch.setattr(token_store, "_PIECE", piece_size)
     np.array(offsets, np.int64).tofile(os.path.join(path, "documents.bin"))
-    with pytest.raises(ValueError, match="documents.bin do not run from 0 to 1014"):
+    with pytest.raises(ValueError, match=f"documents.bin do not run from 0 to 1014 .*{place}"):
         TokenStore.open(path)
+
+
+@pytest.mark.parametrize(
+    "entries, place",
+    [
+        ([[2, 1], [2, 1], [8, 3]], "entry 1 of text_bytes.bin gives token 2 1 bytes"),
+        ([[2, 1], [4, 1], [3, 3]], "entry 2 of text_bytes.bin gives token 3 3 bytes"),
+        ([[-1, 1], [4, 1], [8, 3]], "entry 0 of text_bytes.bin gives token -1"),
+        ([[2, 1], [4, 1], [1014, 3]], "entry 2 of text_bytes.bin gives token 1014"),
+        ([[2, 1], [4, -1], [8, 3]], "entry 1 of text_bytes.bin gives token 4 -1 bytes"),
+        ([[2, 1], [4, 2000], [8, 3]], "entry 1 of text_bytes.bin gives token 4 2000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("piece_size", [1, 2, 1 << 20])
+def test_damaged_corrections(path, entries, place, piece_size, monkeypatch):
+    monkeypatch.setattr(token_store, "_PIECE", piece_size)
+    file = os.path.join(path, "text_bytes.bin")
+    files = TokenStore.open(path).meta.files
+    for values in ([[2, 1], [4, 1], [8, 3]], entries):
+        np.array(values, np.int64).tofile(file)
+        edit_meta(path, files=files | {"text_bytes.bin": {"bytes": 48, "sha256": "0" * 64}})
+        if values is not entries:
+            assert len(TokenStore.open(path).corrections) == 3
+    with pytest.raises(ValueError, match=f"{place}.*; expected tokens from 0 to 1013"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
+def test_a_pipe_is_not_waited_for(path, name):
+    os.remove(os.path.join(path, name))
+    os.mkfifo(os.path.join(path, name))
+    with pytest.raises(ValueError, match=f"cannot read .*{name}: it is no ordinary file"):
+        TokenStore.open(path)
+
+
+def test_huge_meta(path):
+    with open(os.path.join(path, "meta.json"), "a") as file:
+        file.truncate(1 << 40)  # It takes no place.
+    with pytest.raises(ValueError, match="meta.json: it has more than 1,048,576 bytes"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("changes", [{"eod_id": 5, "bos_id": 5}, {"eod_token": "<end>"}])
+def test_markers_that_are_not_the_tokenizers(path, changes):
+    edit_meta(path, **changes)
+    with pytest.raises(ValueError, match="meta.json says eod_|the byte tokenizer's marker is NUL"):
+        TokenStore.open(path).load_tokenizer()
 
 
 def test_verify_finds_a_changed_byte(path):
@@ -148,4 +207,4 @@ def test_verify_finds_a_changed_byte(path):
         file.write(b"y")
     TokenStore.open(path)
     with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
-        TokenStore.open(path, verify=True)
+        open_verified(path)

@@ -15,14 +15,14 @@ from types import TracebackType
 
 import numpy as np
 
-from xlstm.dataset.token_store import (
+from xlstm.dataset.store_meta import (
     CORRECTIONS_FILE,
     DOCUMENTS_FILE,
-    META_FILE,
     OFFSET_DTYPE,
     TOKENS_FILE,
     StoreMeta,
 )
+from xlstm.dataset.token_store import META_FILE
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _HASHER = ThreadPoolExecutor(1)

@@ -22,19 +22,29 @@ class ValidationSet:
 
     Attributes:
         name: Tells the set from the others; empty for the one held out of the training stores.
+        stores: What its documents lie in.
         tokenizer: What its documents were encoded with.
     """
 
-    def __init__(self, name: str, windows: JoinedWindows, tokenizer: Tokenizer, config: DataConfig):
+    def __init__(
+        self,
+        name: str,
+        stores: Sequence[TokenStore],
+        windows: JoinedWindows,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+    ):
         """Finds the order, without reading any token.
 
         Args:
             name: The set's name.
+            stores: What the rows lie in.
             windows: The rows, `data.context_length + 1` tokens or, at ends, fewer.
             tokenizer: What they were encoded with.
             config: Has the context length and the batch size.
         """
         self.name = name
+        self.stores = stores
         self._windows = windows
         self.tokenizer = tokenizer
         self._batch_size = config.batch_size
@@ -58,7 +68,7 @@ class ValidationSet:
             An iterator over NumPy batches with the `B / shard_count` rows of that share.
 
         Raises:
-            ValueError: The batch cannot be divided.
+            ValueError: The batch cannot be divided; or, later, a store was found to be damaged.
         """
         rows = rows_per_shard(self._batch_size, shard_index, shard_count)
         numbers, bos_id = self._numbers(max_batches), self.tokenizer.bos_id
@@ -67,6 +77,8 @@ class ValidationSet:
             for first in range(0, numbers.size, self._batch_size):
                 share = numbers[first + shard_index * rows :][:rows]
                 chosen = [self._windows[number] for number in share]
+                for store in self.stores:
+                    store.check()
                 yield padded_batch(chosen, (rows, self._width), bos_id)
 
         return generate()
@@ -117,7 +129,8 @@ def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> li
             Windows(store, documents, config.context_length, keep_partial=True)
             for store, documents in chosen
         ]
-        return ValidationSet(name, JoinedWindows(parts), chosen[0][0].load_tokenizer(), config)
+        windows, tokenizer = JoinedWindows(parts), chosen[0][0].load_tokenizer()
+        return ValidationSet(name, [store for store, _ in chosen], windows, tokenizer, config)
 
     sets = []
     if config.validation_fraction > 0:

@@ -89,10 +89,9 @@ class Windows:
         """
         # Neighbouring documents are one stretch of the file: few stretches, so few copies a window.
         edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-        starts, stops = store.documents[edges[::2]], store.documents[edges[1::2]]
+        documents = store.documents[:]  # Too much to keep.
+        starts, stops = documents[edges[::2]], documents[edges[1::2]]
         self._store = store
-        self._tokens = np.asarray(store.tokens)  # Still mapped; slicing a `memmap` is slow.
-        self._documents = store.documents
         self._ends = np.cumsum(stops - starts)
         self._shifts = (
             stops - self._ends
@@ -111,7 +110,7 @@ class Windows:
         place, stop = self._bounds(index)
         window, filled = np.empty(stop - place, np.int32), 0
         for begin, end in self._spans(place, stop):
-            window[filled : filled + end - begin] = self._tokens[begin:end]
+            window[filled : filled + end - begin] = self._store.tokens[begin:end]
             filled += end - begin
         return window
 
@@ -133,8 +132,8 @@ class Windows:
         """
         first, stop = self._bounds(index)
         places = [place + int(self._shifts[self._stretch(place)]) for place in (first, stop - 1)]
-        first, last = np.searchsorted(self._documents, places, side="right") - 1
-        return int(first), int(last)
+        first, last = (bisect.bisect_right(self._store.documents, x) - 1 for x in places)
+        return first, last
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:

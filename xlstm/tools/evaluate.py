@@ -9,6 +9,7 @@ the parameters, that is what is evaluated.
 """
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -19,12 +20,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from xlstm.dataset.data import open_data
+from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
 from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
+from xlstm.trainer.base.first_process import wait_for_all
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
@@ -48,6 +51,12 @@ _BATCH_SIZE = flags.DEFINE_integer(
 )
 _CONTEXT_LENGTH = flags.DEFINE_integer(
     "context_length", None, "Tokens in a row [the run's].", lower_bound=1
+)
+_VERIFY_DATA = flags.DEFINE_bool(
+    "verify_data",
+    False,
+    "Compare all token stores with their checksums before the first batch. Otherwise those of more "
+    "than 64 MB are read beside it, and those that were verified on this machine not again.",
 )
 _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
 
@@ -114,7 +123,11 @@ def evaluate_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> dict[
     params = read_params(workdir.checkpoints, step, state.params)
     columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True, quiet=jax.process_index() != 0)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    guard = StoreGuard([store for each in sets for store in each.stores], say)
+    guard.verify_first(_VERIFY_DATA.value)
+    wait_for_all("stores")
+    with guard, Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("batches", total=None)
         evaluate = create_evaluation(
             mesh,

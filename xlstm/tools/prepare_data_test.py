@@ -13,7 +13,12 @@ from ml_collections.config_flags import tuple_parser
 
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.pipeline import open_stores, train_batches
-from xlstm.dataset.testing import tokenizer_families, write_store, write_tokenizer_json
+from xlstm.dataset.testing import (
+    open_verified,
+    tokenizer_families,
+    write_store,
+    write_tokenizer_json,
+)
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
 from xlstm.tools.prepare_data import train_command
@@ -54,8 +59,8 @@ def test_from_files_to_batches(corpus):
     inputs = ["--input=books,lines.jsonl", "--input=*.gz"]
     result = prepare(corpus, *inputs, "--output=out/one")
     assert result.returncode == 0, result.stderr
-    store = TokenStore.open(str(corpus / "out" / "one"), verify=True)
-    documents = bytes(store.tokens).split(b"\0")[1:]
+    store = open_verified(str(corpus / "out" / "one"))
+    documents = bytes(store.tokens[:]).split(b"\0")[1:]
     assert documents[:3] == [b"first book", b"second book", b"line 0 " * 100]
     assert documents[-1] == b"packed"
     assert store.meta.num_documents == 2003
@@ -81,7 +86,7 @@ def test_with_a_tokenizer(corpus):
     result = prepare(corpus, "--input=books", "--output=store", *tokenizer)
     assert result.returncode == 0, result.stderr
     store = TokenStore.open(str(corpus / "store"))
-    assert store.load_tokenizer().decode(store.tokens) == "first booksecond book"
+    assert store.load_tokenizer().decode(store.tokens[:]) == "first booksecond book"
     assert f"--config.model.vocab_size={store.meta.vocab_size}" in result.stdout
 
 
@@ -112,8 +117,8 @@ def test_bad_records(corpus):
     inputs = ["--input=bad.jsonl,latin.txt,packed.jsonl.gz", "--skip_bad_records"]
     result = prepare(corpus, *inputs, "--output=store", "--workers=2")
     assert result.returncode == 0, result.stderr
-    store = TokenStore.open(str(corpus / "store"), verify=True)
-    assert bytes(store.tokens) == b"\0fine" * 1989 + b"\0packed"
+    store = open_verified(str(corpus / "store"))
+    assert bytes(store.tokens[:]) == b"\0fine" * 1989 + b"\0packed"
     assert "left out (bad)    13" in result.stdout
     reasons = ["not JSON", "no 'text' among its keys", "'text' is not a string, but 5"] * 4
     listed = [line for line in result.stderr.splitlines() if line.startswith("left out")]
@@ -172,7 +177,7 @@ def test_unknown_tokens_are_counted_and_markers_are_those_of_the_model(corpus):
     assert result.returncode == 0, result.stderr
     assert "unknown tokens    2" in result.stdout
     store = TokenStore.open(str(corpus / "store"))
-    documents = np.split(store.tokens, store.documents[1:-1])
+    documents = np.split(store.tokens[:], store.documents[1:-1])
     assert [(int(ids[0]), int(ids[-1])) for ids in documents] == [(1, 2), (1, 2)]
     result = prepare(corpus, *arguments, "--bos_token=<pad>", "--eod_token=<s>", "--output=other")
     assert result.returncode == 0, result.stderr
@@ -188,7 +193,7 @@ def test_odd_paths(corpus):
     odd = f"--input={folder}/new\nline.txt"
     result = prepare(corpus, odd, "--input=books/a.txt,packed.jsonl.gz", "--output=store")
     assert result.returncode == 0, result.stderr
-    assert bytes(TokenStore.open(str(corpus / "store")).tokens) == b"\0odd\0first book\0packed"
+    assert bytes(TokenStore.open(str(corpus / "store")).tokens[:]) == b"\0odd\0first book\0packed"
     result = prepare(corpus, "--input=a,b", "--output=none")
     assert result.returncode == 2
     assert "bad.jsonl, line 1: not JSON" in result.stderr and "Traceback" not in result.stderr
@@ -199,7 +204,7 @@ def test_an_existing_store_stays(corpus):
     result = prepare(corpus, "--input=lines.jsonl", "--output=store")
     assert result.returncode == 2
     assert "store exists already" in result.stderr
-    assert TokenStore.open(str(corpus / "store"), verify=True).meta.num_documents == 2
+    assert open_verified(str(corpus / "store")).meta.num_documents == 2
 
 
 def _wait(condition, seconds=60):

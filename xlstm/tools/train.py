@@ -16,6 +16,12 @@ _WORKDIR = flags.DEFINE_string(
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a run that began with another configuration."
 )
+_VERIFY_DATA = flags.DEFINE_bool(
+    "verify_data",
+    False,
+    "Compare all token stores with their checksums before the first step. Otherwise those of more "
+    "than 64 MB are read beside it, and those that were verified on this machine not again.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +33,10 @@ def main(argv: list[str]) -> None:
     initialize_devices()
     with ending_together():
         train_language_model(
-            config, resolve_path(workdir), allow_config_change=_ALLOW_CONFIG_CHANGE.value
+            config,
+            resolve_path(workdir),
+            allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+            verify_data=_VERIFY_DATA.value,
         )
 
 

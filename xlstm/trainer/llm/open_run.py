@@ -16,6 +16,7 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.batch_sizes import rows_before
 from xlstm.dataset.data import Data, open_data
+from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.dataset.validation import ValidationSet
 from xlstm.distributed.pipeline_parallel import bubble_fraction
@@ -24,7 +25,7 @@ from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.first_process import from_first_process
+from xlstm.trainer.base.first_process import from_first_process, wait_for_all
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.process_requests import Request, Requests
 from xlstm.trainer.base.signals import on_stop_signal
@@ -149,7 +150,11 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(
-    config: RunConfig, workdir_path: str, *, allow_config_change: bool = False
+    config: RunConfig,
+    workdir_path: str,
+    *,
+    allow_config_change: bool = False,
+    verify_data: bool = False,
 ) -> Iterator[OpenRun]:
     """Opens a run's folder, and brings everything to where the run was.
 
@@ -160,6 +165,7 @@ def open_run(
         config: What to do; a run that goes on keeps the defaults that it began with.
         workdir_path: The run's folder; it is made if it is not there.
         allow_config_change: Whether to go on with a run that began with another configuration.
+        verify_data: Whether to verify token stores now that are large, or were verified before.
 
     Yields:
         The run.
@@ -170,6 +176,10 @@ def open_run(
     """
     run = _prepare(config, workdir_path, allow_config_change)
     config, tokenizer = run.config, run.data.tokenizer
+    validated = [store for each in run.validation_sets for store in each.stores]
+    guard = StoreGuard([*run.data.stores, *validated], run.say)
+    guard.verify_first(verify_data)
+    wait_for_all("stores")
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.source:
         run.say("beginning with the parameters of step {1:,} in {0.path}".format(*run.source))
@@ -179,6 +189,7 @@ def open_run(
         stack.enter_context(own_workdir(run.workdir))
         stack.enter_context(watchdog(run.clock, config.trainer.stall_seconds, _warn))
         stack.enter_context(on_stop_signal(run.stop))
+        stack.enter_context(guard)
         checkpointer = stack.enter_context(_open_checkpointer(run))
         with run.clock.phase("checkpoint"):
             start_step = checkpointer.discard_unusable() or 0

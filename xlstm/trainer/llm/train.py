@@ -9,7 +9,11 @@ from xlstm.trainer.llm.text_generation import WritingOptions, encode_prompt, wri
 
 
 def train_language_model(
-    config: RunConfig, workdir_path: str, *, allow_config_change: bool = False
+    config: RunConfig,
+    workdir_path: str,
+    *,
+    allow_config_change: bool = False,
+    verify_data: bool = False,
 ) -> None:
     """Trains from scratch, or goes on from the last checkpoint in the run's folder.
 
@@ -19,6 +23,7 @@ def train_language_model(
         config: What to do.
         workdir_path: The run's folder; it is made if it is not there.
         allow_config_change: Whether to go on with a run that began with another configuration.
+        verify_data: Whether to verify token stores first that are large, or were verified before.
 
     Raises:
         ValueError: If the configuration does not fit itself, the devices, the data or the folder,
@@ -26,7 +31,9 @@ def train_language_model(
         OSError: If something cannot be read or written.
     """
     num_steps = config.trainer.num_steps
-    with open_run(config, workdir_path, allow_config_change=allow_config_change) as run:
+    with open_run(
+        config, workdir_path, allow_config_change=allow_config_change, verify_data=verify_data
+    ) as run:
         state = run.fit(run.state, run.start_step, max(num_steps, run.start_step))
     step, confirmed = int(state.step), run.checkpointer.confirmed_step()
     is_confirmed = confirmed == step or not config.trainer.confirm_steps

@@ -1,0 +1,164 @@
+"""The `meta.json` of a token store: what it says, and whether that can be."""
+
+import dataclasses
+import json
+import re
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer
+
+FORMAT = "xlstm token store"
+VERSION = 2
+TOKENS_FILE = "tokens.bin"
+DOCUMENTS_FILE = "documents.bin"
+CORRECTIONS_FILE = "text_bytes.bin"
+OFFSET_DTYPE = np.dtype("<i8")
+CORRECTION_DTYPE = np.dtype([("index", OFFSET_DTYPE), ("bytes", OFFSET_DTYPE)])
+_TOKEN_DTYPES = ("|u1", "<u2", "<u4")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreMeta:
+    """What `meta.json` says.
+
+    Attributes:
+        tokenizer: "byte", or "tokenizer.json" where the store holds the definition itself.
+        fingerprint: The tokenizer's.
+        vocab_size: The tokenizer's.
+        eod_id: The tokenizer's.
+        eod_token: The tokenizer's.
+        bos_id: The tokenizer's.
+        bos_token: The tokenizer's.
+        dtype: Of `tokens.bin`, in NumPy's notation.
+        num_documents: How many documents there are.
+        num_tokens: How many tokens there are, markers included.
+        text_bytes: The size of the text in UTF-8.
+        files: For every other file of the store, its size in `bytes` and its `sha256`.
+        version: That of the format.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    bos_id: int
+    bos_token: str
+    dtype: str
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    files: dict[str, dict[str, Any]]
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """Returns the text of `meta.json`."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "StoreMeta":
+        """Parses the text of `meta.json`; raises ValueError where it is not one of ours."""
+        fields = _parse(text)
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise ValueError(f"it does not describe an {FORMAT}")
+        version = fields.get("version")
+        if type(version) is not int or version not in (1, VERSION):
+            raise ValueError(
+                f"it has format version {reprlib.repr(version)}, this program reads 1 and {VERSION}"
+            )
+        if version == 1:  # It had one marker for both.
+            fields |= {"bos_id": fields.get("eod_id"), "bos_token": fields.get("eod_token")}
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in sorted(names ^ fields.keys()):
+            problem = "is missing" if name in names else "is unknown"
+            raise ValueError(
+                f"its fields are not those of version {version}: {reprlib.repr(name)} {problem}"
+            )
+        for field in dataclasses.fields(cls):
+            value = fields[field.name]
+            if field.type in (str, int) and type(value) is not field.type:
+                kind = "a text" if field.type is str else "an integer"
+                raise ValueError(f"its {field.name} is {reprlib.repr(value)}: expected {kind}")
+        meta = cls(**fields)
+        _check_values(meta)
+        _check_files(meta)
+        return meta
+
+
+def _parse(text: str) -> Any:
+    """Parses JSON of which no part can be understood in two ways."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which JSON does not know")
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise ValueError(f"it has the key {reprlib.repr(twice)} twice")
+        return fields
+
+    try:
+        return json.loads(text, object_pairs_hook=to_dict, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _check_values(meta: StoreMeta) -> None:
+    """Raises ValueError if a field has a value that cannot be."""
+    if meta.tokenizer not in (ByteTokenizer.name, TOKENIZER_FILE):
+        raise ValueError(
+            f"its tokenizer is {reprlib.repr(meta.tokenizer)}: expected {ByteTokenizer.name!r} or"
+            f" {TOKENIZER_FILE!r}"
+        )
+    if meta.dtype not in _TOKEN_DTYPES:
+        raise ValueError(
+            f"its dtype is {reprlib.repr(meta.dtype)}: expected one of"
+            f" {', '.join(map(repr, _TOKEN_DTYPES))}"
+        )
+    num_ids = 256 ** np.dtype(meta.dtype).itemsize
+    for name, least, most in [
+        ("vocab_size", 1, num_ids),
+        ("eod_id", 0, meta.vocab_size - 1),
+        ("bos_id", 0, meta.vocab_size - 1),
+        ("num_documents", 1, 2**60),
+        ("num_tokens", meta.num_documents + 1, 2**60),
+        ("text_bytes", 0, 2**60),
+    ]:
+        if not least <= getattr(meta, name) <= most:
+            raise ValueError(
+                f"its {name} is {reprlib.repr(getattr(meta, name))}: expected at least {least} and"
+                f" at most {most}"
+            )
+
+
+def _check_files(meta: StoreMeta) -> None:
+    """Raises ValueError if the entries of the files are not such, or contradict the counts."""
+    needed = {TOKENS_FILE, DOCUMENTS_FILE}
+    if meta.tokenizer == TOKENIZER_FILE:
+        needed.add(TOKENIZER_FILE)
+    if not isinstance(meta.files, dict) or not needed <= meta.files.keys():
+        raise ValueError(f"its files lack one of {', '.join(sorted(needed))}")
+    for name, entry in meta.files.items():
+        if name not in needed | {CORRECTIONS_FILE}:
+            raise ValueError(f"its files have {reprlib.repr(name)}, which is none of the format")
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise ValueError(f"its entry of {name} is not the file's bytes and sha256")
+        if type(entry["bytes"]) is not int or entry["bytes"] < 0:
+            raise ValueError(f"its entry of {name} has {reprlib.repr(entry['bytes'])} bytes")
+        digest = entry["sha256"]
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ValueError(f"its entry of {name} has the SHA-256 {reprlib.repr(digest)}")
+    expected = {
+        TOKENS_FILE: meta.num_tokens * np.dtype(meta.dtype).itemsize,
+        DOCUMENTS_FILE: (meta.num_documents + 1) * OFFSET_DTYPE.itemsize,
+    }
+    if any(meta.files[name]["bytes"] != size for name, size in expected.items()):
+        raise ValueError("its counts and file sizes contradict each other")
+    if meta.files.get(CORRECTIONS_FILE, {"bytes": 0})["bytes"] % CORRECTION_DTYPE.itemsize:
+        raise ValueError(f"its {CORRECTIONS_FILE} has no whole entries")

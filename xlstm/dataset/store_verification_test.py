@@ -1,0 +1,152 @@
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from xlstm.dataset import store_verification
+from xlstm.dataset.store_verification import store_identity, verify_store
+from xlstm.dataset.testing import open_verified, tokenizer_families, write_store
+from xlstm.dataset.token_store import TokenStore
+from xlstm.dataset.tokenizer import load_tokenizer
+
+TEXTS = ["the cat sat", "größte Stadt! 你好", "on a mat", "x" * 50, "café"]
+
+
+@pytest.fixture(scope="module", params=["<s>", None], ids=["two markers", "one marker"])
+def original(request, tmp_path_factory):
+    """A store with all the files that there can be."""
+    folder = tmp_path_factory.mktemp("verification")
+    (folder / "tokenizer.json").write_bytes(tokenizer_families()["byte_level_prefix"])
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"), "</s>", request.param)
+    write_store(folder / "store", TEXTS, tokenizer)
+    assert len(os.listdir(folder / "store")) == 5
+    return folder / "store"
+
+
+@pytest.fixture
+def path(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "copy")
+
+
+@pytest.fixture(params=[1 << 21, 48, 16])
+def piece_size(request, monkeypatch):
+    """Bytes that are looked at at once."""
+    monkeypatch.setattr(store_verification, "_PIECE", request.param)
+
+
+def tokens_of(path):
+    return np.fromfile(path / "tokens.bin", "<u2")
+
+
+def exchange_tokens(path, tokens):
+    """Writes other tokens and their checksum, as who makes a store by other means would."""
+    tokens.tofile(path / "tokens.bin")
+    meta = json.loads((path / "meta.json").read_text())
+    meta["files"]["tokens.bin"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def test_what_was_written_is_right(path, piece_size):
+    assert verify_store(TokenStore.open(str(path)))
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "documents.bin", "text_bytes.bin", "tokenizer.json"]
+)
+def test_every_flipped_bit_is_found(path, name):
+    rng = np.random.default_rng(0)
+    content = (path / name).read_bytes()
+    for place in [0, len(content) - 1, *rng.integers(0, len(content), 20)]:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(0, 8)
+        (path / name).write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"the token store .*copy is damaged.*{name}"):
+            open_verified(path)
+
+
+def test_flipped_bits_of_meta_json_change_nothing_in_silence(path):
+    rng = np.random.default_rng(0)
+    content = (path / "meta.json").read_bytes()
+    meta, num_found = TokenStore.open(str(path)).meta, 0
+    for place in rng.integers(0, len(content), 200):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(0, 8)
+        (path / "meta.json").write_bytes(flipped)
+        try:
+            store = open_verified(path)
+            store.load_tokenizer()
+        except ValueError:
+            num_found += 1
+        else:  # No more than the total that is shown when a store is made, or white space.
+            assert vars(store.meta) | {"text_bytes": meta.text_bytes} == vars(meta)
+    assert num_found > 100
+
+
+def test_zeros_of_the_right_size(path):
+    size = os.path.getsize(path / "tokens.bin")
+    os.truncate(path / "tokens.bin", 0)
+    os.truncate(path / "tokens.bin", size)  # A file that takes no place.
+    with pytest.raises(ValueError, match="copy is damaged, or .* is 0, but documents"):
+        open_verified(path)
+
+
+@pytest.mark.parametrize("place", [1, 17, -2])
+def test_ids_outside_the_vocabulary(path, place, piece_size):
+    tokens, store = tokens_of(path), TokenStore.open(str(path))
+    size = store.meta.vocab_size
+    tokens[place] = size
+    exchange_tokens(path, tokens)
+    index = range(len(tokens))[place]
+    document = np.searchsorted(store.documents[:], index, side="right") - 1
+    with pytest.raises(
+        ValueError,
+        match=rf"copy is damaged, or was not written with its tokenizer: token {index} of"
+        rf" tokens.bin \(document {document}, .*\) is {size}, but the ids .* end at {size - 1}",
+    ):
+        open_verified(path)
+
+
+@pytest.mark.parametrize("kind", ["begin", "end", "inside"])
+def test_markers_elsewhere(path, kind, piece_size):
+    tokens, store = tokens_of(path), TokenStore.open(str(path))
+    meta, (begin, end) = store.meta, store.documents[2:4]
+    if kind == "end" and meta.bos_id == meta.eod_id:
+        end += 1  # Where the next document begins.
+    index = {"begin": begin, "end": end - 1, "inside": begin + 2}[kind]
+    tokens[index] = meta.eod_id if kind == "inside" else 100
+    exchange_tokens(path, tokens)
+    with pytest.raises(
+        ValueError, match=rf"token {index} of tokens.bin .* is {tokens[index]}, but documents begin"
+    ):
+        open_verified(path)
+
+
+def test_it_ends_when_it_is_not_wanted(path):
+    (path / "tokens.bin").write_bytes(b"\0" * os.path.getsize(path / "tokens.bin"))
+    assert not verify_store(TokenStore.open(str(path)), lambda: False)
+
+
+def test_identity_is_that_of_the_files_and_not_of_the_path(path, tmp_path):
+    identity = store_identity(TokenStore.open(str(path)))
+    os.symlink(path, tmp_path / "link")
+    assert store_identity(TokenStore.open(str(tmp_path / "link"))) == identity
+    moved = shutil.move(path, tmp_path / "moved")
+    assert store_identity(TokenStore.open(str(moved))) == identity
+    copy = shutil.copytree(moved, tmp_path / "another")
+    assert store_identity(TokenStore.open(str(copy))) != identity
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "text_bytes.bin", "meta.json"])
+def test_identity_differs_after_a_change(path, name):
+    before = TokenStore.open(str(path))
+    identity = store_identity(before)
+    if name == "meta.json":
+        text = (path / name).read_text()
+        (path / name).write_text(text.replace(before.meta.files["tokens.bin"]["sha256"], "0" * 64))
+    else:
+        os.utime(path / name)
+        assert store_identity(before) != identity
+    assert store_identity(TokenStore.open(str(path))) != identity
