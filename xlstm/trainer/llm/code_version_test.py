@@ -2,12 +2,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import types
 
 import jax
 import pytest
 
 from xlstm.trainer.llm import code_version as module
-from xlstm.trainer.llm.code_version import code_version
+from xlstm.trainer.llm.code_version import code_version, package_versions, source_digests
 
 
 def _git(folder, *arguments):
@@ -32,6 +34,30 @@ def test_packages_and_python_are_named():
     assert version["jax"] == jax.__version__
     assert version["python"] == platform.python_version()
     assert {"commit", "flax", "optax", "orbax-checkpoint"} <= version.keys()
+
+
+def test_packages_that_are_not_there_are_named_too(monkeypatch):
+    monkeypatch.setattr(module, "_OTHER_PACKAGES", ("numpy", "no-such-package"))
+    versions = package_versions()
+    assert versions["jax"] == jax.__version__ and versions["numpy"]
+    assert versions["no-such-package"] is None
+
+
+def test_every_loaded_module_of_ours_has_a_digest_of_its_source(tmp_path, monkeypatch):
+    folder = tmp_path / "xlstm" / "trainer" / "llm"
+    folder.mkdir(parents=True)
+    (folder / "code_version.py").write_text("")
+    monkeypatch.setattr(module, "__file__", str(folder / "code_version.py"))
+    for name, path in {"ours": folder / "a.py", "other": tmp_path / "b.py"}.items():
+        path.write_text("x = 1\n")
+        loaded = types.ModuleType(name)
+        loaded.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, name, loaded)
+    before = source_digests()
+    assert list(before) == ["xlstm/trainer/llm/a.py", "xlstm/trainer/llm/code_version.py"]
+    assert source_digests() == before
+    (folder / "a.py").write_text("x = 2\n")
+    assert source_digests() != before
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")

@@ -21,6 +21,7 @@ from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.dataset.validation import ValidationSet
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
+from xlstm.trainer.base.agreement import check_agreement
 from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
@@ -51,6 +52,7 @@ from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
 from xlstm.trainer.llm.init_from import check_source, start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.run_facts import config_facts, data_facts
 from xlstm.trainer.llm.run_tokenizer import choose_tokenizer, write_tokenizer
 from xlstm.trainer.llm.workdir import (
     Workdir,
@@ -240,6 +242,7 @@ def open_run(
 
 def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) -> _Run:
     """Checks everything that can be checked before anything is made."""
+    check_agreement("config", config_facts(config))
     clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
@@ -250,6 +253,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     init_from = "" if has_begun else config.trainer.init_from
     source = find_checkpoint(init_from) if init_from else None
     data = open_data(config.data, workdir.stdlib_store)
+    check_agreement("data", data_facts(config.data, data, workdir.stdlib_store))
     check_vocabulary(config, data.tokenizer)
     if source:
         check_source(*source, data.tokenizer)

@@ -1,0 +1,182 @@
+"""How the processes of a run find each other before JAX connects them.
+
+JAX's own start-up takes any number of processes for the right one, waits for those that cannot
+come, and answers the rest with an abort and a page of addresses. So process 0 first listens at the
+coordinator's port itself, until all are there that it expects.
+
+A guest sends a line, `{"xlstm": 1, "num_processes": N, "process_id": I}`, and is answered by one,
+`{"xlstm": 1, "error": SENTENCE}`, without a sentence when all are there.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from typing import Any
+
+_HELLO = {"xlstm": 1}
+_LONGEST_LINE = 10_000
+_SECONDS_FOR_A_LINE = 5
+_SECONDS_BETWEEN_TRIES = 0.2
+_SECONDS_FOR_LATE_GUESTS = 5  # Those that start together all hear of an error.
+
+
+def meet(address: str, num_processes: int, process_id: int, seconds: float) -> None:
+    """Waits until all processes of a run are there.
+
+    Args:
+        address: The coordinator's, host:port.
+        num_processes: How many there are, as this process was told.
+        process_id: Which of them this is.
+        seconds: How long process 0 waits for the others, and they for it.
+
+    Raises:
+        ValueError: If the address is none, or the processes were told different numbers; in every
+            process that has come.
+        OSError: If processes do not come, or the port is taken.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator_address={address}: expected host:port")
+    if process_id == 0:
+        _Host(int(port), num_processes).receive(seconds)
+    else:
+        hello = _HELLO | {"num_processes": num_processes, "process_id": process_id}
+        _visit(host.strip("[]"), int(port), hello, seconds)
+
+
+class _Host:
+    """Process 0 as it waits for the others."""
+
+    def __init__(self, port: int, num_processes: int):
+        self._port, self._num_processes = port, num_processes
+        self._guests: dict[int, socket.socket] = {}
+
+    def receive(self, seconds: float) -> None:
+        """Waits for the guests and answers them."""
+        error, begin = "", time.monotonic()
+        with self._listen() as server:
+            while not error and self._missing():
+                if time.monotonic() - begin > seconds:
+                    raise OSError(self._dismiss(self._no_show(seconds)))
+                error = self._accept(server)
+            self._dismiss(error)
+            if error:
+                deadline = time.monotonic() + _SECONDS_FOR_LATE_GUESTS
+                while time.monotonic() < deadline:
+                    self._accept(server)
+                    self._dismiss(error)
+        if error:
+            raise ValueError(error)
+
+    def _listen(self) -> socket.socket:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        try:
+            server = socket.create_server(("", self._port), family=family, dualstack_ipv6=dual)
+        except OSError as error:
+            reason = os.strerror(error.errno)
+            raise OSError(
+                f"process 0 cannot listen at port {self._port} ({reason}): choose another port,"
+                " unless another process 0 of this run is there already"
+            ) from error
+        server.settimeout(_SECONDS_BETWEEN_TRIES)
+        return server
+
+    def _missing(self) -> list[int]:
+        """The numbers of those that are not there, or have left."""
+        self._guests = {i: guest for i, guest in self._guests.items() if not _has_left(guest)}
+        return [i for i in range(1, self._num_processes) if i not in self._guests]
+
+    def _accept(self, server: socket.socket) -> str:
+        """Lets one in, if there is one; returns what is wrong with it."""
+        try:
+            guest, _ = server.accept()
+        except OSError:
+            return ""
+        guest.settimeout(_SECONDS_FOR_A_LINE)
+        hello = _read(guest)
+        number, expected = hello.get("process_id"), hello.get("num_processes")
+        if type(number) is not int or type(expected) is not int:
+            guest.close()  # It is not one of ours.
+            return ""
+        guest.setblocking(False)
+        if expected != self._num_processes:
+            error = (
+                f"process {number} has --num_processes={expected}, process 0 has"
+                f" --num_processes={self._num_processes}: start all processes with the same number"
+            )
+        elif number in self._guests and not _has_left(self._guests[number]):
+            error = f"two processes have --process_id={number}: give each its own"
+        else:
+            error = ""
+        # One whose number is taken is kept under one that nobody has.
+        self._guests[-1 if error else number] = guest
+        return error
+
+    def _no_show(self, seconds: float) -> str:
+        numbers = ", ".join(map(str, self._missing()))
+        return (
+            f"of {self._num_processes} processes these have not come within {seconds:.0f} s:"
+            f" {numbers}; start them, or give all the right --num_processes"
+        )
+
+    def _dismiss(self, error: str) -> str:
+        """Sends all who wait their answer; returns it."""
+        for guest in self._guests.values():
+            with contextlib.suppress(OSError):
+                guest.sendall(_line(_HELLO | {"error": error}))
+            guest.close()
+        self._guests = {}
+        return error
+
+
+def _visit(host: str, port: int, hello: dict[str, Any], seconds: float) -> None:
+    """Waits for process 0 to be there, and then for its answer."""
+    begin, problem = time.monotonic(), "nobody listens"
+    while time.monotonic() - begin < seconds:
+        try:
+            with socket.create_connection((host, port), _SECONDS_FOR_A_LINE) as connection:
+                # From here on process 0 looks at the clock, and ends the wait.
+                connection.settimeout(None)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                connection.sendall(_line(hello))
+                answer = _read(connection)
+        except OSError as error:
+            problem = error.strerror or str(error)
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+            continue
+        if "error" not in answer:
+            problem = "what answers there is no process 0 that waits for others"
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+        elif answer["error"]:
+            raise ValueError(answer["error"])
+        else:
+            return
+    raise OSError(
+        f"process 0 cannot be reached at {host}:{port} within {seconds:.0f} s ({problem})"
+    )
+
+
+def _has_left(guest: socket.socket) -> bool:
+    try:
+        return guest.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _read(connection: socket.socket) -> dict[str, Any]:
+    """Reads a line of ours; of anything else, nothing."""
+    try:
+        with connection.makefile("rb") as file:
+            content = json.loads(file.readline(_LONGEST_LINE))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and _HELLO.items() <= content.items() else {}

@@ -1,0 +1,63 @@
+import dataclasses
+
+import pytest
+
+from xlstm.dataset.config import DataConfig
+from xlstm.dataset.data import open_data
+from xlstm.dataset.testing import write_store
+from xlstm.trainer.base.agreement import describe_difference
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.run_facts import (
+    config_facts,
+    data_facts,
+    device_facts,
+    environment_facts,
+)
+
+
+def test_every_field_of_the_configuration_is_a_fact():
+    config = RunConfig()
+    (facts,) = config_facts(config).values()
+    sections = dataclasses.asdict(config)
+    assert len(facts) == sum(len(fields) for fields in sections.values())
+    assert facts["data.batch_size"] == config.data.batch_size
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
+    assert describe_difference(config_facts(config), config_facts(changed), 1).startswith(
+        "process 1 has data.seed=7, process 0 has data.seed=0: "
+    )
+
+
+def test_the_environment(monkeypatch):
+    before = environment_facts()
+    assert environment_facts() == before
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/mine --xla_b=2 --xla_a=1")
+    facts = environment_facts()
+    assert facts["give all processes the same environment"]["XLA_FLAGS"] == "--xla_a=1 --xla_b=2"
+    packages = facts["install the same packages for all processes"]
+    assert {"python", "jax", "jaxlib", "numpy"} <= {name for name in packages if packages[name]}
+    assert "xlstm/trainer/llm/run_facts.py" in facts["give all processes the same code"]
+
+
+def test_devices():
+    (facts,) = device_facts().values()
+    assert facts["devices"].endswith(" x cpu")
+
+
+@pytest.fixture
+def store(tmp_path):
+    write_store(tmp_path / "store", ["x = 1\n" * 100])
+    return str(tmp_path / "store")
+
+
+def test_the_files_of_all_stores_are_facts(store):
+    config = DataConfig(stores=(store,), validation_stores=(f"more={store}",))
+    (facts,) = data_facts(config, open_data(config, ""), "").values()
+    assert facts.keys() >= {f"{store}/tokens.bin", f"{store}/documents.bin", "tokenizer"}
+    config = DataConfig(stores=("stdlib",))
+    assert f"{store}/tokens.bin" in str(data_facts(config, open_data(config, store), store))
+
+
+def test_a_task_is_a_fact():
+    config = DataConfig(task="parity")
+    (facts,) = data_facts(config, open_data(config, ""), "").values()
+    assert facts["checksums"] == ["task parity"]
