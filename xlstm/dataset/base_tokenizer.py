@@ -14,6 +14,7 @@ import numpy as np
 
 from xlstm.dataset.detokenizer import DetokenizerState, StreamingDetokenizer
 from xlstm.dataset.token_pieces import TokenPieces
+from xlstm.inner_file import read_file
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -212,8 +213,7 @@ def read_definition(path: str) -> bytes:
     if not os.path.exists(path):
         raise ValueError(f"no tokenizer {path!r}: give 'byte' or the path of a tokenizer.json")
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_file(path)
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
 

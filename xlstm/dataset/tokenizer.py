@@ -10,6 +10,9 @@ import tokenizers
 from xlstm.dataset.base_tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, read_definition
 from xlstm.dataset.json_tokenizer import JsonTokenizer, parse_tokenizer
 from xlstm.dataset.token_pieces import components
+from xlstm.inner_file import find_file, inner_path
+from xlstm.json_file import read_json
+from xlstm.visible_text import short_repr
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -67,7 +70,7 @@ def load_tokenizer(
 
 def tokenizer_path(path: str) -> str:
     """Returns the path of the `tokenizer.json` that a path of its own, or of its folder, names."""
-    return os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
+    return inner_path(path, TOKENIZER_FILE) if os.path.isdir(path) else path
 
 
 def find_markers(path: str, definition: bytes) -> Markers:
@@ -134,17 +137,8 @@ def describe(tokenizer: Tokenizer) -> str:
 
 def _read_beside(path: str, name: str) -> dict[str, Any]:
     """Reads a JSON object beside a file; an empty one if it is not there."""
-    path = os.path.join(os.path.dirname(path), name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be used: it holds no JSON object")
-    return content
+    found = find_file(os.path.dirname(path), name)
+    return read_json(found) if found else {}
 
 
 def tokenizer_token(path: str, file: str, key: str) -> str | None:
@@ -165,7 +159,9 @@ def tokenizer_token(path: str, file: str, key: str) -> str | None:
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
         folder = os.path.dirname(path)
-        raise ValueError(f"{os.path.join(folder, file)} has {key}={token!r}: expected a text")
+        raise ValueError(
+            f"{os.path.join(folder, file)} has {key}={short_repr(token)}: expected a text"
+        )
     return token
 
 

@@ -107,7 +107,7 @@ def test_eod_as_a_public_model_names_it(tmp_path):
     with pytest.raises(ValueError, match="eos_token=5: expected a text"):
         load_tokenizer(path)
     config.write_text("[")
-    with pytest.raises(ValueError, match="tokenizer_config.json cannot be used"):
+    with pytest.raises(ValueError, match="tokenizer_config.json cannot be read"):
         load_tokenizer(path)
 
 

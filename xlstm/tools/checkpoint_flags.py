@@ -1,12 +1,16 @@
 """The flags `--checkpoint` and `--mesh`, of the tools that use a trained model."""
 
 import dataclasses
+import re
 
+import jax
 from absl import flags
 
+from xlstm.common_types import PyTree
 from xlstm.distributed.mesh import MESH_AXES
-from xlstm.tools.command_line import resolve_path
+from xlstm.tools.command_line import print_note, resolve_path
 from xlstm.tools.config import load_run_config
+from xlstm.trainer.base.nonfinite import count_nonfinite, nonfinite_text
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import Workdir, find_checkpoint
 
@@ -41,12 +45,19 @@ def open_checkpoint(path: str) -> tuple[RunConfig, Workdir, int]:
     return dataclasses.replace(config, mesh=mesh), workdir, step
 
 
+def note_nonfinite(params: PyTree) -> None:
+    """Tells which parameters are infinite or NaN, if any are; in the first process."""
+    counts = count_nonfinite(params)
+    if counts and jax.process_index() == 0:
+        print_note(nonfinite_text(counts))
+
+
 def _mesh_sizes() -> dict[str, int]:
     """The size of every mesh axis."""
     sizes = dict.fromkeys(MESH_AXES, 1) | {"dp": -1}
     for entry in _MESH.value:
         axis, _, size = entry.partition("=")
-        if axis not in sizes or not size.lstrip("-").isdigit():
+        if axis not in sizes or not re.fullmatch("-?[0-9]{1,9}", size):
             raise ValueError(f"--mesh has {entry!r}: write sizes as fsdp=4,tp=2")
         sizes[axis] = int(size)
     return sizes

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from xlstm.visible_text import visible
+
 
 def resolve_path(path: str) -> str:
     """Returns the absolute path; a relative one starts where the user called `bazel run`."""
@@ -84,7 +86,17 @@ def run(
 
 def print_error(message: str) -> None:
     """Prints a message on one line of the standard error."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print_line(f"error: {message}")
+
+
+def print_note(message: str) -> None:
+    """Prints what the user should know on one line of the standard error."""
+    print_line(f"note: {message}")
+
+
+def print_line(text: str) -> None:
+    """Prints a text, in which there may be parts of others' files, as one line of that."""
+    print(visible(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> None:

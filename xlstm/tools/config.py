@@ -8,10 +8,10 @@ import dataclasses
 import difflib
 import inspect
 import io
-import json
 import os
 import re
 import runpy
+import sys
 import tokenize
 import traceback
 import typing
@@ -19,8 +19,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from xlstm.inner_file import check_inside
+from xlstm.json_file import read_json
+from xlstm.models.xlstm_parallel.sizes import check_sizes
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import Workdir, with_new_fields
+from xlstm.visible_text import short_repr
 
 _CONFIGS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
@@ -64,17 +69,39 @@ def to_run_config(config: ConfigDict) -> RunConfig:
 
 
 def load_run_config(workdir: Workdir) -> RunConfig:
-    """Reads the configuration of a run; raises ValueError if it cannot."""
+    """Reads the configuration of a run, which anyone may have made.
+
+    Args:
+        workdir: The run's folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If there is none, or its model is larger than the run's checkpoints are.
+    """
+    check_inside(workdir.path, workdir.config)
+    saved = read_json(workdir.config).get("config")
     try:
-        with open(workdir.config, encoding="utf-8") as file:
-            return to_run_config(with_new_fields(json.load(file)["config"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(saved, dict):
+            raise ValueError(f"config={short_repr(saved)}: expected its sections")
+        values, num_bytes = (
+            with_new_fields(saved),
+            CheckpointFolder(workdir.checkpoints).num_bytes(),
+        )
+        if not num_bytes:
+            raise ValueError("there is no checkpoint beside it")
+        if isinstance(values["model"], dict):
+            check_sizes(values["model"], num_bytes)  # Every number has a byte, or several.
+        return to_run_config(values)
+    except ValueError as error:
         raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
 
 
 def _check_names(where: str, given: Any, known: typing.Collection[str]) -> None:
     if not isinstance(given, dict):
-        raise ValueError(f"{where}={given!r}: expected a section, with {', '.join(sorted(known))}")
+        listed = ", ".join(sorted(known))
+        raise ValueError(f"{where}={short_repr(given)}: expected a section, with {listed}")
     unknown, missing = sorted(set(given) - set(known)), sorted(set(known) - set(given))
     if unknown or missing:
         raise ValueError(
@@ -87,13 +114,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     """Brings a value to a field's type: an int where a float is wanted, a list for a tuple."""
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"{name}={value!r}: expected a tuple, such as ('a', 'b')")
+            raise ValueError(f"{name}={short_repr(value)}: expected a tuple, such as ('a', 'b')")
         element = typing.get_args(hint)[0]
         return tuple(_typed(f"{name}[{index}]", x, element) for index, x in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{name}={value!r}: expected {hint.__name__}")
+        raise ValueError(f"{name}={short_repr(value)}: expected {hint.__name__}")
     return value
 
 

@@ -280,7 +280,8 @@ def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
         data=DataConfig(context_length=77),
     )
     run = tmp_path / "runs" / "mine"
-    run.mkdir(parents=True)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
     write_config(Workdir(str(run)), source, ["abc"])
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
     for argument in ("runs/mine", "runs/mine/checkpoints/50", str(run)):
@@ -293,7 +294,7 @@ def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "argument, message",
-    [("", "name the folder of a run"), (":/no/run", "/no/run/config.json is not the config")],
+    [("", "name the folder of a run"), (":/no/run", "/no/run/config.json is missing")],
 )
 def test_fine_tuning_without_a_run(argument, message):
     with pytest.raises(ValueError, match=message):

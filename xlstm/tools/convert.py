@@ -11,7 +11,6 @@ along, and no more is in memory than a few tensors or one of the files written.
 
 import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -21,10 +20,11 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from xlstm.common_types import DTYPES
-from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.command_line import print_note, resolve_path, run
 from xlstm.tools.config import load_run_config
 from xlstm.trainer.llm.hf_checkpoint import Converted, export_model, import_model
 from xlstm.trainer.llm.workdir import find_checkpoint
+from xlstm.visible_text import visible
 
 _FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of a model in the public layout.")
 _TO = flags.DEFINE_string("to", None, "Folder of a run to make of it.")
@@ -42,6 +42,9 @@ _EOD_TOKEN = flags.DEFINE_string(
     "eod_token",
     None,
     "The token that ends the documents of a model to import [what the model's files name].",
+)
+_REFUSE_NONFINITE = flags.DEFINE_bool(
+    "refuse_nonfinite", False, "Write nothing if a parameter is infinite or NaN [a note says so]."
 )
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
@@ -70,8 +73,9 @@ def convert() -> tuple[Converted, str]:
         if _DTYPE.present or _MAX_SHARD_SIZE.present:
             raise ValueError("--dtype and --max_shard_size are for --to_hf: ours are float32")
         source, target = resolve_path(_FROM_HF.value), resolve_path(_TO.value)
+        options = {"eod_token": _EOD_TOKEN.value, "refuse_nonfinite": _REFUSE_NONFINITE.value}
         with _progress() as report:
-            return import_model(source, target, report, eod_token=_EOD_TOKEN.value), target
+            return import_model(source, target, report, **options), target
     if _EOD_TOKEN.value is not None:
         raise ValueError("--eod_token is for --from_hf: a run knows its tokens")
     if chosen == {"from", "to_hf"}:
@@ -79,8 +83,16 @@ def convert() -> tuple[Converted, str]:
         workdir, step = find_checkpoint(resolve_path(_FROM.value))
         config, target = load_run_config(workdir), resolve_path(_TO_HF.value)
         with _progress() as report:
-            options = {"dtype": _DTYPE.value, "max_shard_bytes": max_shard_bytes}
-            return export_model(config, workdir, step, target, report, **options), target
+            return export_model(
+                config,
+                workdir,
+                step,
+                target,
+                report,
+                dtype=_DTYPE.value,
+                max_shard_bytes=max_shard_bytes,
+                refuse_nonfinite=_REFUSE_NONFINITE.value,
+            ), target
     raise ValueError("name both folders: --from_hf and --to, or --from and --to_hf")
 
 
@@ -91,12 +103,12 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy, and are of no use here.
     converted, target = convert()
     for note in converted.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_note(note)
     count = converted.num_files
     files = f" in {count} file{'s' if count > 1 else ''}" if count else ""
-    Console(highlight=False, soft_wrap=True).print(
+    Console(highlight=False, soft_wrap=True, emoji=False).print(
         f"{converted.num_parameters:,} parameters ({decimal(converted.num_bytes)}{files}) are"
-        f" written to {target}",
+        f" written to {visible(target)}",
         markup=False,
     )
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
-from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
+from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
@@ -36,6 +36,7 @@ from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.logger.base_logger import validation_suffixes
+from xlstm.visible_text import visible
 
 _DATA = flags.DEFINE_list(
     "data", None, "Token stores, as name=path or path [the run's validation sets, to their end]."
@@ -121,6 +122,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> dict[
     mesh, sets = create_run_mesh(config), _open_sets(config, workdir, step)
     state, specs, _ = create_language_model_run(config, mesh, abstract=True)
     params = read_params(workdir.checkpoints, step, state.params)
+    note_nonfinite(params)
     columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True, quiet=jax.process_index() != 0)
     say = functools.partial(console.print, markup=False, soft_wrap=True)
@@ -147,7 +149,7 @@ def _table(row: dict[str, float], title: str) -> Table:
     for suffix in validation_suffixes(row):
         bits = row.get(f"val_bits_per_byte{suffix}")
         table.add_row(
-            suffix.removeprefix("_") or "held out",
+            visible(suffix.removeprefix("_")) or "held out",
             f"{row['val_loss' + suffix]:.4f}",
             f"{row['val_perplexity' + suffix]:,.2f}",
             f"{row['val_accuracy' + suffix]:.4f}",
@@ -169,7 +171,8 @@ def main(argv: list[str]) -> None:
         if jax.process_index() == 0:
             if json_path:
                 write_atomically(json_path, json.dumps({"step": step} | row, indent=2) + "\n")
-            Console().print(_table(row, f"step {step:,} of {workdir.path}"))
+            console = Console(markup=False, emoji=False)
+            console.print(_table(row, f"step {step:,} of {visible(workdir.path)}"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lets a model continue prompts.
+r"""Lets a model continue prompts.
 
     bazel run //xlstm/tools:generate -- --checkpoint=runs/mine --prompt="def main("
     bazel run //xlstm/tools:generate -- --checkpoint=runs/mine --prompt_file=- --temperature=0.7 \
@@ -6,8 +6,9 @@
     bazel run //xlstm/tools:generate -- --checkpoint=models/7b --prompt_ids=0,510,2565 \
         --output_ids --mesh=tp=8
 
-Text goes to the standard output while it is written, everything else to the standard error. If the
-run keeps a moving average of the parameters, that is what writes.
+Text goes to the standard output while it is written, everything else to the standard error. On a
+terminal control characters in it are written out, as `\x1b`; into files and pipes goes what it is.
+If the run keeps a moving average of the parameters, that is what writes.
 """
 
 import codecs
@@ -20,7 +21,7 @@ import jax
 from absl import flags
 
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
-from xlstm.tools.checkpoint_flags import checkpoint_path, open_checkpoint
+from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, open_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.files import write_atomically
@@ -35,6 +36,7 @@ from xlstm.trainer.llm.text_generation import (
     encode_prompt,
     write_texts,
 )
+from xlstm.visible_text import visible_lines
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string(
@@ -190,13 +192,18 @@ class _Clock:
         return f"{text}, then {self._num_tokens / (self._last - self._first):,.0f} a second"
 
 
+def _shown(text: str) -> str:
+    """A text as the standard output gets it: into files and pipes goes what it is."""
+    return visible_lines(text) if sys.stdout.isatty() else text
+
+
 def _show(number: int, num_prompts: int, prompt: str, written: Written) -> None:
     """Shows a text that is whole, among others."""
     if _OUTPUT_IDS.value:
         print(*written.ids, flush=True)
     else:
         title = f" {number + 1} of {num_prompts} "
-        print(f"{title:─^80}\n{prompt}{written.text}", flush=True)
+        print(f"{title:─^80}\n{_shown(prompt + written.text)}", flush=True)
 
 
 def write_all(
@@ -221,12 +228,12 @@ def write_all(
     has_state = before is not None or _SAVE_STATE.value
     size = len(prompts) if has_state else _BATCH_SIZE.value
     if streams:
-        print(texts[0], end="", flush=True)
+        print(_shown(texts[0]), end="", flush=True)
 
     def on_pieces(pieces: list[Piece]) -> None:
         clock.count(sum(len(piece.ids) for piece in pieces))
         if streams:
-            print(*(piece.text for piece in pieces), sep="", end="", flush=True)
+            print(_shown("".join(piece.text for piece in pieces)), end="", flush=True)
 
     all_written, progress = [], None
     for first in range(0, len(prompts), size):
@@ -271,6 +278,7 @@ def main(argv: list[str]) -> None:
     with ending_together():
         texts = from_first_process(_read_prompts)
         model = load_model(*open_checkpoint(path))
+        note_nonfinite(model.params)
         before = (
             load_progress(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
         )

@@ -6,7 +6,6 @@ A run is named by its folder or by its `metrics.jsonl`. Beside the curves, a tab
 run is and how well it does.
 """
 
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,9 @@ from rich.table import Table
 
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.terminal_plot import draw_in_terminal
-from xlstm.trainer.logger.curves import draw_picture, read_curve, smooth
+from xlstm.trainer.logger.curves import draw_picture, is_point, read_curve, smooth
 from xlstm.trainer.logger.jsonl import read_rows
+from xlstm.visible_text import visible
 
 _METRICS_FILE = "metrics.jsonl"
 _DEFAULT_METRICS = ("loss", "val_loss")
@@ -85,7 +85,7 @@ def choose_metrics(runs: Mapping[str, Rows], names: Sequence[str] | None) -> lis
         ValueError: If no run has a metric, or there is none to draw.
     """
     rows = [row for rows in runs.values() for row in rows]
-    there = {name for row in rows for name, value in row.items() if math.isfinite(value)} - {"step"}
+    there = {name for row in rows for name, value in row.items() if is_point(value)} - {"step"}
     if not there:
         raise ValueError(f"there is nothing to draw in {', '.join(runs)}: the rows have no metrics")
     if names is None:
@@ -110,7 +110,7 @@ def summary_table(runs: Mapping[str, Rows]) -> Table:
         speeds = read_curve(rows, "tokens_per_second", "").values
         best = validation.values.argmin() if len(validation.values) else None
         table.add_row(
-            label,
+            visible(label),
             f"{rows[-1]['step']:,}",
             f"{losses[-1]:.4f}" if len(losses) else "",
             f"{validation.values[best]:.4f}" if best is not None else "",
@@ -134,14 +134,14 @@ def main(argv: Sequence[str]) -> None:
     }
     if output:
         draw_picture(panels, output, _SMOOTH.value)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for metric, curves in panels.items():
         if _SMOOTH.value:
             curves = [smooth(curve, _SMOOTH.value) for curve in curves]
         draw_in_terminal(console, metric, curves)
     console.print(summary_table(runs))
     if output:
-        console.print(f"the picture is {output}", soft_wrap=True)
+        console.print(f"the picture is {visible(output)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

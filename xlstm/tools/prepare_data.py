@@ -12,7 +12,6 @@ Killed, the tool may leave a folder `<output>.incomplete-...` behind, which may 
 import dataclasses
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -37,7 +36,7 @@ from xlstm.dataset.store_meta import StoreMeta
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
-from xlstm.tools.command_line import define_share, resolve_path, run
+from xlstm.tools.command_line import define_share, print_line, resolve_path, run
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
@@ -244,9 +243,9 @@ def _progress_bar() -> Progress:
 def _report_bad_records(left_out: LeftOut, num_documents: int, max_share: float) -> None:
     """Lists the first bad records, and raises ValueError if there are too many."""
     for message in left_out.first_bad:
-        print(f"left out: {' '.join(message.split())}", file=sys.stderr)
+        print_line(f"left out: {message}")
     if left_out.num_bad > len(left_out.first_bad):
-        print(f"left out: {left_out.num_bad - 10:,} more", file=sys.stderr)
+        print_line(f"left out: {left_out.num_bad - len(left_out.first_bad):,} more")
     num_records = num_documents + left_out.num_empty + left_out.num_bad
     if left_out.num_bad > max_share * num_records:
         raise ValueError(
@@ -270,7 +269,7 @@ def _report_characters(
             " that share"
         )
     for message in left_out.first_characters:
-        print(f"left out: {' '.join(message.split())}", file=sys.stderr)
+        print_line(f"left out: {message}")
 
 
 def _report(store: TokenStore, left_out: LeftOut) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from xlstm.trainer.logger.curves import Curve
+from xlstm.visible_text import visible
 
 _HEIGHT = 16
 # Of the 256 of terminals, those next to the colours of pictures.
@@ -34,7 +35,7 @@ def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> N
     figure.plot_size(console.width, _HEIGHT)
     figure.theme("colorless")
     figure.legend(False)
-    figure.title(title)
+    figure.title(visible(title))
     figure.label("step")
     legend = Text()
     for number, curve in enumerate(curves):
@@ -46,7 +47,7 @@ def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> N
         signal.lines()
         figure.draw(signal)
         symbol, style = ("━━", f"color({colour})") if coloured else (symbol, "")
-        legend.append(f"{symbol} ", style).append(f"{curve.label}   ")
+        legend.append(f"{symbol} ", style).append(f"{visible(curve.label)}   ")
     steps, values = (
         np.concatenate([getattr(curve, name) for curve in curves]) for name in ("steps", "values")
     )

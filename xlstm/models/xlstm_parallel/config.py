@@ -21,6 +21,7 @@ _SLSTM = "slstm"
 _REMAT = ("none", "dots", "block")
 _CAPS = ("gate_soft_cap", "output_logit_soft_cap")
 _ANY_SIGN = ("igate_bias_init", "dropout")
+_SIZE_LIMIT = 2**31  # Indices have 32 bits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,16 @@ class ModelConfig:
             value = getattr(self, name)
             if kind is int and value < 1:
                 raise ValueError(f"model.{name}={value}: it must be at least 1")
+            if kind is int and value >= _SIZE_LIMIT:
+                raise ValueError(f"model.{name} must be below 2**31")
             if name in _CAPS and not value >= 0:
                 raise ValueError(f"model.{name}={value}: it must be positive, or 0 for none")
             if kind is float and name not in _ANY_SIGN + _CAPS and not value > 0:
                 raise ValueError(f"model.{name}={value}: it must be positive")
+            if name.endswith("_factor") and value * self.embedding_dim >= _SIZE_LIMIT:
+                raise ValueError(
+                    f"model.{name}={value}: {name} * model.embedding_dim must be below 2**31"
+                )
         self._check_names()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
@@ -145,10 +152,11 @@ class ModelConfig:
         if self.ratio:
             num_mlstm, num_slstm = parse_ratio(self.ratio)
             kinds = [self.block] * num_mlstm + [_SLSTM] * num_slstm
-            return find_pattern(kinds * (self.num_blocks // len(kinds)))
-        return find_pattern(
-            [_SLSTM if n in self.slstm_at else self.block for n in range(self.num_blocks)]
-        )
+            return find_pattern(kinds, self.num_blocks // len(kinds))
+        if not self.slstm_at:
+            return find_pattern([self.block], self.num_blocks)
+        at = set(self.slstm_at)
+        return find_pattern([_SLSTM if n in at else self.block for n in range(self.num_blocks)])
 
     @property
     def inner_dim(self) -> int:

@@ -19,11 +19,13 @@ from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 FOLDER = os.path.join(os.path.dirname(__file__), "testdata", "hf_xlstm_tiny")
 
+_ENOUGH = 10**9  # Numbers in the files of a model.
+
 
 @pytest.fixture(scope="module")
 def model_config():
     with open(os.path.join(FOLDER, "config.json")) as file:
-        model, _ = from_hf_config(json.load(file))
+        model, _ = from_hf_config(json.load(file), _ENOUGH)
     return model
 
 

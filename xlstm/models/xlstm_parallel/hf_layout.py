@@ -6,6 +6,7 @@ Both hold the same numbers. There, every block's tensors have names of their own
 
 import dataclasses
 import math
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
+from xlstm.models.xlstm_parallel.sizes import check_sizes
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.visible_text import short_repr
 
 # Their `config.json` has two names for two of our fields; where it has both, they must agree.
 _OTHER_NAMES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
@@ -115,7 +118,9 @@ def _tensor(path: str, shape: tuple[int, ...], block: int | None) -> HFTensor:
     return HFTensor(name, shape[::-1] if is_transposed else shape, path, block, is_transposed)
 
 
-def from_hf_config(published: Mapping[str, Any]) -> tuple[ModelConfig, BackendConfig]:
+def from_hf_config(
+    published: Mapping[str, Any], num_numbers: int
+) -> tuple[ModelConfig, BackendConfig]:
     """Reads the content of a `config.json`.
 
     Fields about kernels are left aside, since they change the speed alone; only the chunk size is
@@ -123,12 +128,14 @@ def from_hf_config(published: Mapping[str, Any]) -> tuple[ModelConfig, BackendCo
 
     Args:
         published: The content.
+        num_numbers: How many numbers the model's files hold.
 
     Returns:
         The model, and the backend to compute it with.
 
     Raises:
-        ValueError: If it is of no such model, or of one that ours cannot be.
+        ValueError: If it is of no such model, or of one that ours cannot be, or larger than the
+            files are.
     """
     _check_kind(published)
     fields = {}
@@ -139,12 +146,16 @@ def from_hf_config(published: Mapping[str, Any]) -> tuple[ModelConfig, BackendCo
             if published.get(x) is not None
         }
         if len(set(given.values())) > 1:
-            raise ValueError(f"{' and '.join(f'{x}={y}' for x, y in given.items())} contradict")
+            raise ValueError(
+                f"{' and '.join(f'{x}={short_repr(y)}' for x, y in given.items())} contradict"
+            )
         if given:
             fields[name] = next(iter(given.values()))
         elif name in _SIZES or name in published:
-            raise ValueError(f"{name} is {published.get(name, 'missing')}: expected a number")
+            found = short_repr(published[name]) if name in published else "missing"
+            raise ValueError(f"{name} is {found}: expected a number")
     _check_constants(fields)
+    check_sizes(fields, num_numbers)
     chunk_size = _number("chunk_size", published.get("chunk_size", BackendConfig.chunk_size), int)
     return ModelConfig(**fields), BackendConfig(chunk_size=chunk_size)
 
@@ -170,10 +181,12 @@ def _check_kind(published: Mapping[str, Any]) -> None:
     for name, value in (_MODEL_TYPE | _FIXED).items():
         found = published.get(name, None if name in _MODEL_TYPE else value)
         if found != value:
-            raise ValueError(f"{name}={found!r} is not supported, only {value!r}")
+            raise ValueError(f"{name}={short_repr(found)} is not supported, only {value!r}")
     for name in _WITHOUT_EFFECT:
         if not isinstance(published.get(name, False), bool):
-            raise ValueError(f"{name}={published[name]!r} is not supported: expected bool")
+            raise ValueError(
+                f"{name}={short_repr(published[name])} is not supported: expected bool"
+            )
     eps = _number("eps", published.get("eps", _MAX_EPS), float)
     if not 0 <= eps <= _MAX_EPS:
         raise ValueError(f"eps={eps} is not supported, only 0 to {_MAX_EPS}")
@@ -187,8 +200,8 @@ def _check_constants(fields: Mapping[str, Any]) -> None:
 
 
 def _number(name: str, value: Any, kind: type) -> int | float:
-    if type(value) not in (int, kind):
-        raise ValueError(f"{name}={value!r} is not supported: expected {kind.__name__}")
+    if type(value) not in (int, kind) or (kind is float and abs(value) > sys.float_info.max):
+        raise ValueError(f"{name}={short_repr(value)} is not supported: expected {kind.__name__}")
     return kind(value)
 
 

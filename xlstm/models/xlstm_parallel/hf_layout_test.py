@@ -17,6 +17,8 @@ from xlstm.models.xlstm_parallel.hf_layout import (
 
 FOLDER = os.path.join(os.path.dirname(__file__), "testdata", "hf_xlstm_tiny")
 
+_ENOUGH = 10**9  # Numbers in the files of a model.
+
 
 @pytest.fixture(scope="module")
 def published():
@@ -27,7 +29,7 @@ def published():
 
 @pytest.fixture(scope="module")
 def shapes(published):
-    model, _ = from_hf_config(published)
+    model, _ = from_hf_config(published, _ENOUGH)
     return parameter_shapes(model)
 
 
@@ -59,7 +61,7 @@ def test_the_largest_public_size():
 
 
 def test_a_public_configuration(published):
-    model, backend = from_hf_config(published)
+    model, backend = from_hf_config(published, _ENOUGH)
     sizes = (model.vocab_size, model.embedding_dim, model.num_blocks, model.num_heads)
     assert sizes == (61, 128, 2, 4)
     assert (model.ffn_dim, model.gate_soft_cap, model.output_logit_soft_cap) == (128, 15.0, 30.0)
@@ -91,12 +93,12 @@ def test_a_configuration_of_ours_comes_back():
     backend = BackendConfig(chunk_size=24)
     published = json.loads(json.dumps(to_hf_config(model, backend, "bfloat16")))
     assert published["dtype"] == "bfloat16"
-    assert from_hf_config(published) == (model, backend)
+    assert from_hf_config(published, _ENOUGH) == (model, backend)
 
 
 def test_what_may_be_left_out(published):
     sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_heads")
-    model, backend = from_hf_config({name: published[name] for name in sizes} | {"new": 1})
+    model, backend = from_hf_config({name: published[name] for name in sizes} | {"new": 1}, _ENOUGH)
     assert model == ModelConfig(vocab_size=61, embedding_dim=128, num_blocks=2, num_heads=4)
     assert backend == BackendConfig()
 
@@ -129,13 +131,13 @@ def test_what_may_be_left_out(published):
 )
 def test_what_ours_cannot_be(published, changes, message):
     with pytest.raises(ValueError, match=message):
-        from_hf_config(published | changes)
+        from_hf_config(published | changes, _ENOUGH)
 
 
 def test_demands_that_change_nothing(published):
     assert demands_without_effect(published) == demands_without_effect({}) == ()
     changed = published | {"tie_word_embeddings": True, "add_out_norm": False}
-    assert from_hf_config(changed) == from_hf_config(published)
+    assert from_hf_config(changed, _ENOUGH) == from_hf_config(published, _ENOUGH)
     assert demands_without_effect(changed) == (
         "tie_word_embeddings=True has no effect, as in transformers 5: lm_head.weight is used",
         "add_out_norm=False has no effect, as in transformers 5: backbone.out_norm.weight is used",
@@ -174,13 +176,13 @@ def test_the_cache_of_the_public_implementation_fits(sizes, layers, cache):
     computed = dict(zip(("qk_head_dim", "v_head_dim"), cache, strict=True))
     found = [published[names[name]] if name in names else computed[name] for name in computed]
     assert tuple(found) == layers
-    assert from_hf_config(published) == (model, BackendConfig())
+    assert from_hf_config(published, _ENOUGH) == (model, BackendConfig())
 
 
 def test_a_size_that_is_missing(published):
     without = {x: y for x, y in published.items() if x not in ("hidden_size", "embedding_dim")}
     with pytest.raises(ValueError, match="embedding_dim is missing: expected a number"):
-        from_hf_config(without)
+        from_hf_config(without, _ENOUGH)
 
 
 def test_what_the_public_layout_has_no_place_for():

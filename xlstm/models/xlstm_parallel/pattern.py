@@ -50,8 +50,16 @@ class BlockPattern:
         return {run.kind: self.repeats * self.length(run.kind) for run in self.runs}
 
 
-def find_pattern(kinds: Sequence[str]) -> BlockPattern:
-    """Finds the pattern of a sequence of kinds of blocks, at least one."""
+def find_pattern(kinds: Sequence[str], repeats: int = 1) -> BlockPattern:
+    """Finds the pattern of a sequence of kinds of blocks, at least one.
+
+    Args:
+        kinds: The kinds.
+        repeats: How often the sequence is repeated; the time does not depend on it.
+
+    Returns:
+        The pattern.
+    """
     count = len(kinds)
     size = next(
         size
@@ -63,7 +71,7 @@ def find_pattern(kinds: Sequence[str]) -> BlockPattern:
         length = len(list(blocks))
         runs.append(Run(kind, length, first, of_kind[kind]))
         first, of_kind[kind] = first + length, of_kind[kind] + length
-    return BlockPattern(tuple(runs), count // size)
+    return BlockPattern(tuple(runs), repeats * (count // size))
 
 
 def parse_ratio(text: str) -> tuple[int, int]:

@@ -6,10 +6,13 @@ Only the first process changes anything here.
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from xlstm.inner_file import inner_path
+from xlstm.json_file import read_json
 from xlstm.trainer.base.checksums import has_checksums, write_checksums
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.storage_path import check_storage_path
@@ -76,6 +79,11 @@ def confirmed_step(saved: Mapping[int, Saved]) -> int | None:
     return max((step for step in saved if saved[step].confirmed), default=None)
 
 
+def step_of_name(name: str) -> int | None:
+    """The step of a checkpoint by the name of its folder; None for any other name."""
+    return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointFolder:
     """The folder of a run's checkpoints.
@@ -100,7 +108,15 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, damaged ones too, in ascending order."""
-        return sorted(int(name) for name in self._names() if name.isdigit())
+        steps = map(step_of_name, self._names())
+        return sorted(step for step in steps if step is not None)
+
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        paths = [
+            os.path.join(root, name) for root, _, names in os.walk(self.path) for name in names
+        ]
+        return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
 
     def whole_steps(self) -> list[int]:
         """The steps of the checkpoints that have checksums, in ascending order."""
@@ -112,7 +128,10 @@ class CheckpointFolder:
 
     def run_info(self, step: int) -> dict[str, Any]:
         """What `complete` was told of the run."""
-        return self._read(step)["run"]
+        info = self._read(step).get("run")
+        if not isinstance(info, dict):
+            raise ValueError(f"{_RUN_INFO} says nothing of the run")
+        return info
 
     def begin(self, step: int) -> None:
         """Makes the empty folder of a checkpoint to be written."""
@@ -150,11 +169,12 @@ class CheckpointFolder:
         """
         unfinished = []
         for name in self._names():
-            step, suffix = os.path.splitext(name)
-            if step.isdigit() and suffix in (_UNFINISHED, _REMOVED):
+            stem, suffix = os.path.splitext(name)
+            step = step_of_name(stem)
+            if step is not None and suffix in (_UNFINISHED, _REMOVED):
                 shutil.rmtree(os.path.join(self.path, name))
                 if suffix == _UNFINISHED:
-                    unfinished.append(int(step))
+                    unfinished.append(step)
         return sorted(unfinished)
 
     def set_aside(self, step: int, name: str, *, replace: bool = False) -> str:
@@ -195,5 +215,4 @@ class CheckpointFolder:
             return Saved()  # It is damaged, and so it is not the best.
 
     def _read(self, step: int) -> dict[str, Any]:
-        with open(os.path.join(self.of_step(step), _RUN_INFO), encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(inner_path(self.of_step(step), _RUN_INFO))

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from xlstm.inner_file import find_outward_link, read_file
+from xlstm.json_file import parse_json
 from xlstm.trainer.base.files import write_atomically
 
 # The file of a folder that holds the size and the SHA-256 of every other one.
@@ -46,19 +48,27 @@ def find_damage(folder: str) -> str | None:
         not matter.
     """
     try:
-        with open(os.path.join(folder, CHECKSUMS), "rb") as file:
-            content = file.read()
+        content = read_file(os.path.join(folder, CHECKSUMS))
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
+    except ValueError as error:
+        return str(error)
     except OSError as error:
         return f"{CHECKSUMS} cannot be read ({error.strerror})"
     try:
-        entries = json.loads(content)["files"]
+        entries = parse_json(content, CHECKSUMS)["files"]
         is_right = _encode(entries) == content
-    except (ValueError, KeyError, TypeError):
+        is_right &= all(type(entry["bytes"]) is int for entry in entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
         is_right = False
     if not is_right:
         return f"{CHECKSUMS} has other bytes than were written"
+    outward = find_outward_link(folder)
+    if outward:
+        return outward
+    missing = entries.keys() - set(_files(folder))  # As is what lies outside of the folder.
+    if missing:
+        return f"{min(missing)} is missing"
     # The cheap look at every size comes first: a torn write is seldom more than that.
     for check in (_size_damage, _content_damage):
         found = _in_threads(lambda name, check=check: check(folder, name, entries[name]), entries)
@@ -71,7 +81,8 @@ def find_damage(folder: str) -> str | None:
 def _files(folder: str) -> list[str]:
     """All files but the checksums, as paths from the folder on."""
     paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    return [name for name in (os.path.relpath(path, folder) for path in paths) if name != CHECKSUMS]
+    names = [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
+    return [name for name in names if name != CHECKSUMS]
 
 
 def _in_threads(function: Callable, names: list[str] | dict) -> list:
@@ -94,8 +105,6 @@ def _entry(path: str, *, sync: bool = False) -> dict[str, int | str]:
 def _size_damage(folder: str, name: str, entry: dict) -> str | None:
     try:
         size = os.path.getsize(os.path.join(folder, name))
-    except FileNotFoundError:
-        return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     if size != entry["bytes"]:

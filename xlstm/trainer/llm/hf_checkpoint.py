@@ -17,6 +17,8 @@ from safetensors import safe_open
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, find_markers
 from xlstm.distributed.mesh import MESH_AXES
+from xlstm.inner_file import find_file, inner_path
+from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel.hf_layout import (
     HFTensor,
     demands_without_effect,
@@ -29,11 +31,18 @@ from xlstm.trainer.base.array_parts import ArrayParts, write_parts
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
 from xlstm.trainer.base.checkpointing import ITEM, read_run_info, reported
 from xlstm.trainer.base.files import new_folder
+from xlstm.trainer.base.nonfinite import nonfinite_text
 from xlstm.trainer.base.read_params import open_params
 from xlstm.trainer.base.storage_path import check_storage_path
 from xlstm.trainer.llm.code_version import code_version
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.hf_files import open_tensors, read_json, write_json, write_tensors
+from xlstm.trainer.llm.hf_files import (
+    check_tensors,
+    count_numbers,
+    open_tensors,
+    write_json,
+    write_tensors,
+)
 from xlstm.trainer.llm.hf_tokenizer import (
     find_tokenizer,
     write_byte_tokenizer_files,
@@ -41,6 +50,7 @@ from xlstm.trainer.llm.hf_tokenizer import (
 from xlstm.trainer.llm.run_tokenizer import (
     TOKENIZER_FILES,
     copy_files,
+    eos_ids,
     read_tokenizer,
     write_markers,
 )
@@ -73,6 +83,7 @@ def import_model(
     report: Callable[[int, int], None],
     *,
     eod_token: str | None = None,
+    refuse_nonfinite: bool = False,
 ) -> Converted:
     """Makes the folder of a run, with one checkpoint, of a model of the public layout.
 
@@ -84,29 +95,33 @@ def import_model(
         target: The folder to make.
         report: Is told how many of how many parameters are written.
         eod_token: The token that ends its documents; None for what its files name.
+        refuse_nonfinite: Whether numbers that are infinite or NaN are an error, and not a note.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: If the model, its files or its tokenizer cannot be used, or there is something
-            of the target's name.
+        ValueError: If the model, its files or its tokenizer cannot be used, a number is refused,
+            or there is something of the target's name.
         OSError: If something cannot be read or written.
     """
     check_storage_path(target)
-    published = read_json(os.path.join(source, _CONFIG_FILE))
+    path = inner_path(source, _CONFIG_FILE)
+    published = read_json(path)
+    files = open_tensors(source)
     try:
-        model, backend = from_hf_config(published)
+        model, backend = from_hf_config(published, count_numbers(files))
     except ValueError as error:
-        raise ValueError(f"{os.path.join(source, _CONFIG_FILE)}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     notes = demands_without_effect(published)
     shapes = parameter_shapes(model)
     tensors = hf_tensors(shapes)
     try:
-        files = open_tensors(source, tensors)
+        check_tensors(source, tensors, files)
     except ValueError as error:
         raise ValueError("; ".join([str(error), *notes])) from error
     generation = _token_ids(published) | _read_generation_config(source)
+    eos_ids(source, generation, model.vocab_size)  # So that the run can be used.
     tokenizer = find_tokenizer(source, eod_token)
     if eod_token and not tokenizer:
         raise ValueError(f"{source} has no {TOKENIZER_FILE} that {eod_token!r} could be a token of")
@@ -121,15 +136,18 @@ def import_model(
         workdir = Workdir(folder)
         copy_files(source, folder, TOKENIZER_FILES)
         write_json(os.path.join(folder, _GENERATION_FILE), generation)
-        read = _counted(functools.partial(_read_tensor, files), tensors, report)
+        counted = _Counted(functools.partial(_read_tensor, files), tensors, report)
         parts = {
-            f"params.{name}": _parts(read, shape, [x for x in tensors if x.parameter == name])
+            f"params.{name}": _parts(
+                counted.read, shape, [x for x in tensors if x.parameter == name]
+            )
             for name, shape in shapes.items()
         }
         checkpoints = CheckpointFolder(workdir.checkpoints)
         checkpoints.begin(0)
         with reported(f"the parameters cannot be written to {target}"):
             write_parts(os.path.join(checkpoints.unfinished(0), ITEM), parts)
+        notes += counted.check(source, refuse_nonfinite)
         if tokenizer and tokenizer.definition is not None:
             write_markers(workdir, tokenizer)
         mesh = dict.fromkeys(MESH_AXES, 1)
@@ -150,6 +168,7 @@ def export_model(
     *,
     dtype: str,
     max_shard_bytes: int,
+    refuse_nonfinite: bool = False,
 ) -> Converted:
     """Writes a checkpoint in the public layout: its parameters or, if it has one, their average.
 
@@ -161,41 +180,41 @@ def export_model(
         report: Is told how many of how many parameters are written.
         dtype: Type of the tensors, `float32` or `bfloat16`.
         max_shard_bytes: See `write_tensors`.
+        refuse_nonfinite: See `import_model`.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: If the public layout has no such model, the tokenizer cannot be used, or there
-            is something of the target's name.
+        ValueError: If the public layout has no such model, the tokenizer cannot be used, a number
+            is refused, or there is something of the target's name.
         OSError: If something cannot be read or written.
     """
     published = to_hf_config(config.model, config.backend, dtype)
     tokenizer = read_tokenizer(workdir, read_run_info(workdir.checkpoints, step))
     generation = _read_generation_config(workdir.path) or _marker_ids(tokenizer)
     shapes = parameter_shapes(config.model)
+    arrays = open_params(workdir.checkpoints, step, shapes)
     tensors = hf_tensors(shapes)
     with new_folder(target) as folder:
-        arrays = open_params(workdir.checkpoints, step, shapes)
+        counted = _Counted(functools.partial(_read_slice, arrays), tensors, report)
         num_files = write_tensors(
-            folder,
-            tensors,
-            _counted(functools.partial(_read_slice, arrays), tensors, report),
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
+            folder, tensors, counted.read, dtype=dtype, max_shard_bytes=max_shard_bytes
         )
+        notes = counted.check(workdir.path, refuse_nonfinite)
         write_json(os.path.join(folder, _CONFIG_FILE), published | _token_ids(generation))
         write_json(os.path.join(folder, _GENERATION_FILE), generation)
         copy_files(workdir.path, folder, TOKENIZER_FILES)
         if isinstance(tokenizer, ByteTokenizer):
             write_byte_tokenizer_files(folder)
     num_parameters = sum(tensor.size for tensor in tensors)
-    return Converted(num_parameters, num_parameters * (2 if dtype == "bfloat16" else 4), num_files)
+    num_bytes = num_parameters * (2 if dtype == "bfloat16" else 4)
+    return Converted(num_parameters, num_bytes, num_files, notes)
 
 
 def _read_generation_config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, _GENERATION_FILE)
-    return read_json(path) if os.path.exists(path) else {}
+    path = find_file(folder, _GENERATION_FILE)
+    return read_json(path) if path else {}
 
 
 def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,22 +231,38 @@ def _marker_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     )
 
 
-def _counted(
-    read: Callable[[HFTensor], np.ndarray],
-    tensors: Sequence[HFTensor],
-    report: Callable[[int, int], None],
-) -> Callable[[HFTensor], np.ndarray]:
-    """`read`, which tells how many parameters it has read."""
-    done, total = 0, sum(tensor.size for tensor in tensors)
+class _Counted:
+    """Reads tensors, and counts their numbers and those that are not finite."""
 
-    def counted(tensor: HFTensor) -> np.ndarray:
-        nonlocal done
-        array = read(tensor)
-        done += tensor.size
-        report(done, total)
+    def __init__(
+        self,
+        read: Callable[[HFTensor], np.ndarray],
+        tensors: Sequence[HFTensor],
+        report: Callable[[int, int], None],
+    ):
+        """Takes what reads, the tensors, and what is told how many numbers of all are read."""
+        self._read, self._report = read, report
+        self._done, self._total = 0, sum(tensor.size for tensor in tensors)
+        self._nonfinite: dict[str, int] = {}
+
+    def read(self, tensor: HFTensor) -> np.ndarray:
+        """Reads a tensor."""
+        array = self._read(tensor)
+        count = array.size - int(np.count_nonzero(np.isfinite(array)))
+        if count:
+            self._nonfinite[tensor.name] = count
+        self._done += tensor.size
+        self._report(self._done, self._total)
         return array
 
-    return counted
+    def check(self, source: str, refuse: bool) -> tuple[str, ...]:
+        """Says what was found in all that was read; raises ValueError if it is to be refused."""
+        if not self._nonfinite:
+            return ()
+        text = nonfinite_text(self._nonfinite)
+        if refuse:
+            raise ValueError(f"{source}: {text}")
+        return (text,)
 
 
 def _read_tensor(files: Mapping[str, safe_open], tensor: HFTensor) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from xlstm.dataset.testing import write_tokenizer_json
+from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel import hf_layout
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
@@ -18,7 +19,7 @@ from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.read_params import open_params
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.hf_checkpoint import export_model, import_model
-from xlstm.trainer.llm.hf_files import read_json, write_json
+from xlstm.trainer.llm.hf_files import write_json
 from xlstm.trainer.llm.hf_tokenizer import write_byte_tokenizer_files
 from xlstm.trainer.llm.workdir import Workdir
 
@@ -208,32 +209,63 @@ def _tie(folder):
     _change_json("config.json", tie_word_embeddings=True)(folder)
 
 
+def _link(name, target="../secret.json"):
+    """Links to a file beside the model's folder that would do."""
+
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.makedirs((folder / name).parent, exist_ok=True)
+        (folder / name).symlink_to(os.path.relpath(folder / target, (folder / name).parent))
+
+    return change
+
+
+def _number(name, value):
+    return _change_json(
+        "config.json", **{name: value, "num_hidden_layers": None, "hidden_size": None}
+    )
+
+
 _BAD_MODELS = {
-    "no configuration": (
-        lambda folder: os.remove(folder / "config.json"),
-        "config.json is missing",
+    "a million blocks": (_number("num_blocks", 10**6), r"num_blocks=1000000 with .* is too large"),
+    "a wide model": (_number("embedding_dim", 10**9), "embedding_dim=1000000000 is too large"),
+    "many ids": (_number("vocab_size", 10**12), "vocab_size=1000000000000 with .* is too large"),
+    "rounding": (_number("ffn_round_up_to_multiple_of", 10**12), "multiple_of=.* is too large"),
+    "a factor": (
+        _number("ffn_proj_factor", 1e308),
+        r"ffn_proj_factor=1e\+308 with .* is too large",
     ),
-    "no JSON": (_write("config.json", "{"), "config.json cannot be read"),
-    "bias": (_change_json("config.json", use_bias=True), "config.json: use_bias=True is not"),
-    "blocks": (
-        _change_json("config.json", num_blocks=1, num_hidden_layers=1),
-        "missing: none; unexpected: backbone.blocks.1.ffn.proj_down.weight, backbone",
+    "negative": (_number("num_blocks", -1), "num_blocks=-1: it must be at least 1"),
+    "zero": (_number("embedding_dim", 0), "embedding_dim=0: it must be at least 1"),
+    "fraction": (_number("num_heads", 4.0), "num_heads=4.0 is not supported: expected int"),
+    "truth": (_number("num_heads", True), "num_heads=True is not supported: expected int"),
+    "text": (_number("vocab_size", "61"), "vocab_size='61' is not supported: expected int"),
+    "null": (_number("vocab_size", None), "vocab_size is None: expected a number"),
+    "list": (_number("num_blocks", [2] * 99), r"num_blocks=\[2, 2.*\.\.\.\] is not supp"),
+    "not a number": (
+        _number("norm_eps", float("nan")),
+        "norm_eps=nan is not supported: it must be",
     ),
-    "width": (
-        _change_json("config.json", ffn_proj_factor=2.0),
-        r"ffn.proj_up.weight has the shape \(128, 128\), not \(256, 128\)",
+    "infinite": (_number("qk_dim_factor", float("inf")), "qk_dim_factor=inf is not supported"),
+    "long number": (_number("v_dim_factor", 10**400), "v_dim_factor=1000.* expected float"),
+    "outside configuration": (_link("config.json"), "config.json is a link that leads out of"),
+    "outside tensors": (_link("model.safetensors"), "safetensors is a link that leads out of"),
+    "outside generation": (_link("generation_config.json"), "_config.json is a link that leads"),
+    "outside tokenizer": (_link("tokenizer.json"), "tokenizer.json is a link that leads out"),
+    "outside template": (_link("chat_template.jinja"), "template.jinja is a link that leads out"),
+    "outside map": (_link("special_tokens_map.json"), "tokens_map.json is a link that leads out"),
+    "outside folder": (_link("additional_chat_templates", ".."), "templates is a link that leads"),
+    "outside in a folder": (
+        _link("additional_chat_templates/x"),
+        "templates/x is a link that leads",
     ),
-    "tensor": (_drop_tensor, r"\(missing: backbone.blocks.1.norm_ffn.weight; unexpected: none\)"),
-    "tied": (_tie, r"missing: lm_head.weight; unexpected: none\); tie_word_embeddings=True has no"),
-    "truncated": (
-        lambda folder: os.truncate(folder / "model.safetensors", 1000),
-        "model.safetensors is not a whole safetensors file",
+    "link to a folder": (
+        _link("additional_chat_templates/x", "additional_chat_templates"),
+        "link to a folder|leads out",
     ),
-    "generation": (_write("generation_config.json", "[]"), "generation_config.json holds no JSON"),
-    "tokenizer": (_write("tokenizer.json", "{}"), "tokenizer.json is not a tokenizer.json"),
-    "large tokenizer": (
-        lambda folder: write_tokenizer_json(str(folder / "tokenizer.json")),
-        "the tokenizer has 257 ids, the model only 61",
+    "ids": (
+        _change_json("generation_config.json", eos_token_id="x"),
+        r"model has eos_token_id=\['x'\]: expected ids",
     ),
 }
 
@@ -242,10 +274,42 @@ _BAD_MODELS = {
 def test_a_model_that_cannot_be_used_leaves_nothing(tmp_path, name):
     change, message = _BAD_MODELS[name]
     shutil.copytree(_GOLDEN, tmp_path / "model")
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "secret.json")
     change(tmp_path / "model")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         import_model(str(tmp_path / "model"), str(tmp_path / "run"), _ignore)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+    assert sorted(os.listdir(tmp_path)) == ["model", "secret.json"]
+
+
+def test_numbers_that_are_not_finite_are_told_or_refused(tmp_path):
+    shutil.copytree(_GOLDEN, tmp_path / "model")
+    arrays = load_file(tmp_path / "model" / "model.safetensors")
+    arrays["lm_head.weight"][1, 2:4] = np.nan, np.inf
+    save_file(arrays, tmp_path / "model" / "model.safetensors")
+    text = "numbers are infinite or NaN: 2 in lm_head.weight"
+    source, target = str(tmp_path / "model"), str(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"model: {text}$"):
+        import_model(source, target, _ignore, refuse_nonfinite=True)
     assert os.listdir(tmp_path) == ["model"]
+    assert text in import_model(source, target, _ignore).notes
+    with pytest.raises(ValueError, match=f"run: {text}$"):
+        _export(tmp_path, "run", tmp_path / "back", refuse_nonfinite=True)
+    converted, _ = _export(tmp_path, "run", tmp_path / "back")
+    assert converted.notes == (text,)
+    found = load_file(tmp_path / "back" / "model.safetensors")["lm_head.weight"]
+    np.testing.assert_array_equal(found, arrays["lm_head.weight"])
+
+
+def test_a_model_in_the_cache_of_the_hub(tmp_path):
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / "0123"
+    shutil.copytree(_GOLDEN, cache / "blobs")
+    snapshot.mkdir(parents=True)
+    for name in os.listdir(cache / "blobs"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    import_model(str(snapshot), str(tmp_path / "run"), _ignore)
+    assert (tmp_path / "run" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])

@@ -1,6 +1,7 @@
 """Files of tensors in the public layout: found, checked, read and written, tensor by tensor."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,73 +11,89 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from xlstm.common_types import DTYPES
+from xlstm.inner_file import find_file, inner_path
+from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel.hf_layout import HFTensor
 from xlstm.trainer.base.checkpointing import reported
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _READABLE = ("F32", "BF16", "F16")
+_MOST_LISTED = 20
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Reads a JSON object; raises ValueError if the file holds no such thing."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
-
-
-def open_tensors(folder: str, wanted: Sequence[HFTensor]) -> dict[str, safe_open]:
-    """Opens the files of a model, and checks everything but the numbers.
+def open_tensors(folder: str) -> dict[str, safe_open]:
+    """Opens the files of a model, which all lie in its folder.
 
     Args:
         folder: The folder of the files.
-        wanted: The tensors that the model must have.
 
     Returns:
         For each tensor's name, the file that it is in.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the tensors are others than those wanted;
-            they are all named.
+        ValueError: If a file is missing or damaged or leads out of the folder, or the index and the
+            files contradict each other.
     """
     weight_map = _weight_map(folder)
-    opened = {name: _open(os.path.join(folder, name)) for name in sorted(set(weight_map.values()))}
+    opened = {name: _open(inner_path(folder, name)) for name in sorted(set(weight_map.values()))}
     held = {(tensor, name) for name, file in opened.items() for tensor in file.keys()}
     disputed = held ^ set(weight_map.items())
     if disputed:
         names = {f"{tensor} in {name}" for tensor, name in disputed}
         raise ValueError(f"{folder}: the index and the files disagree about {_listed(names)}")
+    return {name: opened[file] for name, file in weight_map.items()}
+
+
+def count_numbers(tensors: Mapping[str, safe_open]) -> int:
+    """Counts the numbers in all tensors, from what the files say of their shapes."""
+    slices = (file.get_slice(name) for name, file in tensors.items())
+    return sum(math.prod(entry.get_shape()) for entry in slices)
+
+
+def check_tensors(
+    folder: str, wanted: Iterable[HFTensor], tensors: Mapping[str, safe_open]
+) -> None:
+    """Checks everything of tensors but their numbers.
+
+    Args:
+        folder: The folder of the files.
+        wanted: The tensors that the model must have.
+        tensors: What `open_tensors` returned.
+
+    Raises:
+        ValueError: If the tensors are others than those wanted; they are named.
+    """
     names = {tensor.name for tensor in wanted}
-    if names != weight_map.keys():
+    if names != tensors.keys():
         raise ValueError(
             f"{folder}: the tensors are not those of the model in config.json (missing:"
-            f" {_listed(names - weight_map.keys())}; unexpected:"
-            f" {_listed(weight_map.keys() - names)})"
+            f" {_listed(names - tensors.keys())}; unexpected: {_listed(tensors.keys() - names)})"
         )
-    tensors = {name: opened[file] for name, file in weight_map.items()}
-    _check_tensors(folder, wanted, tensors)
-    return tensors
+    wrong = []
+    for tensor in wanted:
+        entry = tensors[tensor.name].get_slice(tensor.name)
+        shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+        if shape != tensor.shape:
+            wrong.append(f"{tensor.name} has the shape {shape}, not {tensor.shape}")
+        if dtype not in _READABLE:
+            wrong.append(f"{tensor.name} is of the type {dtype}, not {' or '.join(_READABLE)}")
+    if wrong:
+        raise ValueError(f"{folder}: {'; '.join(wrong)}")
 
 
 def _weight_map(folder: str) -> dict[str, str]:
     """The file of each tensor that the index lists; without an index there is one file."""
-    path = os.path.join(folder, _INDEX_FILE)
-    if not os.path.exists(path):
-        if not os.path.exists(os.path.join(folder, _SINGLE_FILE)):
+    path = find_file(folder, _INDEX_FILE)
+    if path is None:
+        single = find_file(folder, _SINGLE_FILE)
+        if single is None:
             raise ValueError(f"{folder} has neither {_SINGLE_FILE} nor {_INDEX_FILE}")
-        return dict.fromkeys(_open(os.path.join(folder, _SINGLE_FILE)).keys(), _SINGLE_FILE)
+        return dict.fromkeys(_open(single).keys(), _SINGLE_FILE)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{path} has no weight_map from tensors to files")
-    files = set(weight_map.values())
-    missing = [name for name in files if not os.path.exists(os.path.join(folder, name))]
+    missing = [name for name in set(weight_map.values()) if find_file(folder, name) is None]
     if missing:
         raise ValueError(f"{path} names files that are missing: {_listed(missing)}")
     return weight_map
@@ -90,23 +107,11 @@ def _open(path: str) -> safe_open:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _check_tensors(
-    folder: str, wanted: Iterable[HFTensor], tensors: Mapping[str, safe_open]
-) -> None:
-    wrong = []
-    for tensor in wanted:
-        entry = tensors[tensor.name].get_slice(tensor.name)
-        shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-        if shape != tensor.shape:
-            wrong.append(f"{tensor.name} has the shape {shape}, not {tensor.shape}")
-        if dtype not in _READABLE:
-            wrong.append(f"{tensor.name} is of the type {dtype}, not {' or '.join(_READABLE)}")
-    if wrong:
-        raise ValueError(f"{folder}: {'; '.join(wrong)}")
-
-
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    first, *more = sorted(names) or ["none"]
+    listed = ", ".join([first, *more[: _MOST_LISTED - 1]])
+    left_out = len(more) - _MOST_LISTED + 1
+    return f"{listed} and {left_out:,} more" if left_out > 0 else listed
 
 
 def write_tensors(

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel.hf_layout import HFTensor
-from xlstm.trainer.llm.hf_files import open_tensors, read_json, write_json, write_tensors
+from xlstm.trainer.llm.hf_files import (
+    check_tensors,
+    count_numbers,
+    open_tensors,
+    write_json,
+    write_tensors,
+)
 
 _SHAPES = {"a": (2, 3), "b": (4,), "c": (5, 2)}
 _WANTED = [HFTensor(name, shape, name, None, False) for name, shape in _SHAPES.items()]
@@ -27,7 +34,9 @@ def _write(folder, *, max_shard_bytes=1000, dtype="float32"):
 
 
 def _read(folder):
-    return {name: file.get_tensor(name) for name, file in open_tensors(folder, _WANTED).items()}
+    tensors = open_tensors(folder)
+    check_tensors(folder, _WANTED, tensors)
+    return {name: file.get_tensor(name) for name, file in tensors.items()}
 
 
 @pytest.mark.parametrize("max_shard_bytes, files", [(1000, 1), (80, 1), (40, 2), (1, 3)])
@@ -96,8 +105,10 @@ def _without(*names, **more):
 )
 def test_other_tensors(tmp_path, arrays, message):
     save_file(arrays, tmp_path / _SINGLE)
+    tensors = open_tensors(str(tmp_path))
+    assert count_numbers(tensors) == sum(array.size for array in arrays.values())
     with pytest.raises(ValueError, match=message):
-        open_tensors(str(tmp_path), _WANTED)
+        check_tensors(str(tmp_path), _WANTED, tensors)
 
 
 @pytest.mark.parametrize("size", [0, 7, 50, -1])
@@ -106,7 +117,7 @@ def test_a_truncated_file(tmp_path, size):
     content = (tmp_path / _SINGLE).read_bytes()
     (tmp_path / _SINGLE).write_bytes(content[:size])
     with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
-        open_tensors(str(tmp_path), _WANTED)
+        open_tensors(str(tmp_path))
 
 
 def test_a_file_of_several_is_missing_or_truncated(tmp_path):
@@ -115,10 +126,10 @@ def test_a_file_of_several_is_missing_or_truncated(tmp_path):
     content = second.read_bytes()
     second.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is not a whole"):
-        open_tensors(str(tmp_path), _WANTED)
+        open_tensors(str(tmp_path))
     second.unlink()
     with pytest.raises(ValueError, match="files that are missing: model-00002-of-00002"):
-        open_tensors(str(tmp_path), _WANTED)
+        open_tensors(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -139,24 +150,56 @@ def test_another_index(tmp_path, change, message):
     index = change(read_json(str(tmp_path / _INDEX)))
     (tmp_path / _INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):
-        open_tensors(str(tmp_path), _WANTED)
+        open_tensors(str(tmp_path))
 
 
 def test_no_model(tmp_path):
     with pytest.raises(ValueError, match=f"has neither {_SINGLE} nor {_INDEX}"):
-        open_tensors(str(tmp_path), _WANTED)
+        open_tensors(str(tmp_path))
 
 
-def test_json(tmp_path):
+def test_what_is_written_is_json(tmp_path):
     path = str(tmp_path / "x.json")
     write_json(path, {"b": "ü", "a": [1]})
     assert read_json(path) == {"a": [1], "b": "ü"}
-    for content in ("{", "3", "\x00"):
-        (tmp_path / "x.json").write_text(content)
-        with pytest.raises(ValueError, match="x.json (cannot be read|holds no JSON object)"):
-            read_json(path)
-    with pytest.raises(ValueError, match="y.json is missing"):
-        read_json(str(tmp_path / "y.json"))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("../model.safetensors", "no plain name"),
+        ("", "no plain name"),
+        ("..", "no plain name"),
+        ("a\0b", "no plain name"),
+        ("link", "leads out of"),
+    ],
+)
+def test_an_index_names_files_of_its_folder_only(tmp_path, name, message):
+    _write(tmp_path)  # Somebody else's, which holds the very tensors.
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / _SINGLE)
+    outside = str(tmp_path / _SINGLE)
+    for written in (name, outside):
+        index = {"weight_map": dict.fromkeys(_SHAPES, written)}
+        (folder / _INDEX).write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="no plain name" if written == outside else message):
+            open_tensors(str(folder))
+
+
+def test_a_link_instead_of_the_only_file(tmp_path):
+    _write(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / _SINGLE).symlink_to("../model.safetensors")
+    with pytest.raises(ValueError, match="leads out of"):
+        open_tensors(str(folder))
+
+
+def test_many_names_are_a_few_in_a_message(tmp_path):
+    save_file({f"x{i:03}": np.zeros(1) for i in range(100)}, tmp_path / _SINGLE)
+    with pytest.raises(ValueError, match="unexpected: x000, x001, .*, x019 and 80 more"):
+        check_tensors(str(tmp_path), _WANTED, open_tensors(str(tmp_path)))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

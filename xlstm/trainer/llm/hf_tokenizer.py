@@ -13,6 +13,7 @@ from xlstm.dataset.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from xlstm.inner_file import find_file
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.llm.run_tokenizer import tokenizer_config
 
@@ -31,8 +32,8 @@ def find_tokenizer(folder: str, eod_token: str | None = None) -> Tokenizer | Non
     Raises:
         ValueError: If it cannot be used.
     """
-    path = os.path.join(folder, TOKENIZER_FILE)
-    if not os.path.exists(path):
+    path = find_file(folder, TOKENIZER_FILE)
+    if path is None:
         return None
     tokenizer = load_tokenizer(path, eod_token)
     is_byte = tokenizer.definition == _byte_tokenizer_json().encode()

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from xlstm.common_types import PyTree, TrainState
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.trainer.base.checkpointing import read_run_info
+from xlstm.trainer.base.nonfinite import count_nonfinite, nonfinite_text
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
@@ -39,6 +40,7 @@ def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
         average begins from the same. The optimizer's state is as it was.
 
     Raises:
+        ValueError: If a parameter is not finite.
         OSError: If the checkpoint is damaged, or of another model.
     """
     like = jax.tree.map(
@@ -47,6 +49,12 @@ def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
     _delete(state.params)
     _delete(state.params_ema)
     params = read_params(workdir.checkpoints, step, like)
+    nonfinite = count_nonfinite(params)
+    if nonfinite:
+        raise ValueError(
+            f"no run can begin with the checkpoint of step {step} in {workdir.checkpoints}:"
+            f" {nonfinite_text(nonfinite)}"
+        )
     # A true copy: a training step gives both buffers away.
     average = None if state.params_ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, params_ema=average)

@@ -71,6 +71,7 @@ from xlstm.trainer.logger.loss_plot import LossPlotLogger
 from xlstm.trainer.logger.tensorboard import TensorBoardLogger
 from xlstm.trainer.logger.terminal import TerminalLogger
 from xlstm.trainer.logger.wandb_logger import WandbLogger, check_wandb
+from xlstm.visible_text import visible_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ class _Run:
     source: tuple[Workdir, int] | None
 
     def say(self, text: str) -> None:
-        """Shows a text as it is."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Shows a text as it is, but for characters that a terminal would obey."""
+        self.console.print(visible_lines(text), soft_wrap=True)
 
     def stop(self, signal_name: str) -> None:
         """Asks all processes to stop."""
@@ -258,7 +259,8 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     if source:
         check_source(*source, data.tokenizer)
     check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
-    console = Console(quiet=jax.process_index() != 0, highlight=False)
+    options = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(quiet=jax.process_index() != 0, **options)
     run = _Run(
         config=config,
         mesh=mesh,

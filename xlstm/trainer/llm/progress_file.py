@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +74,7 @@ def load_progress(path: str, model: LoadedModel) -> TextsSoFar:
         OSError: If it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = _read_arrays(path)
     except OSError:
         raise
     except Exception as error:  # Damage in it may raise anything.
@@ -88,10 +89,24 @@ def load_progress(path: str, model: LoadedModel) -> TextsSoFar:
     states = _states(path, arrays.pop(_STATES, None), batch_size)
     like = _like(model.config, batch_size)
     wanted = _named_leaves(like)
-    if {name: x.shape for name, x in arrays.items()} != {n: x.shape for n, x in wanted.items()}:
+    shapes = {name: x.shape for name, x in arrays.items()}
+    is_alike = shapes == {name: x.shape for name, x in wanted.items()}
+    if not (batch_size and is_alike) or any(x.dtype.kind not in "bif" for x in arrays.values()):
         raise ValueError(f"{path} is not a saved state of this model: its arrays are others")
+    if any(np.isnan(x).any() for x in arrays.values()):
+        raise ValueError(f"{path} is not a state that texts can go on from: it holds NaN")
     found = [arrays[name].astype(x.dtype) for name, x in wanted.items()]
     return TextsSoFar(jax.tree.unflatten(jax.tree.structure(like), found), states)
+
+
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a file that `np.savez` wrote: together they are no larger than the file."""
+    with np.load(path, allow_pickle=False) as file:
+        entries = file.zip.infolist()
+        is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not is_stored or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise ValueError("its arrays are not stored as they are")
+        return dict(file)
 
 
 def _states(path: str, saved: np.ndarray | None, batch_size: int) -> list[DetokenizerState]:
@@ -106,5 +121,5 @@ def _states(path: str, saved: np.ndarray | None, batch_size: int) -> list[Detoke
         if len(states) not in (0, batch_size):
             raise ValueError(f"{len(states)} texts, {batch_size} rows")
         return states
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a saved state: its texts cannot be read") from error

@@ -17,9 +17,11 @@ from xlstm.dataset.tokenizer import (
     same_tokenizer,
     tokenizer_token,
 )
+from xlstm.inner_file import find_file, read_file
+from xlstm.json_file import read_json
 from xlstm.trainer.base.files import write_atomically
-from xlstm.trainer.llm.hf_files import read_json
 from xlstm.trainer.llm.workdir import Workdir
+from xlstm.visible_text import short_repr
 
 # Files and folders that public models have for their tokenizers.
 TOKENIZER_FILES = (
@@ -64,15 +66,28 @@ def _holds(workdir: Workdir, tokenizer: Tokenizer) -> bool:
 
 
 def copy_files(source: str, target: str, names: tuple[str, ...]) -> None:
-    """Copies those of some files and folders that there are from one folder to another."""
+    """Copies those of some files and folders that there are from one folder to another.
+
+    Args:
+        source: The folder.
+        target: The other one.
+        names: Plain names in it.
+
+    Raises:
+        ValueError: If one leads out of the folder, or is no file, or too large for one.
+        OSError: If something cannot be read or written.
+    """
     for name in names:
-        path, copy = os.path.join(source, name), os.path.join(target, name)
-        if os.path.isdir(path):
+        path, copy = find_file(source, name), os.path.join(target, name)
+        if path is None:
+            continue
+        if not os.path.isdir(path):
+            write_atomically(copy, read_file(path))
+        elif os.path.islink(path):  # There would be no end if it were that of a folder around it.
+            raise ValueError(f"{path} is a link to a folder: put the folder itself there")
+        else:
             os.makedirs(copy, exist_ok=True)
             copy_files(path, copy, tuple(os.listdir(path)))
-        elif os.path.exists(path):
-            with open(path, "rb") as file:
-                write_atomically(copy, file.read())
 
 
 def write_markers(workdir: Workdir, tokenizer: Tokenizer) -> None:
@@ -124,10 +139,8 @@ def check_tokenizer(workdir: Workdir, info: Mapping[str, Any], tokenizer: Tokeni
     Raises:
         ValueError: If the model's is known and another one.
     """
-    if info["tokenizer"] is None:
-        return
     known = read_tokenizer(workdir, info)
-    if not same_tokenizer(known, tokenizer):
+    if known and not same_tokenizer(known, tokenizer):
         flags = f"--tokenizer={workdir.path}"
         if known.bos_token != tokenizer.bos_token:
             flags += f" --bos_token={known.bos_token!r}"
@@ -150,9 +163,14 @@ def read_tokenizer(workdir: Workdir, info: Mapping[str, Any]) -> Tokenizer | Non
     Raises:
         ValueError: If it is missing, or another one.
     """
-    fingerprint = info["tokenizer"]
+    fingerprint = info.get("tokenizer", "")
     if fingerprint is None:
         return None
+    if not isinstance(fingerprint, str):
+        raise ValueError(
+            f"a checkpoint in {workdir.checkpoints} has tokenizer={short_repr(fingerprint)}:"
+            " expected a fingerprint"
+        )
     if fingerprint == ByteTokenizer.fingerprint:
         return ByteTokenizer()
     if os.path.exists(workdir.markers):
@@ -182,10 +200,26 @@ def read_eos_ids(workdir: Workdir, vocab_size: int) -> tuple[int, ...]:
     Raises:
         ValueError: If what it says are no ids.
     """
-    if not os.path.exists(workdir.generation_config):
-        return ()
-    ids = read_json(workdir.generation_config).get("eos_token_id")
+    path = find_file(workdir.path, GENERATION_CONFIG_FILE)
+    return eos_ids(path, read_json(path), vocab_size) if path else ()
+
+
+def eos_ids(name: str, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Returns which ids end texts, as a configuration of generation says.
+
+    Args:
+        name: What to call it in an error.
+        config: What it says.
+        vocab_size: The ids that the model knows are below it.
+
+    Returns:
+        The ids, ascending; none if it does not say.
+
+    Raises:
+        ValueError: If what it says are no ids.
+    """
+    ids = config.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{workdir.generation_config} has eos_token_id={ids}: expected ids")
+        raise ValueError(f"{name} has eos_token_id={short_repr(ids)}: expected ids")
     return tuple(sorted({i for i in ids if 0 <= i < vocab_size}))

@@ -17,7 +17,9 @@ from xlstm.dataset.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
 )
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
+from xlstm.inner_file import check_inside
+from xlstm.json_file import read_json
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, step_of_name
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.shared_folder import check_shared_folder
@@ -119,8 +121,9 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
         The run's folder, and the step; None if it is not that of a checkpoint.
     """
     parent, name = os.path.split(os.path.normpath(path))
-    if name.isdigit() and os.path.basename(parent) == "checkpoints":
-        return Workdir(os.path.dirname(parent)), int(name)
+    step = step_of_name(name)
+    if step is not None and os.path.basename(parent) == "checkpoints":
+        return Workdir(os.path.dirname(parent)), step
     return Workdir(path), None
 
 
@@ -134,7 +137,7 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
         The run's folder and the step.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it is a link that leads out of the run's folder.
     """
     workdir, wanted = split_checkpoint_path(path)
     # The run may be going on: all processes must choose the same.
@@ -142,6 +145,9 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
     wanted = max(steps, default=None) if wanted is None else wanted
     if wanted not in steps:
         raise ValueError(f"{path}: there is no whole checkpoint of a run")
+    checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
+    for used in (workdir.config, workdir.tokenizer, checkpoint):
+        check_inside(workdir.path, used)
     return workdir, wanted
 
 
@@ -184,8 +190,10 @@ def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
     That is their default, unless `_FORMER_DEFAULTS` says otherwise.
     """
     defaults = plain_config(with_fields(RunConfig(), _FORMER_DEFAULTS))
+    found = {section: saved.get(section, {}) for section in defaults}
     return saved | {
-        section: fields | saved.get(section, {}) for section, fields in defaults.items()
+        section: defaults[section] | fields if isinstance(fields, dict) else fields
+        for section, fields in found.items()
     }
 
 
@@ -229,14 +237,13 @@ def kept_defaults(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
 
 def _read_config(workdir: Workdir) -> tuple[dict[str, Any], list[str]]:
     """Reads the configuration, with new fields, and the checksums of a run that has begun."""
-    with open(workdir.config, encoding="utf-8") as file:
-        try:
-            saved = json.load(file)
-            config = with_new_fields(saved["config"])
-            _flatten(config)
-            return config, saved["corpora"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{workdir.config} is not a configuration of ours") from None
+    saved = read_json(workdir.config)
+    try:
+        config = with_new_fields(saved["config"])
+        _flatten(config)
+        return config, saved["corpora"]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{workdir.config} is not a configuration of ours") from None
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:

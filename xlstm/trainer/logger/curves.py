@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,12 @@ class Curve:
     values: np.ndarray
 
 
+def is_point(value: Any) -> bool:
+    """Whether what a row has for a metric is a number that can be drawn."""
+    is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return is_number and math.isfinite(value)
+
+
 def read_curve(rows: Sequence[dict[str, float]], metric: str, label: str) -> Curve:
     """Picks one metric; rows without it, and values that are not finite, are left out.
 
@@ -38,8 +45,7 @@ def read_curve(rows: Sequence[dict[str, float]], metric: str, label: str) -> Cur
     Returns:
         The curve, which may have no points.
     """
-    points = [(row["step"], row[metric]) for row in rows if metric in row]
-    points = [point for point in points if math.isfinite(point[1])]
+    points = [(row["step"], row[metric]) for row in rows if is_point(row.get(metric))]
     steps, values = np.array(points, np.float64).reshape(-1, 2).T
     return Curve(label, steps.astype(np.int64), values)
 
@@ -92,10 +98,11 @@ def draw_picture(
             marker = "o" if len(curve.steps) <= _MOST_MARKED else None
             style = {"linewidth": 1.2, "marker": marker, "markersize": 3}
             axes.plot(curve.steps, curve.values, color=colour, label=curve.label, **style)
-        axes.set_ylabel(name)
+        axes.set_ylabel(name, parse_math=False)  # A $ is no formula.
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend()
+            for text in axes.legend().get_texts():
+                text.set_parse_math(False)
     all_axes[-1].set_xlabel("step")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)

@@ -3,8 +3,10 @@
 import json
 import os
 
+from xlstm.json_file import parse_json
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.logger.base_logger import Logger
+from xlstm.visible_text import short_repr
 
 
 def read_rows(path: str) -> list[dict[str, float]]:
@@ -26,11 +28,11 @@ def read_rows(path: str) -> list[dict[str, float]]:
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline is torn.
         try:
-            row = json.loads(line)
+            row = parse_json(line, "the line")
         except ValueError:
-            row = None
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f"{path}:{number} is no row of metrics: {line[:80]!r}")
+            row = {}
+        if not isinstance(row.get("step"), int) or not 0 <= row["step"] < 2**63:
+            raise ValueError(f"{path}:{number} is no row of metrics: {short_repr(line)}")
         rows.append(row)
     return rows
 

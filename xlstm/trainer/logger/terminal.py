@@ -13,6 +13,7 @@ from rich.progress import (
 )
 
 from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
+from xlstm.visible_text import visible
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -50,7 +51,7 @@ class TerminalLogger(Logger):
             )
             bits = row.get(f"val_bits_per_byte{suffix}")  # Of text alone.
             text += "" if bits is None else f"  bits per byte {bits:.3f}"
-            self._console.print(f"{text}{suffix and f'  ({suffix[1:]})'}")
+            self._console.print(f"{text}{suffix and f'  ({visible(suffix[1:])})'}", markup=False)
         if "loss" not in row or "tokens_per_second" not in row:
             return  # An evaluation, or a step that was left out.
         status = (
