@@ -24,11 +24,16 @@ def _create_run(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
     state, specs, good_step = create_language_model_run(config, mesh)
     schedule = ScheduleConfig(peak_lr=_LR.value, warmup_steps=0, decay="constant")
     ruinous = dataclasses.replace(config, schedule=schedule)
-    _, _, bad_step = create_language_model_run(ruinous, mesh, abstract=True)
+    abstract, _, bad_step = create_language_model_run(ruinous, mesh, abstract=True)
 
     def train_step(state: TrainState, *others: Any) -> tuple[Any, ...]:
-        step = good_step if int(state.step) < _AFTER.value else bad_step
-        return step(state, *others)
+        if int(state.step) < _AFTER.value:
+            return good_step(state, *others)
+        # Functions are part of a state's type, and each step wants its own.
+        own = {"apply_fn": state.apply_fn, "tx": state.tx}
+        state = state.replace(apply_fn=abstract.apply_fn, tx=abstract.tx)
+        state, metrics = bad_step(state, *others)
+        return state.replace(**own), metrics
 
     return state, specs, train_step
 
