@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from xlstm.dataset.tokenizer import (
 )
 from xlstm.inner_file import check_inside
 from xlstm.json_file import read_json
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, step_of_name
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, confirmed_step, step_of_name
 from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.base.shared_folder import check_shared_folder
@@ -127,11 +127,14 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
     return Workdir(path), None
 
 
-def find_checkpoint(path: str) -> tuple[Workdir, int]:
+def find_checkpoint(
+    path: str, report: Callable[[str], None] = lambda text: None
+) -> tuple[Workdir, int]:
     """Finds a checkpoint by the folder of its run, or its own.
 
     Args:
-        path: The folder.
+        path: The folder. For that of a run it is the last checkpoint that is confirmed.
+        report: Takes a line about a newer one that is not.
 
     Returns:
         The run's folder and the step.
@@ -140,9 +143,23 @@ def find_checkpoint(path: str) -> tuple[Workdir, int]:
         ValueError: If there is none, or it is a link that leads out of the run's folder.
     """
     workdir, wanted = split_checkpoint_path(path)
+    folder = CheckpointFolder(workdir.checkpoints)
+
+    def find() -> tuple[list[int], int | None]:
+        saved = folder.saved()
+        return list(saved), confirmed_step(saved)
+
     # The run may be going on: all processes must choose the same.
-    steps = from_first_process(CheckpointFolder(workdir.checkpoints).whole_steps)
-    wanted = max(steps, default=None) if wanted is None else wanted
+    steps, confirmed = from_first_process(find)
+    if wanted is None and steps:
+        newest, wanted = max(steps), confirmed
+        unsure = f"{folder.of_step(newest)} is not confirmed, since steps before it were not sound"
+        if confirmed is None:
+            raise ValueError(
+                f"{path}: there is no confirmed checkpoint. {unsure}: name it to use it as it is"
+            )
+        if newest != confirmed:
+            report(f"{unsure}: the checkpoint of step {confirmed} is used")
     if wanted not in steps:
         raise ValueError(f"{path}: there is no whole checkpoint of a run")
     checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)

@@ -4,10 +4,12 @@ import os
 
 import pytest
 
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
+    find_checkpoint,
     kept_defaults,
     own_workdir,
     split_checkpoint_path,
@@ -335,3 +337,29 @@ def test_the_corpus_can_be_checked_later(claimed):
     check_workdir(claimed, RunConfig())
     with pytest.raises(ValueError, match="the token stores hold other text"):
         check_workdir(claimed, RunConfig(), ["def"])
+
+
+def _save(workdir, **confirmed):
+    folder = CheckpointFolder(workdir.checkpoints)
+    for name, is_confirmed in confirmed.items():
+        step = int(name[1:])
+        folder.begin(step)
+        folder.complete(step, {}, Saved(confirmed=is_confirmed))
+
+
+def test_the_last_confirmed_checkpoint_is_found(claimed):
+    reports = []
+    _save(claimed, _3=True, _5=True, _8=False, _9=False)
+    assert find_checkpoint(claimed.path, reports.append) == (claimed, 5)
+    (report,) = reports
+    newest = os.path.join(claimed.checkpoints, "9")
+    assert report.startswith(f"{newest} is not confirmed") and "step 5 is used" in report
+    assert find_checkpoint(newest, reports.append) == (claimed, 9)
+    assert len(reports) == 1
+
+
+def test_an_unconfirmed_checkpoint_is_used_by_its_own_name_only(claimed):
+    _save(claimed, _3=False)
+    with pytest.raises(ValueError, match="no confirmed checkpoint. .*/3 is not .*: name it to use"):
+        find_checkpoint(claimed.path)
+    assert find_checkpoint(os.path.join(claimed.checkpoints, "3")) == (claimed, 3)
