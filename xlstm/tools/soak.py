@@ -12,9 +12,10 @@ state must be those of the undisturbed run, bit for bit.
 import dataclasses
 import random
 import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from absl import flags
 from rich import box
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from xlstm.tools.command_line import run
 from xlstm.tools.soak_injuries import Injury, injuries_for
-from xlstm.tools.soak_run import HurtRun, NotNow, RunIsOver, SoakConfig, write_soak_store
+from xlstm.tools.soak_run import HurtRun, RunIsOver, SoakConfig, write_soak_store
 
 _INJURIES = flags.DEFINE_integer("injuries", 200, "How many injuries.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Chooses the injuries and their moments.")
@@ -78,39 +79,44 @@ class Soak:
     def _run(self, name: str) -> HurtRun:
         return HurtRun(self._folder, name, self._config, self._rng)
 
-    def hurt(self, name: str, injuries: Iterable[Injury]) -> list[Injury]:
+    def hurt(
+        self,
+        name: str,
+        injuries: Iterable[Injury],
+        after_each: Callable[[], None] = lambda: None,
+    ) -> list[Injury]:
         """Makes a run that is hurt, and compares it with the one that is not.
 
         Args:
             name: A folder of its own.
             injuries: What is done to it, in this order; then it is left in peace.
+            after_each: Called after each.
 
         Returns:
-            The injuries that were not possible, or for which it was over too soon.
+            The injuries for which it was over too soon.
 
         Raises:
             AssertionError: If it does something else than it must.
         """
         hurt_run, left = self._run(name), list(injuries)
-        not_possible = []
-        while left:
-            injury = left.pop(0)
-            try:
+        try:
+            while left:
+                injury = left[0]
                 sentence = injury.hurt(hurt_run)
-            except NotNow:
-                not_possible.append(injury)
-                continue
-            except RunIsOver:
-                left.insert(0, injury)
-                break
-            kind = self.kinds.setdefault(injury.name, _Kind(injury.then))
-            kind.count += 1
-            kind.sentence = kind.sentence or sentence
-        else:
+                kind = self.kinds.setdefault(injury.name, _Kind(injury.then))
+                kind.count += 1
+                kind.sentence = kind.sentence or sentence
+                left.pop(0)
+                after_each()
             hurt_run.start()
+        except RunIsOver:
+            pass
+        except BaseException:
+            hurt_run.send(signal.SIGKILL)
+            raise
         hurt_run.finish()
         hurt_run.compare(self.undisturbed)
-        return not_possible + left
+        return left
 
     def count(self) -> int:
         """The number of injuries so far."""
@@ -150,11 +156,11 @@ def main(argv: list[str]) -> None:
         while soak.count() < total:
             while len(deck) < total - soak.count():  # Each kind as often as any.
                 deck += rng.sample(suitable, len(suitable))
-            name = f"run_{runs}"
-            deck = soak.hurt(name, deck[: total - soak.count()])
+            deck = soak.hurt(
+                f"run_{runs}", deck[: total - soak.count()], lambda: progress.advance(task)
+            )
+            shutil.rmtree(f"{folder}/run_{runs}")
             runs += 1
-            shutil.rmtree(f"{folder}/{name}")
-            progress.update(task, completed=soak.count())
     shutil.rmtree(folder)
     console.print(soak.table())
     console.print(

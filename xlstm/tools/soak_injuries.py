@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from xlstm.tools import ruinous_train
-from xlstm.tools.soak_run import TERMINAL_LOST, HurtRun, NotNow, RunIsOver
+from xlstm.tools.soak_run import TERMINAL_LOST, HurtRun, RunIsOver
 
 _SECONDS_ALONE = 120  # So long may a process go on whose neighbour is gone.
 _STEPS_OF_STREAK = 60  # A ruinous start is over long before.
@@ -27,7 +27,7 @@ class Injury:
         then: What the run must do, in words.
         hurt: Does it to a run that is not going on, with as many starts as it needs, and checks
             what the run does; afterwards the run is not going on either. Returns the sentence of a
-            run that had to stop, else "". Raises RunIsOver, NotNow, or AssertionError.
+            run that had to stop, else "". Raises RunIsOver or AssertionError.
         processes: The numbers of processes that it can be done to.
         share: How often it is done.
     """
@@ -95,11 +95,13 @@ def _pause(run: HurtRun) -> str:
 
 
 def _damage(run: HurtRun, how: str) -> str:
-    """Damages the newest checkpoint, unless it is the only one."""
-    steps = run.confirmed_steps()
-    if len(steps) < 2:
-        raise NotNow
-    _kill(run)
+    """Damages the newest of several checkpoints."""
+    run.start()
+    run.wait_for_moment()
+    while len(run.confirmed_steps()) < 2:
+        run.check_runs()
+        time.sleep(0.02)
+    run.kill()
     step = run.confirmed_steps()[-1]
     folder = run.checkpoint_path(step)
     paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
@@ -128,7 +130,7 @@ def _flip_bit(run: HurtRun, path: str) -> None:
 def _close_pipe(run: HurtRun) -> str:
     """The reader of the terminal goes away, as in `train | head`."""
     reader, writer = os.pipe()
-    run.start(output=writer)
+    run.start(output=writer, errors=run.rng.choice((None, writer)))
     os.close(writer)
     is_over = threading.Event()
 
@@ -146,16 +148,19 @@ def _close_pipe(run: HurtRun) -> str:
     finally:
         is_over.set()
         thread.join()
+    # At the next evaluation the run has something to say, and after it a row of metrics.
+    interval = run.config.eval_interval
+    told_by = (run.last_row_step() // interval + 1) * interval + 3
     try:
-        run.wait_for_steps(5)
+        run.wait_for_steps(told_by - run.last_row_step())
         return _stop_without_terminal(run)
     except RunIsOver:
-        return _check_without_terminal(run)
+        return _check_without_terminal(run, told_by)
 
 
 def _fill_disk_of_log(run: HurtRun) -> str:
     with open("/dev/full", "w") as full:
-        run.start(output=full)
+        run.start(output=full, errors=run.rng.choice((None, full)))
     try:
         run.wait_for_moment(in_training=True)
         return _stop_without_terminal(run)
@@ -170,12 +175,14 @@ def _stop_without_terminal(run: HurtRun) -> str:
     return sentence
 
 
-def _check_without_terminal(run: HurtRun) -> str:
+def _check_without_terminal(run: HurtRun, told_by: int = 0) -> str:
+    """The run has ended well, and its metrics say from a step on that the terminal is lost."""
     statuses = run.join()
     run.check(not any(statuses), f"ended with {statuses} without a terminal")
-    told = [row for row in run.all_rows() if TERMINAL_LOST in row]
-    run.check(told, "does not say in its metrics that the terminal is lost")
-    return f"{told[-1]}"
+    is_told = any(TERMINAL_LOST in row for row in run.all_rows())
+    run.check(is_told or run.last_row_step() < told_by, "does not say that the terminal is lost")
+    said = re.search(".*cannot be written.*", run.log())
+    return said[0] if said else ""
 
 
 def _damage_store(run: HurtRun) -> str:
@@ -246,10 +253,12 @@ def _refused(run: HurtRun, reason: str, last: tuple[str, ...] = (), **options: s
 
 def _ruin(run: HurtRun) -> str:
     """A streak of bad steps; no checkpoint that is written in it may be used."""
+    interval = run.config.checkpoint_interval
     first = max(run.confirmed_steps(), default=0)
-    good = first + run.rng.randint(1, 2 * run.config.steps_between_injuries)
-    if not first or good + _STEPS_OF_STREAK > run.config.num_steps:
-        raise NotNow
+    good = first + run.rng.randint(interval, 3 * interval)
+    if good + _STEPS_OF_STREAK > run.config.num_steps:
+        run.start()
+        raise RunIsOver
     policy = run.rng.choice(("stop", "skip"))  # To roll back is another run.
     run.start(
         f"--ruin_after={good}",
@@ -257,7 +266,6 @@ def _ruin(run: HurtRun) -> str:
         f"--config.trainer.nan_policy={policy}",
         tool=ruinous_train,
     )
-    interval = run.config.checkpoint_interval
     last = (good // interval + run.rng.randint(1, 2)) * interval + 2
     try:
         while run.last_row_step() < last:
@@ -348,8 +356,8 @@ def _miss_one(run: HurtRun) -> str:
     """The last process is never started."""
     before = run.files()
     run.prepare()
-    run.launch(0)
-    statuses = run.wait()
+    run.launch(0, "--connect_seconds=5")
+    statuses = run.wait(_SECONDS_ALONE)
     run.check(statuses == [2] and run.errors(), f"ended alone with {statuses}: {run.errors()}")
     run.check(run.files() == before, "was changed by one of its processes alone")
     return run.errors()[0]

@@ -32,10 +32,6 @@ class RunIsOver(Exception):
     """A run came to its end before it could be hurt."""
 
 
-class NotNow(Exception):
-    """An injury cannot be done to a run as it is."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SoakConfig:
     """The run that is hurt.
@@ -44,12 +40,14 @@ class SoakConfig:
         num_processes: 1, or 2 that share the parameters (fsdp).
         num_steps: Its length.
         checkpoint_interval: Steps between checkpoints.
+        eval_interval: Steps between evaluations, no divisor of the length.
         steps_between_injuries: About so many.
     """
 
     num_processes: int = 1
     num_steps: int = 400
     checkpoint_interval: int = 10
+    eval_interval: int = 70
     steps_between_injuries: int = 20
 
 
@@ -123,6 +121,7 @@ class HurtRun:
         *words: str,
         tool: ModuleType = train,
         output: IO[Any] | int | None = None,
+        errors: IO[Any] | int | None = None,
         cwd: str | None = None,
     ) -> subprocess.Popen:
         """Starts a process.
@@ -131,7 +130,8 @@ class HurtRun:
             index: Which of them.
             *words: Further flags.
             tool: The module that trains.
-            output: Where its standard output and error go; by default to its log.
+            output: Where its standard output goes; by default to its log.
+            errors: Where its standard error goes; by default to its log, too.
             cwd: Where it works, and so finds the store; by default in the folder of the runs.
 
         Returns:
@@ -150,7 +150,7 @@ class HurtRun:
             process = subprocess.Popen(
                 [sys.executable, "-m", tool.__name__, *self._words(index), *words],
                 stdout=log if output is None else output,
-                stderr=subprocess.STDOUT,
+                stderr=log if errors is None else errors,
                 cwd=cwd or self._folder,
                 env=env,
             )
@@ -166,8 +166,7 @@ class HurtRun:
             "--config.data.context_length=16",
             f"--config.trainer.num_steps={config.num_steps}",
             f"--config.trainer.checkpoint_interval={config.checkpoint_interval}",
-            # No divisor of the length: there is an evaluation at the end alone.
-            f"--config.trainer.eval_interval={13 * config.checkpoint_interval}",
+            f"--config.trainer.eval_interval={config.eval_interval}",
             "--config.trainer.max_checkpoints=3",
             "--config.logger.sample_tokens=0",
         ]
