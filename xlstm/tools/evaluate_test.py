@@ -18,8 +18,10 @@ from xlstm.trainer.llm.train import train_language_model
 def folder(tmp_path_factory):
     """Where token stores lie, and a run with a moving average of its parameters."""
     folder = tmp_path_factory.mktemp("evaluate")
-    for name in ("store", "wiki"):
+    for name in ("store", "wiki", "flipped"):
         write_store(folder / name, [f"{name}{i} = {i}\n" * 40 for i in range(30)])
+    text = (folder / "flipped" / "tokens.bin").read_bytes()
+    (folder / "flipped" / "tokens.bin").write_bytes(text.replace(b"f", b"g", 1))
     config = to_run_config(load_config(config_path("smoke", "")))
     data = dataclasses.replace(
         config.data,
@@ -85,6 +87,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
         "7: there is no whole checkpoint of a run": ["--checkpoint=run/checkpoints/7"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
+        "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],
         "encoded with another tokenizer": ["--checkpoint=run", "--data=foreign"],
         "write sizes as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -19,15 +20,23 @@ from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 def folder(tmp_path_factory):
     """Where everything of this module lies: stores, good and bad, and a run of ten steps."""
     folder = tmp_path_factory.mktemp("errors")
-    for name in ("store", "truncated", "unreadable"):
+    for name in ("store", "truncated", "unreadable", "flipped", "rewritten", "shrunk"):
         write_store(folder / name, [f"x{i} = {i}\n" * 40 for i in range(50)])
     tokens = folder / "truncated" / "tokens.bin"
     os.truncate(tokens, tokens.stat().st_size // 2)
     (folder / "unreadable" / "meta.json").write_text("{")
+    _change_byte(folder / "flipped")
     (folder / "one_line.py").write_text("def get_config():\n    return 1 / 0\n")
     output, errors = _start(folder, "run").communicate(timeout=200)
     assert os.path.exists(folder / "run" / "checkpoints" / "10"), output + errors
     return folder
+
+
+def _change_byte(store):
+    content = bytearray((store / "tokens.bin").read_bytes())
+    content[1001] ^= 4
+    with open(store / "tokens.bin", "r+b") as file:  # In place.
+        file.write(content)
 
 
 def _start(folder, workdir, *flags, num_steps=10, **kwargs):
@@ -80,6 +89,11 @@ _BAD_INPUT = {
         "no token store at /no/wiki",
     ),
     "truncated": (["--config.data.stores=FOLDER/truncated"], "truncated or damaged: tokens.bin"),
+    "flipped": (["--config.data.stores=FOLDER/flipped"], "damaged: the SHA-256 of tokens.bin"),
+    "flipped validation store": (
+        ["--config.data.validation_stores=('wiki=FOLDER/flipped',)"],
+        "flipped is damaged: the SHA-256 of tokens.bin",
+    ),
     "unreadable": (["--config.data.stores=FOLDER/unreadable"], "unreadable: meta.json"),
     "vocabulary": (["--config.model.vocab_size=100"], "only model.vocab_size=100"),
     "processes": (["--num_processes=2"], "go together"),
@@ -196,6 +210,33 @@ def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
     step = CheckpointFolder(str(checkpoints)).whole_steps()[-1]
     output, errors = _start(folder, "blocked", num_steps=60).communicate(timeout=200)
     assert f"going on from step {step:,}" in output, errors
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("rewritten", "the SHA-256 of tokens.bin .* its files were changed while they were in use"),
+        ("shrunk", "tokens.bin has shrunk while it was in use: it ends before byte"),
+    ],
+)
+def test_a_store_that_is_changed_under_a_run(folder, name, named):
+    stores = f"--config.data.stores={folder / name}"
+    process = _start(folder, f"on_{name}", stores, num_steps=100_000)
+    checkpoints = CheckpointFolder(str(folder / f"on_{name}" / "checkpoints"))
+    deadline = time.monotonic() + 100
+    while not checkpoints.whole_steps():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.utime(folder / name / "tokens.bin")  # This alone is no reason to stop.
+    time.sleep(2)
+    assert process.poll() is None
+    if name == "rewritten":
+        _change_byte(folder / name)
+    else:
+        os.truncate(folder / name / "tokens.bin", 100)
+    begin = time.monotonic()
+    assert re.search(named, _error(process))
+    assert time.monotonic() - begin < 30
 
 
 def test_a_folder_that_cannot_be_written_at_all(folder):
