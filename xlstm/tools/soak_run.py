@@ -138,14 +138,17 @@ class HurtRun:
             The process.
         """
         env = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": os.path.join(self._folder, "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             # It does not start where this program did.
             "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
             "XDG_CACHE_HOME": os.path.join(self._folder, "cache"),
         }
-        if self.config.num_processes > 1:  # Only the first one's programs are kept.
-            env["XLA_FLAGS"] = QUICK_XLA_FLAGS
+        if self.config.num_processes == 1:
+            env |= {
+                "JAX_COMPILATION_CACHE_DIR": os.path.join(self._folder, "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+        else:  # JAX keeps the programs of the first process alone, and with them both may hang.
+            env |= {"XLA_FLAGS": QUICK_XLA_FLAGS}
         with open(self.log_path(index), "a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", tool.__name__, *self._words(index), *words],
