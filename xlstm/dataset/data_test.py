@@ -16,10 +16,23 @@ def test_a_corpus_is_known_by_its_text_not_its_place(tmp_path):
     assert one == same != other
 
 
+def test_all_stores_are_known_to_who_guards_them(tmp_path):
+    one, two = (write_store(tmp_path / name, ["x" * 99] * 9) for name in ("one", "two"))
+    config = DataConfig(
+        stores=("stdlib", one.path), validation_fraction=0.2, validation_stores=(f"b={two.path}",)
+    )
+    data = open_data(config, str(tmp_path / "stdlib"))
+    assert [store.path for store in data.stores] == [str(tmp_path / "stdlib"), one.path]
+    held_out, named = data.validation_sets()
+    assert held_out.stores == data.stores
+    assert [store.path for store in named.stores] == [two.path]
+
+
 def test_a_task_takes_the_place_of_the_stores():
     config = DataConfig(task="parity", context_length=64, batch_size=4)
     data = open_data(config, "/nowhere")
     assert data.checksums == ["task parity"] and data.validation_sets() == []
+    assert not data.stores
     batches = data.train_batches()
     again = open_data(config, "/nowhere").train_batches(start_step=1)
     next(batches)

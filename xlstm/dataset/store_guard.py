@@ -79,7 +79,7 @@ class StoreGuard:
             return
         for store in self._stores:
             store.check()
-            if store not in self._sound:
+            if self._sound.get(store) != store_identity(store):
                 self._report(f"{_describe(store)} was not verified to its end: --verify_data does")
 
     def _watch(self) -> None:

@@ -234,6 +234,16 @@ def test_the_end_waits_for_no_verification(large, store, monkeypatch, is_locked)
     assert said[1].endswith("store (0.0 GB) was not verified to its end: --verify_data does")
 
 
+def test_a_change_at_the_last_moment(store, monkeypatch):
+    monkeypatch.setattr(store_guard, "_SECONDS_BETWEEN_LOOKS", 100)
+    said = []
+    with guard(store, said=said):
+        time.sleep(0.05)
+        assert not said
+        change_byte(store.path)
+    assert said[0].endswith("was not verified to its end: --verify_data does")
+
+
 @pytest.mark.parametrize("is_raised", [False, True])
 def test_damage_found_at_the_last_moment(large, store, is_raised):
     change_byte(store.path)

@@ -53,6 +53,19 @@ def test_what_was_written_is_right(path, piece_size):
     assert verify_store(TokenStore.open(str(path)))
 
 
+def test_stores_of_version_1(path):
+    meta = json.loads((path / "meta.json").read_text())
+    has_one_marker = meta["bos_id"] == meta["eod_id"]
+    for name in ("bos_id", "bos_token"):
+        del meta[name]
+    (path / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+    if has_one_marker:
+        assert open_verified(path).load_tokenizer().eod_token == "</s>"
+    else:  # Of which version 1 knew nothing.
+        with pytest.raises(ValueError, match="documents begin with the marker"):
+            open_verified(path)
+
+
 @pytest.mark.parametrize(
     "name", ["tokens.bin", "documents.bin", "text_bytes.bin", "tokenizer.json"]
 )

@@ -190,6 +190,7 @@ def _names(meta: StoreMeta) -> tuple[str, str]:
 def _read_meta(path: str) -> StoreMeta:
     """Reads `meta.json`; raises ValueError or OSError."""
     meta_path = os.path.join(path, META_FILE)
+    _check_link(path, META_FILE)
     try:
         content = FileArray(meta_path, np.uint8)[: _MAX_META_BYTES + 1].tobytes()
         if len(content) > _MAX_META_BYTES:
@@ -207,6 +208,7 @@ def _read_meta(path: str) -> StoreMeta:
 
 def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileArray:
     """Opens a file of a store; raises ValueError if its size is not what `meta.json` says."""
+    _check_link(path, name)
     file = FileArray(os.path.join(path, name), dtype)
     if file.num_bytes != meta.files[name]["bytes"]:
         raise ValueError(
@@ -214,6 +216,19 @@ def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileAr
             f"{META_FILE} says {meta.files[name]['bytes']}"
         )
     return file
+
+
+def _check_link(path: str, name: str) -> None:
+    """Raises ValueError if a file of a store is a link to somewhere else."""
+    folder, file = os.path.realpath(path), os.path.realpath(os.path.join(path, name))
+    # Where Hugging Face's cache has a dataset, its files are links.
+    root, cache, _ = folder.rpartition(f"{os.sep}snapshots{os.sep}")
+    folders = [folder, os.path.join(root, "blobs")] if cache else [folder]
+    if os.path.dirname(file) not in folders:
+        raise ValueError(
+            f"cannot use the token store {path}: its {name} is a link to {file!r}, outside of it: "
+            "put the file itself there, or a link in the place of the whole folder"
+        )
 
 
 def _check_documents(path: str, meta: StoreMeta, documents: FileArray) -> None:

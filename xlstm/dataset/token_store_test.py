@@ -187,6 +187,22 @@ def test_a_pipe_is_not_waited_for(path, name):
         TokenStore.open(path)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
+def test_links(path, tmp_path, name):
+    """The store may be one, and its files in the cache of Hugging Face, but no others."""
+    os.symlink(path, tmp_path / "link")
+    assert TokenStore.open(str(tmp_path / "link")).meta.num_documents == 3
+    file, cache = os.path.join(path, name), tmp_path / "hub" / "datasets--me--mine"
+    (cache / "blobs").mkdir(parents=True)
+    shutil.move(file, cache / "blobs" / "a1b2")
+    os.symlink(cache / "blobs" / "a1b2", file)
+    for place in (path, str(tmp_path / "link")):
+        with pytest.raises(ValueError, match=f"its {name} is a link to '.*a1b2', outside of it"):
+            TokenStore.open(place)
+    snapshot = shutil.move(path, cache / "snapshots" / "c3d4")
+    assert TokenStore.open(str(snapshot)).meta.num_documents == 3
+
+
 def test_huge_meta(path):
     with open(os.path.join(path, "meta.json"), "a") as file:
         file.truncate(1 << 40)  # It takes no place.
