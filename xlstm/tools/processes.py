@@ -77,6 +77,10 @@ def _connect(*settings: str | int) -> None:
             jax.distributed.initialize(*settings, initialization_timeout=seconds + 60)
     except RuntimeError as error:
         raise OSError(f"the processes cannot be connected: {error}") from error
+    if jax.default_backend() == "cpu":
+        # JAX keeps the programs of process 0 alone; beside one that another process has compiled
+        # anew, a program out of the cache was seen to wait for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
     with ending_together():
         check_agreement("start", {SAME_COMMAND: _shared_flags()} | environment_facts())
         check_agreement("devices", device_facts())
