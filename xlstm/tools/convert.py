@@ -24,7 +24,8 @@ from xlstm.common_types import DTYPES
 from xlstm.tools.command_line import resolve_path, run
 from xlstm.tools.config import load_run_config
 from xlstm.trainer.llm.hf_checkpoint import Converted, export_model, import_model
-from xlstm.trainer.llm.workdir import find_checkpoint
+from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
+from xlstm.trainer.llm.workdir import Workdir
 
 _FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of a model in the public layout.")
 _TO = flags.DEFINE_string("to", None, "Folder of a run to make of it.")
@@ -76,11 +77,15 @@ def convert() -> tuple[Converted, str]:
         raise ValueError("--eod_token is for --from_hf: a run knows its tokens")
     if chosen == {"from", "to_hf"}:
         max_shard_bytes = _to_bytes(_MAX_SHARD_SIZE.value)
-        workdir, step = find_checkpoint(resolve_path(_FROM.value))
-        config, target = load_run_config(workdir), resolve_path(_TO_HF.value)
-        with _progress() as report:
-            options = {"dtype": _DTYPE.value, "max_shard_bytes": max_shard_bytes}
-            return export_model(config, workdir, step, target, report, **options), target
+        source, target = resolve_path(_FROM.value), resolve_path(_TO_HF.value)
+        options = {"dtype": _DTYPE.value, "max_shard_bytes": max_shard_bytes}
+
+        def export(workdir: Workdir, step: int) -> Converted:
+            config = load_run_config(workdir)
+            with _progress() as report:
+                return export_model(config, workdir, step, target, report, **options)
+
+        return read_checkpoint(source, export), target
     raise ValueError("name both folders: --from_hf and --to, or --from and --to_hf")
 
 
