@@ -118,6 +118,8 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
     Returns:
         The run's folder, and the step; None if it is not that of a checkpoint.
     """
+    if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
+        return Workdir(path), None
     parent, name = os.path.split(os.path.normpath(path))
     if name.isdigit() and os.path.basename(parent) == "checkpoints":
         return Workdir(os.path.dirname(parent)), int(name)
