@@ -296,7 +296,7 @@ def test_a_checkpoint_that_its_run_removes_while_it_is_exported(
 
     if is_exported:
         read_checkpoint(str(tmp_path / path), export)
-        assert reads[0] == reads[3]  # It began anew.
+        assert reads.count(reads[0]) == 2  # It began anew.
         found = load_file(tmp_path / "exported" / "model.safetensors")
         expected = load_file(folder / "small_hf" / "model.safetensors")
         for name, array in expected.items():
