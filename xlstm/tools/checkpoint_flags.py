@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from absl import flags
@@ -12,11 +14,13 @@ from xlstm.tools.command_line import print_note, resolve_path
 from xlstm.tools.config import load_run_config
 from xlstm.trainer.base.nonfinite import count_nonfinite, nonfinite_text
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.workdir import Workdir, find_checkpoint
+from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
+from xlstm.trainer.llm.workdir import Workdir
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
 )
+_Result = TypeVar("_Result")
 _MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh, such as fsdp=4,tp=2 [dp alone].")
 
 
@@ -27,22 +31,28 @@ def checkpoint_path() -> str:
     return resolve_path(_CHECKPOINT.value)
 
 
-def open_checkpoint(path: str) -> tuple[RunConfig, Workdir, int]:
-    """Finds a checkpoint.
+def use_checkpoint(path: str, use: Callable[[RunConfig, Workdir, int], _Result]) -> _Result:
+    """Reads a checkpoint; see `read_checkpoint`.
 
     Args:
         path: What `checkpoint_path` returned.
+        use: Reads it, given the run's configuration, but for the mesh, which is that of the flag;
+            its folder; the step.
 
     Returns:
-        The run's configuration, but for the mesh, which is that of the flag; its folder; the step.
+        What `use` returned.
 
     Raises:
         ValueError: If there is no such checkpoint, or a flag cannot be.
+        OSError: If it cannot be read.
     """
-    workdir, step = find_checkpoint(path)
-    config = load_run_config(workdir)
-    mesh = dataclasses.replace(config.mesh, **_mesh_sizes())
-    return dataclasses.replace(config, mesh=mesh), workdir, step
+
+    def use_configured(workdir: Workdir, step: int) -> _Result:
+        config = load_run_config(workdir)
+        mesh = dataclasses.replace(config.mesh, **_mesh_sizes())
+        return use(dataclasses.replace(config, mesh=mesh), workdir, step)
+
+    return read_checkpoint(path, use_configured)
 
 
 def note_nonfinite(params: PyTree) -> None:

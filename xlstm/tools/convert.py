@@ -23,7 +23,8 @@ from xlstm.common_types import DTYPES
 from xlstm.tools.command_line import print_note, resolve_path, run
 from xlstm.tools.config import load_run_config
 from xlstm.trainer.llm.hf_checkpoint import Converted, export_model, import_model
-from xlstm.trainer.llm.workdir import find_checkpoint
+from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
+from xlstm.trainer.llm.workdir import Workdir
 from xlstm.visible_text import visible
 
 _FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of a model in the public layout.")
@@ -80,19 +81,19 @@ def convert() -> tuple[Converted, str]:
         raise ValueError("--eod_token is for --from_hf: a run knows its tokens")
     if chosen == {"from", "to_hf"}:
         max_shard_bytes = _to_bytes(_MAX_SHARD_SIZE.value)
-        workdir, step = find_checkpoint(resolve_path(_FROM.value))
-        config, target = load_run_config(workdir), resolve_path(_TO_HF.value)
-        with _progress() as report:
-            return export_model(
-                config,
-                workdir,
-                step,
-                target,
-                report,
-                dtype=_DTYPE.value,
-                max_shard_bytes=max_shard_bytes,
-                refuse_nonfinite=_REFUSE_NONFINITE.value,
-            ), target
+        source, target = resolve_path(_FROM.value), resolve_path(_TO_HF.value)
+        options = {
+            "dtype": _DTYPE.value,
+            "max_shard_bytes": max_shard_bytes,
+            "refuse_nonfinite": _REFUSE_NONFINITE.value,
+        }
+
+        def export(workdir: Workdir, step: int) -> Converted:
+            config = load_run_config(workdir)
+            with _progress() as report:
+                return export_model(config, workdir, step, target, report, **options)
+
+        return read_checkpoint(source, export), target
     raise ValueError("name both folders: --from_hf and --to, or --from and --to_hf")
 
 

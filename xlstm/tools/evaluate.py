@@ -12,17 +12,19 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 
 import jax
 from absl import flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.validation import ValidationSet, open_validation_sets
-from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, open_checkpoint
+from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
@@ -34,7 +36,7 @@ from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
-from xlstm.trainer.llm.workdir import Workdir
+from xlstm.trainer.llm.workdir import Workdir, split_checkpoint_path
 from xlstm.trainer.logger.base_logger import validation_suffixes
 from xlstm.visible_text import visible
 
@@ -108,41 +110,50 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
     return sets
 
 
-def evaluate_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> dict[str, float]:
-    """Evaluates a checkpoint on all validation sets of a configuration.
+def load_checkpoint(
+    config: RunConfig, workdir: Workdir, step: int
+) -> Callable[[], dict[str, float]]:
+    """Loads a checkpoint, and all validation sets.
 
     Args:
-        config: The configuration.
-        workdir: The run's folder.
+        config: The run's configuration.
+        workdir: Its folder.
         step: The checkpoint's step.
 
     Returns:
-        See `create_evaluation`.
+        What evaluates the checkpoint as the flags say, without its folder; see
+        `create_evaluation` for the figures. The step is among them.
     """
+    config = _changed(config)
     mesh, sets = create_run_mesh(config), _open_sets(config, workdir, step)
     state, specs, _ = create_language_model_run(config, mesh, abstract=True)
     params = read_params(workdir.checkpoints, step, state.params)
     note_nonfinite(params)
-    columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True, quiet=jax.process_index() != 0)
-    say = functools.partial(console.print, markup=False, soft_wrap=True)
-    guard = StoreGuard([store for each in sets for store in each.stores], say)
-    guard.verify_first(_VERIFY_DATA.value)
-    wait_for_all("stores")
-    with guard, Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("batches", total=None)
-        evaluate = create_evaluation(
-            mesh,
-            specs.params,
-            state.apply_fn,
-            sets,
-            _MAX_BATCHES.value,
-            on_batch=lambda: progress.advance(task),
-        )
-        return evaluate(params)
+
+    def evaluate() -> dict[str, float]:
+        columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
+        console = Console(stderr=True, quiet=jax.process_index() != 0)
+        say = functools.partial(console.print, markup=False, soft_wrap=True)
+        guard = StoreGuard([store for each in sets for store in each.stores], say)
+        guard.verify_first(_VERIFY_DATA.value)
+        wait_for_all("stores")
+        progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        with guard, progress:
+            task = progress.add_task("batches", total=None)
+            evaluate_params = create_evaluation(
+                mesh,
+                specs.params,
+                state.apply_fn,
+                sets,
+                _MAX_BATCHES.value,
+                on_batch=lambda: progress.advance(task),
+            )
+            return {"step": step} | evaluate_params(params)
+
+    return evaluate
 
 
-def _table(row: dict[str, float], title: str) -> Table:
+def _table(row: dict[str, float], title: Text) -> Table:
     table = Table(title=title)
     for column in ("set", "nats a token", "perplexity", "accuracy", "bits a byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
@@ -166,13 +177,13 @@ def main(argv: list[str]) -> None:
     json_path = output_path("json", _JSON.value)
     initialize_devices()
     with ending_together():
-        config, workdir, step = open_checkpoint(path)
-        row = evaluate_checkpoint(_changed(config), workdir, step)
+        row = use_checkpoint(path, load_checkpoint)()
         if jax.process_index() == 0:
             if json_path:
-                write_atomically(json_path, json.dumps({"step": step} | row, indent=2) + "\n")
-            console = Console(markup=False, emoji=False)
-            console.print(_table(row, f"step {step:,} of {visible(workdir.path)}"))
+                write_atomically(json_path, json.dumps(row, indent=2) + "\n")
+            workdir, _ = split_checkpoint_path(path)
+            title = Text(f"step {row['step']:,} of {visible(workdir.path)}")
+            Console(markup=False, emoji=False).print(_table(row, title))
 
 
 if __name__ == "__main__":

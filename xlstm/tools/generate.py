@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
-from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, open_checkpoint
+from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.files import write_atomically
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
     initialize_devices()
     with ending_together():
         texts = from_first_process(_read_prompts)
-        model = load_model(*open_checkpoint(path))
+        model = use_checkpoint(path, load_model)
         note_nonfinite(model.params)
         before = (
             load_progress(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None

@@ -120,7 +120,13 @@ class CheckpointFolder:
 
     def whole_steps(self) -> list[int]:
         """The steps of the checkpoints that have checksums, in ascending order."""
-        return [step for step in self.steps() if has_checksums(self.of_step(step))]
+        before, steps = None, self.steps()
+        while steps != before:  # A run that goes on may have replaced all of them meanwhile.
+            whole = [step for step in steps if has_checksums(self.of_step(step))]
+            if whole:
+                return whole
+            before, steps = steps, self.steps()
+        return []
 
     def saved(self) -> dict[int, Saved]:
         """What is known of the checkpoints that have checksums, by step."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import math
 import os
 import threading
@@ -27,8 +28,13 @@ from xlstm.trainer.base.checkpoint_folder import (
     best_step,
     confirmed_step,
 )
-from xlstm.trainer.base.checksums import find_damage
-from xlstm.trainer.base.first_process import from_first_process, in_first_process
+from xlstm.trainer.base.checkpoint_reading import reading_checkpoint
+from xlstm.trainer.base.checksums import CHECKSUMS, find_damage
+from xlstm.trainer.base.first_process import (
+    failing_together,
+    from_first_process,
+    in_first_process,
+)
 from xlstm.trainer.base.storage_path import literal_path_handler
 from xlstm.trainer.base.stored_arrays import stored_arrays
 
@@ -118,10 +124,29 @@ def read_run_info(directory: str, step: int) -> dict[str, Any]:
         step: The checkpoint's step.
 
     Raises:
-        OSError: If it cannot be read.
+        CheckpointGone: If it has been removed meanwhile.
+        OSError: If it cannot be read, by one of the processes.
     """
-    with reported(f"the checkpoint of step {step} in {directory} cannot be read"):
+    what = f"the checkpoint of step {step} in {directory} cannot be read"
+    with reading_checkpoint(directory, step), failing_together(), reported(what):
         return CheckpointFolder(directory).run_info(step)
+
+
+def read_fingerprint(directory: str, step: int) -> str:
+    """What differs between checkpoints that are not the same: a hash of their files' checksums.
+
+    Args:
+        directory: The folder of a run's checkpoints.
+        step: The checkpoint's step.
+
+    Raises:
+        OSError: See `read_run_info`.
+    """
+    what = f"the checkpoint of step {step} in {directory} cannot be read"
+    path = os.path.join(CheckpointFolder(directory).of_step(step), CHECKSUMS)
+    with reading_checkpoint(directory, step), failing_together(), reported(what):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Checkpointer:

@@ -242,7 +242,7 @@ def test_nothing_is_removed_before_a_newer_one_is_whole(tmp_path, monkeypatch):
 def test_what_is_known_of_the_run(tmp_path):
     _write(tmp_path, 1, run_info={"config": {"a": [1, 2]}, "code": "v1"})
     assert read_run_info(str(tmp_path), 1) == {"config": {"a": [1, 2]}, "code": "v1"}
-    with pytest.raises(OSError, match="the checkpoint of step 2 in .* cannot be read: "):
+    with pytest.raises(OSError, match="there is no checkpoint of step 2 in "):
         read_run_info(str(tmp_path), 2)
 
 

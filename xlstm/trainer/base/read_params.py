@@ -15,8 +15,10 @@ from xlstm.json_file import read_json
 from xlstm.trainer.base.array_parts import open_parts
 from xlstm.trainer.base.checkpoint_arrays import arrays_to_read
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
+from xlstm.trainer.base.checkpoint_reading import reading_checkpoint
 from xlstm.trainer.base.checkpointing import ITEM, reported, restore_arguments
 from xlstm.trainer.base.checksums import find_damage
+from xlstm.trainer.base.first_process import failing_together, from_first_process
 from xlstm.trainer.base.param_utils import path_name, reboxed, unboxed
 from xlstm.trainer.base.storage_path import literal_path_handler
 from xlstm.trainer.base.stored_arrays import stored_arrays
@@ -34,6 +36,7 @@ def read_params(directory: str, step: int, like: PyTree) -> PyTree:
         The parameters, placed as `like` is.
 
     Raises:
+        CheckpointGone: If it has been removed meanwhile.
         OSError: If there is no such checkpoint, it is damaged, or it is of another model.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(unboxed(like))
@@ -71,13 +74,18 @@ def _whole_checkpoint(directory: str, step: int) -> Iterator[tuple[ocp.Checkpoin
     """What reads a checkpoint that is as it was written, and the folder of its arrays."""
     path = os.path.abspath(CheckpointFolder(directory).of_step(step))
     what = f"the checkpoint of step {step} in {directory} cannot be used"
-    if not os.path.isdir(path):
-        raise OSError(f"there is no checkpoint of step {step} in {directory}")
-    damage = find_damage(path)
-    if damage:
-        raise OSError(f"{what}: {damage}")
-    with reported(what), ocp.Checkpointer(literal_path_handler()) as checkpointer:
-        yield checkpointer, os.path.join(path, ITEM)
+    # No process waits for another one that may have failed.
+    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
+    with reading_checkpoint(directory, step):
+        damage = from_first_process(lambda: find_damage(path))
+        if damage:
+            raise OSError(f"{what}: {damage}")
+        with (
+            failing_together(),
+            reported(what),
+            ocp.Checkpointer(literal_path_handler(), multiprocessing_options=alone) as checkpointer,
+        ):
+            yield checkpointer, os.path.join(path, ITEM)
 
 
 def _saved_names(path: str, wanted: Mapping[str, Any]) -> dict[str, Any]:

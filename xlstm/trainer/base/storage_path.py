@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 _ROOM_BELOW = 256  # Bytes that the paths of the files in a folder of arrays may take further.
 _CLOUDS = ("gs", "s3", "az", "hf")
+_CLOUD_URLS = tuple(f"{name}:" for name in _CLOUDS)  # What is left of gs:// in an absolute path.
 
 
 def check_storage_path(path: str) -> None:
@@ -32,8 +33,8 @@ def check_storage_path(path: str) -> None:
         reason = "a backslash stands for the end of a folder's name"
     elif any(name.endswith(".__lock") for name in names):
         reason = "names that end with .__lock are those of lock files"
-    elif any(name.endswith("gs:") for name in names):
-        reason = "gs: stands for the files of a cloud"
+    elif any(name.endswith("gs:") or name in _CLOUD_URLS for name in names):
+        reason = "it looks like a URL of a cloud"
     elif any(0xDC80 <= ord(character) <= 0xDCFF for character in path):
         reason = "its name is not UTF-8"
     elif len(os.fsencode(path)) + _ROOM_BELOW > os.pathconf(os.sep, "PC_PATH_MAX"):

@@ -12,8 +12,9 @@ from xlstm.trainer.base.storage_path import check_storage_path, literal_path_han
 _REFUSED = {
     "/gs/runs": "/gs stands for the files of a cloud",
     "/hf/runs": "/hf stands for the files of a cloud",
-    "gs://bucket/runs": "gs: stands for the files of a cloud",
-    "/runs/logs:/mine": "gs: stands for the files of a cloud",
+    "gs://bucket/runs": "looks like a URL of a cloud",
+    "s3://bucket/runs": "looks like a URL of a cloud",
+    "/runs/logs:/mine": "looks like a URL of a cloud",
     "/runs/a\\b": "a backslash",
     "/runs/a.__lock/mine": "lock files",
     "/runs/\udcff": "not UTF-8",

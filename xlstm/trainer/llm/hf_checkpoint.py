@@ -29,6 +29,7 @@ from xlstm.models.xlstm_parallel.hf_layout import (
 )
 from xlstm.trainer.base.array_parts import ArrayParts, write_parts
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
+from xlstm.trainer.base.checkpoint_reading import reading_checkpoint
 from xlstm.trainer.base.checkpointing import ITEM, read_run_info, reported
 from xlstm.trainer.base.files import new_folder
 from xlstm.trainer.base.nonfinite import nonfinite_text
@@ -188,15 +189,16 @@ def export_model(
     Raises:
         ValueError: If the public layout has no such model, the tokenizer cannot be used, a number
             is refused, or there is something of the target's name.
+        CheckpointGone: If the checkpoint has been removed meanwhile.
         OSError: If something cannot be read or written.
     """
     published = to_hf_config(config.model, config.backend, dtype)
     tokenizer = read_tokenizer(workdir, read_run_info(workdir.checkpoints, step))
     generation = _read_generation_config(workdir.path) or _marker_ids(tokenizer)
     shapes = parameter_shapes(config.model)
-    arrays = open_params(workdir.checkpoints, step, shapes)
     tensors = hf_tensors(shapes)
-    with new_folder(target) as folder:
+    with new_folder(target) as folder, reading_checkpoint(workdir.checkpoints, step):
+        arrays = open_params(workdir.checkpoints, step, shapes)
         counted = _Counted(functools.partial(_read_slice, arrays), tensors, report)
         num_files = write_tensors(
             folder, tensors, counted.read, dtype=dtype, max_shard_bytes=max_shard_bytes

@@ -15,12 +15,16 @@ from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel import hf_layout
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
+from xlstm.trainer.base.checkpoint_reading import CheckpointGone
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.read_params import open_params
+from xlstm.trainer.llm import hf_checkpoint
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.hf_checkpoint import export_model, import_model
 from xlstm.trainer.llm.hf_files import write_json
 from xlstm.trainer.llm.hf_tokenizer import write_byte_tokenizer_files
+from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
 from xlstm.trainer.llm.workdir import Workdir
 
 _GOLDEN = os.path.join(os.path.dirname(hf_layout.__file__), "testdata", "hf_xlstm_tiny")
@@ -325,6 +329,46 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, direction):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("path, is_exported", [("run", True), ("run/checkpoints/7", False)])
+def test_a_checkpoint_that_its_run_removes_while_it_is_exported(
+    folder, tmp_path, monkeypatch, path, is_exported
+):
+    run = shutil.copytree(folder / "small", tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "0", run / "checkpoints" / "7")
+    read_slice, reads = hf_checkpoint._read_slice, []
+
+    def remove_and_read(arrays, tensor):
+        reads.append(tensor.name)
+        if len(reads) == 3:
+            CheckpointFolder(str(run / "checkpoints")).remove([7])
+        return read_slice(arrays, tensor)
+
+    monkeypatch.setattr(hf_checkpoint, "_read_slice", remove_and_read)
+
+    def export(workdir, step):
+        return export_model(
+            RunConfig(model=_SMALL),
+            workdir,
+            step,
+            str(tmp_path / "exported"),
+            _ignore,
+            dtype="float32",
+            max_shard_bytes=10**9,
+        )
+
+    if is_exported:
+        read_checkpoint(str(tmp_path / path), export)
+        assert reads.count(reads[0]) == 2  # It began anew.
+        found = load_file(tmp_path / "exported" / "model.safetensors")
+        expected = load_file(folder / "small_hf" / "model.safetensors")
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+    else:
+        with pytest.raises(CheckpointGone, match="there is no checkpoint of step 7 in"):
+            read_checkpoint(str(tmp_path / path), export)
+        assert sorted(os.listdir(tmp_path)) == ["run"]
 
 
 def test_what_cannot_be_exported(folder, tmp_path):

@@ -22,6 +22,7 @@ def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
 
     Raises:
         ValueError: If the tokenizer of the parameters is known and another one.
+        CheckpointGone: If the checkpoint has been removed meanwhile.
         OSError: If the checkpoint cannot be read.
     """
     check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
@@ -33,7 +34,8 @@ def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
     Args:
         workdir: The folder of the run that has the parameters.
         step: The step of its checkpoint.
-        state: The state. It is consumed, so that two sets of parameters never need room at once.
+        state: The state. It is consumed, so that two sets of parameters never need room at once;
+            after a CheckpointGone it serves for another checkpoint.
 
     Returns:
         The state with those parameters, or their moving average if there is one; its own moving
@@ -41,6 +43,7 @@ def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
 
     Raises:
         ValueError: If a parameter is not finite.
+        CheckpointGone: If the checkpoint has been removed meanwhile.
         OSError: If the checkpoint is damaged, or of another model.
     """
     like = jax.tree.map(

@@ -1,8 +1,6 @@
 """Loads a model from a checkpoint, for all that is not training."""
 
 import dataclasses
-import hashlib
-import os
 
 import flax.linen as nn
 import jax
@@ -13,9 +11,7 @@ from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.distributed.mesh import create_mesh
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
-from xlstm.trainer.base.checkpointing import read_run_info
-from xlstm.trainer.base.checksums import CHECKSUMS
+from xlstm.trainer.base.checkpointing import read_fingerprint, read_run_info
 from xlstm.trainer.base.param_utils import is_partitioned, unboxed
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig
@@ -89,6 +85,7 @@ def load_model(config: RunConfig, workdir: Workdir, step: int) -> LoadedModel:
 
     Raises:
         ValueError: If it does not fit on the mesh, or its tokenizer is missing or another one.
+        CheckpointGone: If it has been removed meanwhile.
         OSError: If it cannot be read.
     """
     mesh = create_mesh(config.mesh)
@@ -97,7 +94,5 @@ def load_model(config: RunConfig, workdir: Workdir, step: int) -> LoadedModel:
     eos_ids = read_eos_ids(workdir, config.model.vocab_size)
     state, _, _ = create_language_model_run(config, mesh, abstract=True)
     params = without_stages(read_params(workdir.checkpoints, step, state.params), mesh)
-    folder = CheckpointFolder(workdir.checkpoints).of_step(step)
-    with open(os.path.join(folder, CHECKSUMS), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return LoadedModel(config.language_model, params, mesh, tokenizer, digest, eos_ids)
+    fingerprint = read_fingerprint(workdir.checkpoints, step)
+    return LoadedModel(config.language_model, params, mesh, tokenizer, fingerprint, eos_ids)

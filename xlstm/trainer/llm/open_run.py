@@ -52,6 +52,7 @@ from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
 from xlstm.trainer.llm.init_from import check_source, start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
 from xlstm.trainer.llm.run_facts import config_facts, data_facts
 from xlstm.trainer.llm.run_tokenizer import choose_tokenizer, write_tokenizer
 from xlstm.trainer.llm.workdir import (
@@ -90,8 +91,8 @@ class _Run:
         clock: What the time is spent on.
         requests: What this process asks of all.
         soundness: Judges the steps.
-        source: The run and the step whose parameters it begins with; None for random ones, and for
-            a run that has begun.
+        source: The run and the step whose parameters it begins with, if they are still there then;
+            None for random ones, and for a run that has begun.
     """
 
     config: RunConfig
@@ -185,8 +186,8 @@ def open_run(
     wait_for_all("stores")
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.source:
-        run.say("beginning with the parameters of step {1:,} in {0.path}".format(*run.source))
-        state = start_from(*run.source, state)
+        begin = functools.partial(_start_from, run, state)
+        state = read_checkpoint(config.trainer.init_from, begin)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_workdir(run.workdir))
@@ -257,7 +258,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     check_agreement("data", data_facts(config.data, data, workdir.stdlib_store))
     check_vocabulary(config, data.tokenizer)
     if source:
-        check_source(*source, data.tokenizer)
+        read_checkpoint(init_from, functools.partial(check_source, tokenizer=data.tokenizer))
     check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
     options = {"highlight": False, "markup": False, "emoji": False}
     console = Console(quiet=jax.process_index() != 0, **options)
@@ -283,6 +284,11 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())
         run.say(f"keeping the defaults that the run began with: {fields}")
     return run
+
+
+def _start_from(run: _Run, state: TrainState, source: Workdir, step: int) -> TrainState:
+    run.say(f"beginning with the parameters of step {step:,} in {source.path}")
+    return start_from(source, step, state)
 
 
 def _warn(text: str) -> None:

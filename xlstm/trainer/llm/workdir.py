@@ -120,6 +120,8 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
     Returns:
         The run's folder, and the step; None if it is not that of a checkpoint.
     """
+    if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
+        return Workdir(path), None
     parent, name = os.path.split(os.path.normpath(path))
     step = step_of_name(name)
     if step is not None and os.path.basename(parent) == "checkpoints":

@@ -333,6 +333,12 @@ def test_what_the_folder_of_a_checkpoint_stands_for(path, expected):
     assert (workdir.path, step) == expected
 
 
+def test_a_run_may_be_called_as_a_checkpoint_is(tmp_path):
+    path = tmp_path / "checkpoints" / "5"
+    (path / "checkpoints").mkdir(parents=True)
+    assert split_checkpoint_path(str(path)) == (Workdir(str(path)), None)
+
+
 def test_the_corpus_can_be_checked_later(claimed):
     check_workdir(claimed, RunConfig())
     with pytest.raises(ValueError, match="the token stores hold other text"):
