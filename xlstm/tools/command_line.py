@@ -1,12 +1,15 @@
 """What the command-line tools share: how they start, how they fail, and where paths lie."""
 
+import contextlib
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
 
+from xlstm.trainer.base.steady_output import make_steady
 from xlstm.visible_text import visible
 
 
@@ -54,31 +57,35 @@ def define_share(name: str, default: float, help_text: str) -> flags.FlagHolder[
 def run(
     main: Callable[[list[str]], None],
     prepare_words: Callable[[list[str]], list[str]] = list,
+    *,
+    outlives_output: bool = False,
 ) -> None:
     """Runs a tool: parses its flags, and answers bad input in one line with exit status 2.
+
+    Without a reader of its output it ends, without a word and with the status of others that do,
+    unless it outlives that. An error that cannot be shown has its status all the same.
 
     Args:
         main: Takes the arguments that are no flags; ValueError and OSError are the user's business,
             any other exception is ours and shows its traceback.
         prepare_words: Changes the words of the command line before flags are parsed.
+        outlives_output: Whether the tool goes on when its output cannot be written.
     """
 
     def guarded(argv: list[str]) -> None:
         _hide_late_writes()
-        try:
+        with _answering_errors():
             main(argv)
-        except (ValueError, OSError) as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.stdout.flush()
 
     def parse(argv: list[str]) -> list[str]:
-        try:
+        with _answering_errors():
             return flags.FLAGS([argv[0], *prepare_words(argv[1:])])
-        except (flags.Error, ValueError, OSError) as error:
-            _fail(str(error))
 
+    _open_closed_streams()
+    sys.stderr = make_steady(sys.stderr)
+    if outlives_output:
+        sys.stdout = make_steady(sys.stdout, _tell_of_loss)
     # Orbax tells much, and every error twice; --verbosity=0 shows it.
     logging.set_verbosity(logging.FATAL)
     app.run(guarded, flags_parser=parse)
@@ -99,9 +106,59 @@ def print_line(text: str) -> None:
     print(visible(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _answering_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        _end_without_reader()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # So Rich ends.
+            _end_without_reader()
+        raise
+    except (flags.Error, ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
 def _fail(message: str) -> None:
     print_error(message)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up_output()
     sys.exit(2)
+
+
+def _tell_of_loss(reason: str) -> None:
+    print(f"the standard output cannot be written ({reason}): going on without it", file=sys.stderr)
+
+
+def _end_without_reader() -> None:
+    _give_up_output()
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _give_up_output() -> None:
+    """Lets what is left in Python's buffer go nowhere; written at its end it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Puts the null device where a standard stream is closed.
+
+    Else the next file that is opened would take its place, and what libraries write to the standard
+    error would go into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _hide_late_writes() -> None:

@@ -1,4 +1,5 @@
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,15 +11,17 @@ from xlstm.tools import command_line
 from xlstm.tools.command_line import resolve_path
 
 _TOOL = f"""
-import sys, time
+import os, sys, tempfile, time
 from absl import flags
+from rich.console import Console
 from {command_line.__name__} import run
 
 _COUNT = flags.DEFINE_integer("count", 1, "How many.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", None, "Who.", required=True)
 
 def main(argv):
-    print(_COUNT.value, _NAME.value, argv[1:], flush=True)
+    if _NAME.value != "unflushed":
+        print(_COUNT.value, _NAME.value, argv[1:], flush=True)
     if _NAME.value == "value":
         raise ValueError("the count\\nis\\t wrong")
     if _NAME.value == "os":
@@ -27,13 +30,27 @@ def main(argv):
         raise KeyError("ours")
     if _NAME.value == "sleep":
         time.sleep(60)
+    if _NAME.value == "unflushed":
+        print("x")
+    if _NAME.value == "lines":
+        for _ in range(100_000):
+            print("a line")
+        print("the end", file=sys.stderr)
+    if _NAME.value == "rich":
+        for _ in range(10_000):
+            Console().print("a line")
+    if _NAME.value == "file":
+        with tempfile.NamedTemporaryFile() as file:
+            os.write(file.fileno(), b"text")
+            os.write(2, b"what a library says")
+            print("the file has", os.path.getsize(file.name), "bytes")
 
 def prepare(words):
     if "bad" in words:
         raise ValueError("bad word")
     return [word.replace("COUNT", "--count") for word in words]
 
-run(main, prepare)
+run(main, prepare, outlives_output="outlive" in sys.argv)
 """
 
 
@@ -91,6 +108,51 @@ def test_ctrl_c_is_no_error_of_ours():
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors == "interrupted\n"
+
+
+def _shell(command):
+    """Runs a line in which TOOL stands for the tool, as a user does."""
+    tool = f"{shlex.quote(sys.executable)} -c {shlex.quote(_TOOL)}"
+    return subprocess.run(
+        ["bash", "-c", command.replace("TOOL", tool)], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("name", ["lines", "rich"])
+def test_without_a_reader_a_tool_ends_as_others_do(name):
+    result = _shell(f"TOOL --name={name} | head -1; exit ${{PIPESTATUS[0]}}")
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+    assert result.stdout.count("\n") == 1
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+
+
+@needs_full
+def test_a_full_disk_under_the_output_is_an_error():
+    result = _shell("TOOL --name=unflushed > /dev/full")
+    assert (result.returncode, result.stderr) == (2, "error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("where", [">&-", pytest.param("> /dev/full", marks=needs_full)])
+def test_an_error_that_cannot_be_shown_has_its_status(where):
+    where = f"{where} 2{where}"
+    assert _shell(f"TOOL --name=value {where}").returncode == 2
+    assert _shell(f"TOOL --name=me --count=x {where}").returncode == 2
+
+
+def test_no_file_takes_the_place_of_a_closed_stream():
+    result = _shell("TOOL --name=file <&- 2>&-")
+    assert (result.returncode, result.stdout) == (0, "1 file []\nthe file has 4 bytes\n")
+
+
+@needs_full
+def test_a_tool_that_outlives_its_output_tells_so():
+    for command in ("TOOL outlive --name=lines | head -1", "TOOL outlive --name=lines > /dev/full"):
+        result = _shell(f"{command}; exit ${{PIPESTATUS[0]}}")
+        assert result.returncode == 0
+        assert result.stderr.count("the standard output cannot be written (") == 1
+        assert result.stderr.endswith("the end\n") and result.stderr.count("\n") == 2
 
 
 def test_paths_start_where_the_user_is(monkeypatch):

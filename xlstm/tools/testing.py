@@ -20,14 +20,13 @@ def start_tool(
         **options: Further arguments of `subprocess.Popen`.
 
     Returns:
-        The process, whose output and errors are text in pipes of their own.
+        The process; its output and errors are text in pipes of their own, unless options say else.
     """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
         [sys.executable, "-m", tool.__name__, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         env=os.environ | env,
-        **options,
+        **(pipes | options),
     )

@@ -41,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, with_config_paths, outlives_output=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish: finish what must be finished, then stop."""
+"""SIGTERM, SIGINT and SIGHUP as a wish: finish what must be finished, then stop."""
 
 import contextlib
 import os
@@ -6,12 +6,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Whoever sends one of these twice does not want to wait. A terminal that closes sends SIGHUP, and
+# the shell in it once more.
+_URGENT = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (*_URGENT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
-    """While inside, the first SIGTERM or SIGINT asks, and a second one ends the process at once.
+    """While inside, the first SIGTERM, SIGINT or SIGHUP asks, and another one does nothing.
+
+    But a second SIGTERM or SIGINT ends the process at once. Signals that are ignored, as `nohup`
+    has it, stay so.
 
     A thread hears of the signals: Python's own handlers wait for the main thread, which may be
     waiting for a device that hangs.
@@ -22,23 +28,27 @@ def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread may take signals over.
         return
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def listen() -> None:
-        asked = False
+        asked = is_urgent = False
         while number := os.read(reader, 1):
-            if number[0] not in _SIGNALS:
+            if number[0] not in numbers:
                 continue
-            if asked:
-                os._exit(128 + number[0])
-            asked = True
-            with contextlib.suppress(Exception):  # It may speak to a terminal that is gone.
-                ask(signal.Signals(number[0]).name)
+            if number[0] in _URGENT:
+                if is_urgent:
+                    os._exit(128 + number[0])
+                is_urgent = True
+            if not asked:
+                asked = True
+                with contextlib.suppress(Exception):  # It may speak to a terminal that is gone.
+                    ask(signal.Signals(number[0]).name)
         os.close(reader)
 
     # A handler of Python's own, so that the signal is written into the pipe and does nothing else.
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     descriptor_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()

@@ -16,7 +16,7 @@ def _wait_until(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks(number):
     names = []
     with on_stop_signal(names.append):
@@ -36,6 +36,33 @@ def test_other_signals_do_nothing():
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert names == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_are_ignored_stay_so(number):
+    names, before = [], signal.signal(number, signal.SIG_IGN)
+    try:
+        with on_stop_signal(names.append):
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            _wait_until(lambda: names)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert names == ["SIGTERM"]
+
+
+def test_a_terminal_may_say_several_times_that_it_is_gone():
+    names = []
+    with on_stop_signal(names.append):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+            _wait_until(lambda: names)
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    assert names == ["SIGHUP"]
 
 
 def test_afterwards_all_is_as_before():

@@ -10,6 +10,7 @@ import jax
 from xlstm.common_types import TrainState
 from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.steady_output import is_output_lost
 from xlstm.trainer.base.throughput import peak_flops
 from xlstm.trainer.logger.base_logger import Logger
 
@@ -23,6 +24,7 @@ SPEEDS = frozenset(
         "goodput",
         "peak_memory",
         "peak_device_memory",
+        "terminal_lost",
     }
 )
 # Of use to the trainer alone.
@@ -73,6 +75,7 @@ class MetricsCallback(Callback):
         self._logger.progress(step)
         if step % self._interval == 0:
             row = metrics | self._speed(step) | device_memory() | self._constants
+            row |= {"terminal_lost": 1} if is_output_lost() else {}
         elif metrics.get("skipped"):
             row = metrics
         else:

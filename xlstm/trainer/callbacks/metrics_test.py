@@ -63,6 +63,15 @@ def test_rows_are_logged_with_speeds(monkeypatch):
         assert (step, row) == (expected_step, pytest.approx(expected_row))
 
 
+def test_rows_say_when_nobody_sees_the_terminal(monkeypatch):
+    recorder = _Recorder()
+    callback = _callback(recorder, Clock())
+    for step, is_lost in enumerate([False, True, False], 1):
+        monkeypatch.setattr(metrics_module, "is_output_lost", lambda is_lost=is_lost: is_lost)
+        callback.on_metrics(step, {"loss": 1.0})
+    assert [row.get("terminal_lost") for _, row in recorder.rows] == [None, 1, None]
+
+
 def test_a_row_that_is_not_due_is_logged_if_its_step_was_left_out():
     recorder = _Recorder()
     callback = _callback(recorder, Clock(), interval=10)

@@ -255,6 +255,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
     init_from = "" if has_begun else config.trainer.init_from
     source = find_checkpoint(init_from) if init_from else None
     data = open_data(config.data, workdir.stdlib_store)
+    validation_sets = data.validation_sets()
     check_agreement("data", data_facts(config.data, data, workdir.stdlib_store))
     check_vocabulary(config, data.tokenizer)
     if source:
@@ -268,7 +269,7 @@ def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) ->
         workdir=workdir,
         data=data,
         tokenizer=choose_tokenizer(source[0] if source else workdir, data.tokenizer),
-        validation_sets=data.validation_sets(),
+        validation_sets=validation_sets,
         code=code_version(),
         console=console,
         clock=clock,

@@ -1,5 +1,7 @@
 """The loss curves as a picture."""
 
+import warnings
+
 from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 from xlstm.trainer.logger.curves import draw_picture, read_curve
 from xlstm.trainer.logger.jsonl import read_rows
@@ -20,7 +22,10 @@ def plot_losses(rows: list[dict[str, float]], path: str) -> None:
 
 
 class LossPlotLogger(Logger):
-    """Draws the loss curves of a metrics file after every evaluation and at the end."""
+    """Draws the loss curves of a metrics file after every evaluation and at the end.
+
+    A picture that cannot be written is no reason to stop: the next one shows the same and more.
+    """
 
     def __init__(self, metrics_path: str, plot_path: str):
         """Makes the logger; it must come after the one that writes the metrics file."""
@@ -33,4 +38,8 @@ class LossPlotLogger(Logger):
 
     def close(self) -> None:
         """Draws everything."""
-        plot_losses(read_rows(self._metrics_path), self._plot_path)
+        rows = read_rows(self._metrics_path)
+        try:
+            plot_losses(rows, self._plot_path)
+        except OSError as error:
+            warnings.warn(f"{self._plot_path} cannot be written: {error}", stacklevel=2)

@@ -91,3 +91,16 @@ def test_the_logger_draws_after_evaluations(tmp_path):
     assert plot.read_bytes() != first
     rows.close()
     logger.close()
+
+
+def test_a_picture_that_cannot_be_written_stops_nobody(tmp_path):
+    metrics, plot = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    rows, logger = JsonLinesLogger(str(metrics), 0), LossPlotLogger(str(metrics), str(plot))
+    rows.log(1, {"val_loss": 4.9})
+    plot.mkdir()
+    with pytest.warns(UserWarning, match="loss.png cannot be written: .*Is a directory"):
+        logger.log(1, {"val_loss": 4.9})
+    plot.rmdir()
+    logger.close()
+    assert plot.is_file()
+    rows.close()

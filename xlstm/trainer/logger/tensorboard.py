@@ -1,28 +1,53 @@
 """TensorBoard event files."""
 
-import tensorboardX
+import os
+import time
+import warnings
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from xlstm.trainer.logger.base_logger import Logger
 
-_FLUSH_SECONDS = 1
-
 
 class TensorBoardLogger(Logger):
-    """Writes every metric as a scalar."""
+    """Writes every metric as a scalar.
+
+    When the file cannot be written any more, the run goes on without: it is a copy of the metrics.
+    """
 
     def __init__(self, directory: str, first_step: int):
         """Opens an event file; TensorBoard drops what older ones have from `first_step` on."""
-        # What is not flushed when a run is killed is missing for ever; a thread flushes.
-        self._writer = tensorboardX.SummaryWriter(
-            directory, purge_step=first_step, flush_secs=_FLUSH_SECONDS
+        os.makedirs(directory, exist_ok=True)
+        # Not `SummaryWriter`: its thread ends when the disk is full, and then its queue, which
+        # nobody empties, holds the run up for ever.
+        self._writer = EventsWriter(os.path.join(directory, "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(
+            Event(wall_time=time.time(), step=first_step, file_version="brain.Event:2")
         )
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes the scalars, as one event: to hand it to a thread costs more than they do."""
+        """Writes the scalars as one event, at once."""
+        if self._writer is None:
+            return
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        self._writer.file_writer.add_summary(Summary(value=scalars), step)
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        try:
+            self._writer.write_event(event)
+            self._writer.flush()
+        except OSError as error:
+            # What would follow a torn record could not be read.
+            self._writer = None
+            warnings.warn(
+                f"the TensorBoard event file cannot be written ({error}): the run goes on without"
+                " it until it is started again; metrics.jsonl has every row",
+                stacklevel=2,
+            )
 
     def close(self) -> None:
-        """Flushes and closes the file."""
-        self._writer.close()
+        """Closes the file."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,6 +1,7 @@
 import os
 import struct
-import time
+import subprocess
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -42,15 +43,33 @@ def test_every_metric_is_a_scalar(tmp_path):
     ]
 
 
-def test_of_a_run_that_is_killed_all_but_the_last_second_is_there(tmp_path):
+def test_a_row_is_there_at_once(tmp_path):
     logger = TensorBoardLogger(str(tmp_path), 0)
     for step in range(3):
         logger.log(step, {"loss": 1.0})
-    deadline = time.monotonic() + 20
-    while len(_scalars(tmp_path)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(_scalars(tmp_path)) == 3
+        assert len(_scalars(tmp_path)) == step + 1
     logger.close()
+
+
+_FULL_DISK = f"""
+import resource, sys
+from {TensorBoardLogger.__module__} import TensorBoardLogger
+
+logger = TensorBoardLogger(sys.argv[1], 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for step in range(100):
+    logger.log(step, {{"loss": 1.0}})
+logger.close()
+print("the end")
+"""
+
+
+def test_a_full_disk_is_told_once_and_holds_nobody_up(tmp_path):
+    command = [sys.executable, "-c", _FULL_DISK, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "the end\n"), result.stderr
+    assert result.stderr.count("cannot be written ([Errno 27] File too large)") == 1
+    assert "Traceback" not in result.stderr
 
 
 def _shown(directory):
