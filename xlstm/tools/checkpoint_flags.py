@@ -52,14 +52,20 @@ def use_checkpoint(path: str, use: Callable[[RunConfig, Workdir, int], _Result])
         mesh = dataclasses.replace(config.mesh, **_mesh_sizes())
         return use(dataclasses.replace(config, mesh=mesh), workdir, step)
 
-    return read_checkpoint(path, use_configured)
+    return read_checkpoint(path, use_configured, _note_in_first_process)
 
 
 def note_nonfinite(params: PyTree) -> None:
     """Tells which parameters are infinite or NaN, if any are; in the first process."""
     counts = count_nonfinite(params)
-    if counts and jax.process_index() == 0:
-        print_note(nonfinite_text(counts))
+    if counts:
+        _note_in_first_process(nonfinite_text(counts))
+
+
+def _note_in_first_process(text: str) -> None:
+    """Prints a note, once for all processes."""
+    if jax.process_index() == 0:
+        print_note(text)
 
 
 def _mesh_sizes() -> dict[str, int]:

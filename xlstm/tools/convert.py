@@ -93,7 +93,7 @@ def convert() -> tuple[Converted, str]:
             with _progress() as report:
                 return export_model(config, workdir, step, target, report, **options)
 
-        return read_checkpoint(source, export), target
+        return read_checkpoint(source, export, print_note), target
     raise ValueError("name both folders: --from_hf and --to, or --from and --to_hf")
 
 

@@ -10,7 +10,11 @@ _TRIES = 5
 _Read = TypeVar("_Read")
 
 
-def read_checkpoint(path: str, read: Callable[[Workdir, int], _Read]) -> _Read:
+def read_checkpoint(
+    path: str,
+    read: Callable[[Workdir, int], _Read],
+    report: Callable[[str], None] = lambda text: None,
+) -> _Read:
     """Reads the checkpoint that a path stands for, the same in all processes.
 
     If that of a run's folder is removed meanwhile, since the run goes on, the one that is the
@@ -19,6 +23,7 @@ def read_checkpoint(path: str, read: Callable[[Workdir, int], _Read]) -> _Read:
     Args:
         path: The folder of a run, or of one of its checkpoints.
         read: Reads the checkpoint, given the run's folder and the step.
+        report: Takes a line about a newer checkpoint that is not confirmed.
 
     Returns:
         What `read` returned.
@@ -28,7 +33,7 @@ def read_checkpoint(path: str, read: Callable[[Workdir, int], _Read]) -> _Read:
         OSError: If it cannot be read, or the run removes one after the other.
     """
     for _ in range(_TRIES):
-        workdir, step = find_checkpoint(path)
+        workdir, step = find_checkpoint(path, report)
         try:
             return read(workdir, step)
         except CheckpointGone as error:

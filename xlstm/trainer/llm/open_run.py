@@ -5,32 +5,23 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.batch_sizes import rows_before
-from xlstm.dataset.data import Data, open_data
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.tokenizer import Tokenizer
-from xlstm.dataset.validation import ValidationSet
-from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
-from xlstm.trainer.base.agreement import check_agreement
 from xlstm.trainer.base.callback import Callback
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
-from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.first_process import from_first_process, wait_for_all
+from xlstm.trainer.base.first_process import wait_for_all
 from xlstm.trainer.base.param_utils import tabulate_params
-from xlstm.trainer.base.process_requests import Request, Requests
 from xlstm.trainer.base.signals import on_stop_signal
-from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.base.throughput import measure_matmul_rate
 from xlstm.trainer.base.trainer import fit, to_row
 from xlstm.trainer.base.watchdog import watchdog
@@ -40,30 +31,23 @@ from xlstm.trainer.callbacks.evaluate import EvaluateCallback
 from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.callbacks.profiling import ProfileCallback
 from xlstm.trainer.llm.bad_batches import dump_batch
-from xlstm.trainer.llm.code_version import code_version
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
     batch_share,
-    check_vocabulary,
-    create_run_mesh,
     global_batches,
 )
 from xlstm.trainer.llm.evaluation import create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
-from xlstm.trainer.llm.init_from import check_source, start_from
+from xlstm.trainer.llm.init_from import start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
 from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
-from xlstm.trainer.llm.run_facts import config_facts, data_facts
-from xlstm.trainer.llm.run_tokenizer import choose_tokenizer, write_tokenizer
+from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
+from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import (
     Workdir,
-    check_workdir,
-    find_checkpoint,
-    kept_defaults,
     own_workdir,
     plain_config,
     run_info,
-    with_fields,
     write_config,
 )
 from xlstm.trainer.logger.base_logger import Loggers
@@ -71,57 +55,7 @@ from xlstm.trainer.logger.jsonl import JsonLinesLogger
 from xlstm.trainer.logger.loss_plot import LossPlotLogger
 from xlstm.trainer.logger.tensorboard import TensorBoardLogger
 from xlstm.trainer.logger.terminal import TerminalLogger
-from xlstm.trainer.logger.wandb_logger import WandbLogger, check_wandb
-from xlstm.visible_text import visible_lines
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What is known of a run before its first step.
-
-    Attributes:
-        config: The configuration.
-        mesh: The mesh.
-        workdir: The run's folder.
-        data: What it reads.
-        tokenizer: What lies in the folder: that of the data, in the files that the model has.
-        validation_sets: What it validates on.
-        code: The version of the code that runs.
-        console: Where the first process speaks.
-        clock: What the time is spent on.
-        requests: What this process asks of all.
-        soundness: Judges the steps.
-        source: The run and the step whose parameters it begins with, if they are still there then;
-            None for random ones, and for a run that has begun.
-    """
-
-    config: RunConfig
-    mesh: Mesh
-    workdir: Workdir
-    data: Data
-    tokenizer: Tokenizer
-    validation_sets: Sequence[ValidationSet]
-    code: dict[str, str]
-    console: Console
-    clock: Clock
-    requests: Requests
-    soundness: Soundness
-    source: tuple[Workdir, int] | None
-
-    def say(self, text: str) -> None:
-        """Shows a text as it is, but for characters that a terminal would obey."""
-        self.console.print(visible_lines(text), soft_wrap=True)
-
-    def stop(self, signal_name: str) -> None:
-        """Asks all processes to stop."""
-        self.requests.ask(Request.STOP)
-        self.say(f"{signal_name}: saving a checkpoint and stopping; a second one stops at once")
-
-    @property
-    def bubble(self) -> float:
-        """The share of time for which pipeline stages are idle."""
-        stages = self.mesh.shape["pp"]
-        return bubble_fraction(stages, self.config.mesh.count_microbatches(stages))
+from xlstm.trainer.logger.wandb_logger import WandbLogger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +112,7 @@ def open_run(
         ValueError: If the configuration does not fit itself, the devices, the data or the folder.
         OSError: If something cannot be read or written.
     """
-    run = _prepare(config, workdir_path, allow_config_change)
+    run = prepare_run(config, workdir_path, allow_config_change)
     config, tokenizer = run.config, run.data.tokenizer
     validated = [store for each in run.validation_sets for store in each.stores]
     guard = StoreGuard([*run.data.stores, *validated], run.say)
@@ -187,7 +121,7 @@ def open_run(
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.source:
         begin = functools.partial(_start_from, run, state)
-        state = read_checkpoint(config.trainer.init_from, begin)
+        state = read_checkpoint(config.trainer.init_from, begin, run.say)
     run.say(_describe(run, state))
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_workdir(run.workdir))
@@ -242,52 +176,7 @@ def open_run(
         )
 
 
-def _prepare(config: RunConfig, workdir_path: str, allow_config_change: bool) -> _Run:
-    """Checks everything that can be checked before anything is made."""
-    check_agreement("config", config_facts(config))
-    clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
-    if config.logger.wandb and jax.process_index() == 0:
-        check_wandb()
-    kept = kept_defaults(workdir, config)
-    config = with_fields(config, kept)
-    check_workdir(workdir, config, allow_config_change=allow_config_change)
-    has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
-    init_from = "" if has_begun else config.trainer.init_from
-    source = find_checkpoint(init_from) if init_from else None
-    data = open_data(config.data, workdir.stdlib_store)
-    validation_sets = data.validation_sets()
-    check_agreement("data", data_facts(config.data, data, workdir.stdlib_store))
-    check_vocabulary(config, data.tokenizer)
-    if source:
-        read_checkpoint(init_from, functools.partial(check_source, tokenizer=data.tokenizer))
-    check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
-    options = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(quiet=jax.process_index() != 0, **options)
-    run = _Run(
-        config=config,
-        mesh=mesh,
-        workdir=workdir,
-        data=data,
-        tokenizer=choose_tokenizer(source[0] if source else workdir, data.tokenizer),
-        validation_sets=validation_sets,
-        code=code_version(),
-        console=console,
-        clock=clock,
-        requests=Requests(mesh),
-        soundness=Soundness(
-            config.trainer.confirm_steps,
-            config.trainer.max_loss_spike,
-            config.trainer.max_update_ratio,
-        ),
-        source=source,
-    )
-    if kept:
-        fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())
-        run.say(f"keeping the defaults that the run began with: {fields}")
-    return run
-
-
-def _start_from(run: _Run, state: TrainState, source: Workdir, step: int) -> TrainState:
+def _start_from(run: PreparedRun, state: TrainState, source: Workdir, step: int) -> TrainState:
     run.say(f"beginning with the parameters of step {step:,} in {source.path}")
     return start_from(source, step, state)
 
@@ -310,7 +199,7 @@ def _closing(thing: Callback | Loggers) -> Iterator[None]:
     thing.close()
 
 
-def _describe(run: _Run, state: TrainState) -> str:
+def _describe(run: PreparedRun, state: TrainState) -> str:
     excluded = run.config.optimizer.weight_decay_exclude
     text = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
     if run.bubble:
@@ -318,7 +207,7 @@ def _describe(run: _Run, state: TrainState) -> str:
     return text
 
 
-def _open_checkpointer(run: _Run) -> Checkpointer:
+def _open_checkpointer(run: PreparedRun) -> Checkpointer:
     trainer = run.config.trainer
     return Checkpointer(
         run.workdir.checkpoints,
@@ -337,7 +226,7 @@ def _open_checkpointer(run: _Run) -> Checkpointer:
     )
 
 
-def _say_going_on(run: _Run, step: int) -> None:
+def _say_going_on(run: PreparedRun, step: int) -> None:
     run.say(f"going on from step {step:,}, the last checkpoint in {run.workdir.path}")
     before = read_run_info(run.workdir.checkpoints, step)["code"]
     changes = [
@@ -349,7 +238,7 @@ def _say_going_on(run: _Run, step: int) -> None:
         run.say(f"other code wrote it: {'; '.join(changes)}")
 
 
-def _batches_from(run: _Run, step: int) -> Iterator[Batch]:
+def _batches_from(run: PreparedRun, step: int) -> Iterator[Batch]:
     share = batch_share(run.mesh)
     batches = run.data.train_batches(start_step=step, **share)
     return global_batches(batches, run.mesh)
@@ -367,7 +256,7 @@ def evaluated_params(state: TrainState) -> PyTree:
 
 
 def _create_callbacks(
-    run: _Run,
+    run: PreparedRun,
     state: TrainState,
     specs: PyTree,
     loggers: Loggers,
@@ -428,14 +317,16 @@ def _confirmed_step(checkpointer: Checkpointer) -> int | None:
     return checkpointer.confirmed_step()
 
 
-def _saved_soundness(run: _Run, checkpointer: Checkpointer, step: int) -> dict[str, Any] | None:
+def _saved_soundness(
+    run: PreparedRun, checkpointer: Checkpointer, step: int
+) -> dict[str, Any] | None:
     """What a checkpoint knows of the steps before it; other text has other losses."""
     is_same_text = read_run_info(run.workdir.checkpoints, step)["corpora"] == run.data.checksums
     return checkpointer.soundness(step) if is_same_text else None
 
 
 def _roll_back(
-    run: _Run, loggers: Loggers, checkpointer: Checkpointer, step: int, state: TrainState
+    run: PreparedRun, loggers: Loggers, checkpointer: Checkpointer, step: int, state: TrainState
 ) -> TrainState:
     """The last confirmed checkpoint's state, as if the steps since had changed nothing."""
     with run.clock.phase("checkpoint"):
@@ -452,7 +343,7 @@ def _roll_back(
     return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
 
 
-def _create_loggers(run: _Run, start_step: int) -> Loggers:
+def _create_loggers(run: PreparedRun, start_step: int) -> Loggers:
     """Only the first process writes and shows anything."""
     if jax.process_index() != 0:
         return Loggers([])
