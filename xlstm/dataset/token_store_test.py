@@ -224,3 +224,11 @@ def test_verify_finds_a_changed_byte(path):
     TokenStore.open(path)
     with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
         open_verified(path)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "documents.bin"])
+def test_files_that_lie_elsewhere_are_refused(path, name):
+    os.rename(os.path.join(path, name), f"{path}.{name}")
+    os.symlink(f"{path}.{name}", os.path.join(path, name))
+    with pytest.raises(ValueError, match=f"{name} is a link that leads out of"):
+        TokenStore.open(path)
