@@ -197,7 +197,7 @@ def test_links(path, tmp_path, name):
     shutil.move(file, cache / "blobs" / "a1b2")
     os.symlink(cache / "blobs" / "a1b2", file)
     for place in (path, str(tmp_path / "link")):
-        with pytest.raises(ValueError, match=f"its {name} is a link to '.*a1b2', outside of it"):
+        with pytest.raises(ValueError, match=f"{name} is a link that leads out of .*a1b2"):
             TokenStore.open(place)
     snapshot = shutil.move(path, cache / "snapshots" / "c3d4")
     assert TokenStore.open(str(snapshot)).meta.num_documents == 3
@@ -224,11 +224,3 @@ def test_verify_finds_a_changed_byte(path):
     TokenStore.open(path)
     with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
         open_verified(path)
-
-
-@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "documents.bin"])
-def test_files_that_lie_elsewhere_are_refused(path, name):
-    os.rename(os.path.join(path, name), f"{path}.{name}")
-    os.symlink(f"{path}.{name}", os.path.join(path, name))
-    with pytest.raises(ValueError, match=f"{name} is a link that leads out of"):
-        TokenStore.open(path)
