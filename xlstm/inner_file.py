@@ -20,7 +20,12 @@ def inner_path(folder: str, name: str) -> str:
     Raises:
         ValueError: If it is no plain name, or a link that leads out of the folder.
     """
-    if name in ("", os.curdir, os.pardir) or os.sep in name or "\0" in name:
+    try:
+        is_plain = name not in ("", os.curdir, os.pardir) and not {os.sep, "\0"} & set(name)
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        is_plain = False
+    if not is_plain:
         raise ValueError(f"{folder}: {name!r} is no plain name of a file in that folder")
     path = os.path.join(folder, name)
     check_inside(folder, path)
@@ -66,7 +71,7 @@ def check_inside(folder: str, path: str) -> None:
     if os.path.commonpath([top, target]) == top:
         return
     parent, is_snapshot, _ = top.rpartition(f"{os.sep}snapshots{os.sep}")
-    is_cache = is_snapshot and os.path.basename(parent).startswith("models--")
+    is_cache = is_snapshot and os.path.basename(parent).startswith(("models--", "datasets--"))
     if not (is_cache and os.path.dirname(target) == os.path.join(parent, "blobs")):
         raise ValueError(
             f"{path} is a link that leads out of {folder}, to {target}: put what is there into the"

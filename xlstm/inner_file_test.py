@@ -15,7 +15,9 @@ def folder(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "/etc/hosts", "../secret", "more/x", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/etc/hosts", "../secret", "more/x", "a\0b", "\ud800"]
+)
 def test_a_name_is_a_plain_one(folder, name):
     with pytest.raises(ValueError, match="no plain name of a file in that folder") as caught:
         inner_path(str(folder), name)

@@ -28,8 +28,10 @@ from xlstm.dataset.tokenizer_definition import (
     with_unknown_token,
     without_prefix,
 )
+from xlstm.visible_text import short_repr
 
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+_MOST_IDS_PER_TOKEN = 100
 _PROBE_TOKEN = "\ufffe nothing"
 _Result = TypeVar("_Result")
 _NOTHING = np.zeros(0, np.int64)
@@ -356,9 +358,18 @@ def call(function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result
 def parse_tokenizer(definition: bytes, name: str) -> tokenizers.Tokenizer:
     """Parses the content of a `tokenizer.json`; raises ValueError, with the name, if it cannot."""
     try:
-        return call(tokenizers.Tokenizer.from_str, definition.decode("utf-8"))
+        inner = call(tokenizers.Tokenizer.from_str, definition.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+    # The library makes lists of ids that are not there, and we make tables of all.
+    vocab = inner.get_vocab(with_added_tokens=True)
+    largest = max(vocab, key=vocab.get, default=None)
+    if vocab and vocab[largest] > _MOST_IDS_PER_TOKEN * len(vocab):
+        raise ValueError(
+            f"{name} has {len(vocab):,} tokens, and {short_repr(largest)} has the id"
+            f" {vocab[largest]:,}: expected ids from 0 on, with few gaps"
+        )
+    return inner
 
 
 def _prepared(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

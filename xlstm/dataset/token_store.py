@@ -37,6 +37,7 @@ from xlstm.dataset.tokenizer import (
     load_tokenizer,
     same_tokenizer,
 )
+from xlstm.inner_file import inner_path
 
 META_FILE = "meta.json"
 _MAX_META_BYTES = 1 << 20
@@ -125,7 +126,7 @@ class TokenStore:
             ValueError: The store's own `tokenizer.json` is not the one it was written with.
         """
         if self.meta.tokenizer == TOKENIZER_FILE:
-            definition = os.path.join(self.path, TOKENIZER_FILE)
+            definition = inner_path(self.path, TOKENIZER_FILE)
             tokenizer = load_tokenizer(definition, self.meta.eod_token, self.meta.bos_token)
         else:
             tokenizer = load_tokenizer(self.meta.tokenizer)
@@ -189,9 +190,8 @@ def _names(meta: StoreMeta) -> tuple[str, str]:
 
 def _read_meta(path: str) -> StoreMeta:
     """Reads `meta.json`; raises ValueError or OSError."""
-    meta_path = os.path.join(path, META_FILE)
-    _check_link(path, META_FILE)
     try:
+        meta_path = inner_path(path, META_FILE)
         content = FileArray(meta_path, np.uint8)[: _MAX_META_BYTES + 1].tobytes()
         if len(content) > _MAX_META_BYTES:
             raise ValueError(f"it has more than {_MAX_META_BYTES:,} bytes")
@@ -208,27 +208,13 @@ def _read_meta(path: str) -> StoreMeta:
 
 def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileArray:
     """Opens a file of a store; raises ValueError if its size is not what `meta.json` says."""
-    _check_link(path, name)
-    file = FileArray(os.path.join(path, name), dtype)
+    file = FileArray(inner_path(path, name), dtype)
     if file.num_bytes != meta.files[name]["bytes"]:
         raise ValueError(
             f"the token store {path} is truncated or damaged: {name} has {file.num_bytes} bytes, "
             f"{META_FILE} says {meta.files[name]['bytes']}"
         )
     return file
-
-
-def _check_link(path: str, name: str) -> None:
-    """Raises ValueError if a file of a store is a link to somewhere else."""
-    folder, file = os.path.realpath(path), os.path.realpath(os.path.join(path, name))
-    # Where Hugging Face's cache has a dataset, its files are links.
-    root, cache, _ = folder.rpartition(f"{os.sep}snapshots{os.sep}")
-    folders = [folder, os.path.join(root, "blobs")] if cache else [folder]
-    if os.path.dirname(file) not in folders:
-        raise ValueError(
-            f"cannot use the token store {path}: its {name} is a link to {file!r}, outside of it: "
-            "put the file itself there, or a link in the place of the whole folder"
-        )
 
 
 def _check_documents(path: str, meta: StoreMeta, documents: FileArray) -> None:

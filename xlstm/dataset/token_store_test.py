@@ -197,7 +197,7 @@ def test_links(path, tmp_path, name):
     shutil.move(file, cache / "blobs" / "a1b2")
     os.symlink(cache / "blobs" / "a1b2", file)
     for place in (path, str(tmp_path / "link")):
-        with pytest.raises(ValueError, match=f"its {name} is a link to '.*a1b2', outside of it"):
+        with pytest.raises(ValueError, match=f"{name} is a link that leads out of .*a1b2"):
             TokenStore.open(place)
     snapshot = shutil.move(path, cache / "snapshots" / "c3d4")
     assert TokenStore.open(str(snapshot)).meta.num_documents == 3

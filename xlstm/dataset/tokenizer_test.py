@@ -218,3 +218,12 @@ def test_not_a_tokenizer(tmp_path):
     bad.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
         load_tokenizer(str(bad))
+
+
+def test_an_id_far_beyond_the_others_is_refused_at_once(tmp_path):
+    path = write_tokenizer_json(str(tmp_path / "tokenizer.json"))
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["far\x1b"] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match=r"'far\\x1b' has the id 4,294,967,295: expected ids"):
+        load_tokenizer(path)

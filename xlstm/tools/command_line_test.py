@@ -8,7 +8,7 @@ import time
 import pytest
 
 from xlstm.tools import command_line
-from xlstm.tools.command_line import resolve_path
+from xlstm.tools.command_line import print_error, print_note, resolve_path
 
 _TOOL = f"""
 import os, sys, tempfile, time
@@ -162,3 +162,11 @@ def test_paths_start_where_the_user_is(monkeypatch):
     assert resolve_path("/runs/a") == "/runs/a"
     monkeypatch.delenv("BUILD_WORKING_DIRECTORY")
     assert resolve_path("runs/a") == os.path.join(os.getcwd(), "runs", "a")
+
+
+def test_what_others_wrote_is_shown_as_it_is(capsys):
+    text = "\x1b]0;title\x07 \u202ereversed\n\x9b2J\udc80\x1c é[red]"
+    print_error(text)
+    print_note(text)
+    shown = r"\x1b]0;title\x07 \u202ereversed \x9b2J\udc80 é[red]"
+    assert capsys.readouterr().err == f"error: {shown}\nnote: {shown}\n"

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import typing
 
@@ -18,6 +19,7 @@ from xlstm.tools.config import (
     default_config,
     field_comments,
     load_config,
+    load_run_config,
     sections,
     to_run_config,
 )
@@ -353,3 +355,42 @@ def test_a_config_file_with_an_argument(tmp_path):
     path = str(tmp_path / "mine.py")
     assert to_run_config(load_config(path)).model.embedding_dim == 64
     assert to_run_config(load_config(f"{path}:32")).model.embedding_dim == 32
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("num_blocks", 10**6, "num_blocks=1000000 with embedding_dim=128 is too large"),
+        ("embedding_dim", 10**9, "embedding_dim=1000000000 is too large"),
+        ("vocab_size", 10**12, "vocab_size=1000000000000 with embedding_dim=128 is too large"),
+        ("ffn_proj_factor", 1e308, "ffn_proj_factor=1e[+]308 with embedding_dim=128 is too large"),
+        ("num_blocks", "4", "model.num_blocks='4': expected int"),
+        ("num_blocks", None, "model.num_blocks=None: expected int"),
+        ("num_blocks", [4], r"model.num_blocks=\[4\]: expected int"),
+        ("num_blocks", -(10**400), "model.num_blocks=-1"),
+        ("norm_eps", 10**400, "model.norm_eps=1000.*: expected float"),
+        ("norm_eps", float("nan"), "model.norm_eps=nan: it must be a finite number"),
+        ("dtype", "\x1b[2J", r"model.dtype='\\x1b\[2J' is unknown"),
+    ],
+)
+def test_the_configuration_of_a_stranger(tmp_path, field, value, message):
+    workdir = Workdir(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
+    write_config(workdir, RunConfig(), ["abc"])
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["config"]["model"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"config.json is not the configuration .*{message}"):
+        load_run_config(workdir)
+
+
+@pytest.mark.parametrize(
+    "config", [None, [], "x", {"model": []}, {"data": 3}, {"model": {"name": 1}}, {"new": {}}]
+)
+def test_a_configuration_of_another_shape(tmp_path, config):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(ValueError, match="config.json is not the configuration of a run: "):
+        load_run_config(Workdir(str(tmp_path)))

@@ -62,6 +62,7 @@ _VERIFY_DATA = flags.DEFINE_bool(
     "than 64 MB are read beside it, and those that were verified on this machine not again.",
 )
 _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
+_MOST_PADDED_TOKENS = 2**24
 
 
 def _changed(config: RunConfig) -> RunConfig:
@@ -107,7 +108,18 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
     tokenizer = sets[0].tokenizer
     check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
     check_vocabulary(config, tokenizer)
+    _check_batch_size(config, sets)
     return sets
+
+
+def _check_batch_size(config: RunConfig, sets: list[ValidationSet]) -> None:
+    """Raises ValueError if a batch would be empty for the most part, and not small."""
+    data, held = config.data, sum(store.meta.num_tokens for each in sets for store in each.stores)
+    if data.batch_size * data.context_length > max(held, _MOST_PADDED_TOKENS):
+        raise ValueError(
+            f"a batch of {data.batch_size:,} rows of {data.context_length:,} tokens is larger than"
+            " the validation sets: give a smaller --batch_size or --context_length"
+        )
 
 
 def load_checkpoint(

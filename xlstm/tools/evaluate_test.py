@@ -90,6 +90,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
         "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],
         "encoded with another tokenizer": ["--checkpoint=run", "--data=foreign"],
         "write sizes as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
+        "is larger than the validation sets": ["--checkpoint=run", "--batch_size=2000000"],
     }
     texts = list(cases)
     for two in (texts[i : i + 2] for i in range(0, len(texts), 2)):  # Most of it is importing.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -122,3 +123,10 @@ def test_files_that_hold_no_prompts(content, message):
 def test_bad_input_is_one_line_and_status_2(folder, message, flags):
     errors = _finish(_start(folder, *flags), status=2)
     assert message in errors and len(errors.splitlines()) == 1
+
+
+def test_a_terminal_obeys_no_text(monkeypatch, capsys):
+    text = "\x1b[2J\tred\n\u202eabc\r"
+    assert generate._shown(text) == text  # Into a file or a pipe goes what it is.
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate._shown(text) == "\\x1b[2J\tred\n\\u202eabc\\x0d"

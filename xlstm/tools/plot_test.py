@@ -109,3 +109,15 @@ def test_bad_input_is_one_line_and_status_2(folder, words, named):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and named in line
     assert result.stdout == ""
+
+
+def test_what_others_named_is_shown_as_it_is(folder):
+    rows = [{"step": s, "[red]\x1b[2J$x_": 1.0 + s, "note": "text", "big": 10**400} for s in (1, 2)]
+    _write(folder / "[bold]c\u202e" / "metrics.jsonl", rows)
+    result = _plot(folder, "[bold]c\u202e", "--metrics=[red]\x1b[2J$x_", "--output=odd.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert r"[red]\x1b[2J$x_" in result.stdout and r"[bold]c\u202e" in result.stdout
+    assert "\x1b[2J" not in result.stdout and "\u202e" not in result.stdout
+    result = _plot(folder, "[bold]c\u202e", "--metrics=note")
+    assert result.returncode == 2 and "expected some of" in result.stderr
+    assert r"[red]\x1b[2J$x_" in result.stderr and "\x1b" not in result.stderr

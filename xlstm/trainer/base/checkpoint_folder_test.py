@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -8,6 +9,7 @@ from xlstm.trainer.base.checkpoint_folder import (
     Saved,
     best_step,
     confirmed_step,
+    step_of_name,
 )
 
 
@@ -154,3 +156,27 @@ def test_versions_before_did_not_judge(folder, tmp_path):
     assert (info.pop("confirmed"), info.pop("soundness")) == (True, None)
     path.write_text(json.dumps(info))
     assert folder.saved()[9] == Saved(3.0, for_ever=True, confirmed=True, soundness=None)
+
+
+@pytest.mark.parametrize(
+    "name", ["٣", "³", "1e3", "007", "+7", "-7", " 7", "7\n", "\x1b[2J", "7_0", "9" * 5000, "", "x"]
+)
+def test_other_names_are_no_steps(tmp_path, name):
+    assert step_of_name(name) is None
+    if len(name) < 200:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / f"{name}.unfinished").mkdir()
+    (tmp_path / "12").write_text("a file")
+    folder = CheckpointFolder(str(tmp_path))
+    assert folder.steps() == [12] and folder.whole_steps() == [] and folder.saved() == {}
+    assert folder.remove_leftovers() == []
+
+
+def test_what_is_no_information_of_a_run(folder):
+    path = os.path.join(folder.of_step(9), "run_info.json")
+    for content in ("[]", "{}", '{"run": 3}', '{"run":' + "[" * 100_000, "\ufeff{}"):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content)
+        with pytest.raises(ValueError, match="run_info.json"):
+            folder.run_info(9)
+        assert folder.saved()[9] == Saved()

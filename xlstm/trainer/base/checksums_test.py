@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 
 import pytest
@@ -80,3 +81,28 @@ def test_what_cannot_be_read_is_damaged(folder, monkeypatch):
     assert find_damage(str(folder)) == "a cannot be read (Input/output error)"
     with pytest.raises(OSError, match="Input/output error"):
         write_checksums(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hosts", "b/../../outside", "", ".", "a\0"])
+def test_names_of_files_elsewhere_are_missing(folder, name):
+    (folder.parent / "outside").write_bytes(b"12345")
+    entry = json.loads((folder / CHECKSUMS).read_text())["files"]["a"]
+    (folder / CHECKSUMS).write_bytes(checksums._encode({name: entry}))
+    assert find_damage(str(folder)) == f"{name} is missing"
+
+
+def test_links_that_leave_are_damage(folder):
+    (folder.parent / "outside").write_bytes(b"12345")
+    (folder / "a").unlink()
+    (folder / "a").symlink_to("../outside")
+    assert "a is a link that leads out of" in find_damage(str(folder))
+    (folder / "a").unlink()
+    (folder / "copy").write_bytes(b"12345")
+    (folder / "a").symlink_to("copy")
+    assert find_damage(str(folder)) is None
+
+
+@pytest.mark.parametrize("entry", [None, 3, {}, {"bytes": "5"}, {"bytes": True, "sha256": "x"}])
+def test_entries_of_other_kinds_are_found(folder, entry):
+    (folder / CHECKSUMS).write_bytes(checksums._encode({"a": entry}))
+    assert find_damage(str(folder)) == "checksums.json has other bytes than were written"

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from xlstm.common_types import TrainState
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.base.checkpointing import Checkpointer
+from xlstm.trainer.base.checksums import write_checksums
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.read_params import open_params, read_params
 
@@ -86,3 +88,15 @@ def test_what_cannot_be_read(directory, states, tmp_path):
     for read, wanted in ((open_params, _SHAPES), (read_params, states[3].params)):
         with pytest.raises(OSError, match="has 1 bytes, not the"):
             read(str(tmp_path), 1, wanted)
+
+
+def test_arrays_in_folders_of_their_names_are_not_looked_for(directory, states, tmp_path):
+    """Orbax would take an absolute name for a folder, wherever it is."""
+    shutil.copytree(directory, tmp_path / "c")
+    path = tmp_path / "c" / "1" / "state" / "_METADATA"
+    metadata = json.loads(path.read_text())
+    assert metadata["use_ocdbt"] is True
+    path.write_text(json.dumps(metadata | {"use_ocdbt": False}))
+    write_checksums(str(tmp_path / "c" / "1"))
+    with pytest.raises(OSError, match="step 1 .* cannot be used: .* no OCDBT store"):
+        read_params(str(tmp_path / "c"), 1, states[1].params)

@@ -51,6 +51,7 @@ def stored_arrays(
             )
     sizes = {}
     for name, array in arrays.items():
+        _check_parts(name, array, len(files))
         keys = [f"{name}/{part}" for part in _part_names(array)]
         missing = sum(key not in files for key in keys)
         if missing:
@@ -61,6 +62,17 @@ def stored_arrays(
             if sizes[file] < end:
                 raise ValueError(f"{file}, which holds a part of the array {name}, is cut or gone")
     return arrays
+
+
+def _check_parts(name: str, array: Any, num_stored: int) -> None:
+    """Checks that neither the parts of an array nor one of them are more than there may be."""
+    parts = array.storage.chunk_shape
+    count = math.prod(-(-size // part) for size, part in zip(array.shape, parts, strict=True))
+    if count > num_stored or math.prod(parts) > max(math.prod(array.shape), 1):
+        raise ValueError(
+            f"the array {name} of the shape {tuple(array.shape)} cannot be made of {num_stored}"
+            f" parts of the shape {tuple(parts)}"
+        )
 
 
 def _part_names(array: Any) -> Iterator[str]:

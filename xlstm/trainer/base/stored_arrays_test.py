@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 
@@ -105,4 +106,15 @@ def test_a_tree_of_several_levels(path):
     assert stored_arrays(path, _EXPECTED).keys() == _SHAPES.keys()
     _remove(path, "stack/2.0.0")
     with pytest.raises(ValueError, match="1 of 4 parts of the array stack are missing"):
+        stored_arrays(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [10**12], "chunks": [1]}, {"chunks": [10**9]}, {"shape": [10**9]}]
+)
+def test_what_an_array_says_of_its_size_is_compared_with_its_parts(path, change):
+    database = _database(path)
+    layout = json.loads(database["small/.zarray"])
+    database["small/.zarray"] = json.dumps(layout | change).encode()
+    with pytest.raises(ValueError, match="^the array small of the shape .* cannot be made of"):
         stored_arrays(path)

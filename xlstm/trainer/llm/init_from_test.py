@@ -163,3 +163,14 @@ def test_a_run_that_has_begun_needs_its_source_no_more(runs, stores, tmp_path):
     shutil.rmtree(source)
     _, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source is None
+
+
+def test_parameters_that_are_not_finite(runs):
+    folder = runs / "ruined"
+    with Checkpointer(str(folder / "checkpoints"), run_info={"tokenizer": None}) as checkpointer:
+        state = _state(1)
+        ruined = jax.tree.map(lambda x: x * math.nan, state.params)
+        checkpointer.save(1, state.replace(params=ruined))
+    message = r"no run can begin with the checkpoint of step 1 .* NaN: 32 in head, "
+    with pytest.raises(ValueError, match=message):
+        start_from(*find_checkpoint(str(folder)), _state(7))

@@ -175,6 +175,30 @@ def test_files_that_are_no_saved_state(model, tmp_path):
             load_progress(str(tmp_path / name), model)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, "its arrays are not stored as they are"),  # A small file may hold terabytes so.
+        ({"logits": lambda x: np.full_like(x, np.nan)}, "it holds NaN"),
+        ({"logits": lambda x: x.astype(complex)}, "its arrays are others"),
+        ({"done": lambda x: x[:0]}, "its texts cannot be read"),
+        ({"texts": lambda x: np.array("[" * 100_000)}, "its texts cannot be read"),
+        ({"texts": lambda x: np.array("3")}, "its texts cannot be read"),
+    ],
+)
+def test_saved_states_of_strangers(model, tmp_path, change, message):
+    _, progress = write_texts(model, [[EOD]], options(1))
+    path = str(tmp_path / "state")
+    save_progress(path, progress, model)
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays |= {name: function(arrays[name]) for name, function in change.items()}
+    with open(path, "wb") as file:
+        (np.savez if change else np.savez_compressed)(file, **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_progress(path, model)
+
+
 def test_each_program_is_compiled_once():
     mesh = create_mesh(MeshConfig(dp=2, tp=2), jax.devices()[:4])
     loaded = LoadedModel(CONFIG, without_stages(boxed_params(), mesh), mesh, None)

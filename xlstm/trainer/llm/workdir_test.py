@@ -325,6 +325,8 @@ def test_a_model_without_a_run_is_left_alone(tmp_path, allow):
         ("/runs/mine/checkpoints/50", ("/runs/mine", 50)),
         ("/runs/mine/checkpoints/50/", ("/runs/mine", 50)),
         ("/runs/50", ("/runs/50", None)),
+        ("/runs/mine/checkpoints/٣", ("/runs/mine/checkpoints/٣", None)),
+        ("/runs/mine/checkpoints/1e3", ("/runs/mine/checkpoints/1e3", None)),
         ("/runs/mine/checkpoints", ("/runs/mine/checkpoints", None)),
     ],
 )
@@ -369,3 +371,16 @@ def test_an_unconfirmed_checkpoint_is_used_by_its_own_name_only(claimed):
     with pytest.raises(ValueError, match="no confirmed checkpoint. .*/3 is not .*: name it to use"):
         find_checkpoint(claimed.path)
     assert find_checkpoint(os.path.join(claimed.checkpoints, "3")) == (claimed, 3)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "checkpoints", "checkpoints/5"])
+def test_a_checkpoint_that_lies_elsewhere_is_refused(tmp_path, name):
+    workdir = Workdir(str(tmp_path / "run"))
+    _save(workdir, _5=True)
+    write_config(workdir, RunConfig(), ["abc"])
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    assert find_checkpoint(workdir.path)[1] == 5
+    os.rename(tmp_path / "run" / name, tmp_path / "elsewhere")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a link that leads out of"):
+        find_checkpoint(workdir.path)

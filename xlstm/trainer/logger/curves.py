@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xlstm.trainer.base.files import write_atomically
+from xlstm.visible_text import visible
 
 _MOST_MARKED = 60  # Points of a curve up to which each is marked.
 
@@ -97,8 +98,8 @@ def draw_picture(
                 curve = smooth(curve, smooth_steps)
             marker = "o" if len(curve.steps) <= _MOST_MARKED else None
             style = {"linewidth": 1.2, "marker": marker, "markersize": 3}
-            axes.plot(curve.steps, curve.values, color=colour, label=curve.label, **style)
-        axes.set_ylabel(name, parse_math=False)  # A $ is no formula.
+            axes.plot(curve.steps, curve.values, color=colour, label=visible(curve.label), **style)
+        axes.set_ylabel(visible(name), parse_math=False)  # A $ is no formula.
         axes.grid(alpha=0.3)
         if axes.lines:
             for text in axes.legend().get_texts():

@@ -83,3 +83,15 @@ def test_a_line_that_is_no_row_is_an_error(tmp_path, line):
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl:1 is no row of metrics"):
         read_rows(str(path))
+
+
+_NO_STEPS = ['"text"', "1.5", "null", "[1]", "1e3", "NaN", "-1", "9" * 30, "9" * 5000]
+
+
+@pytest.mark.parametrize("step", [*_NO_STEPS, "[" * 100_000])
+def test_a_step_is_a_number_of_steps(tmp_path, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{{"step": {step}, "loss": "\x1b[2J"}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no row of metrics: ") as caught:
+        read_rows(str(path))
+    assert len(str(caught.value)) < 300 and "\x1b" not in str(caught.value)
