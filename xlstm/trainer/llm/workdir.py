@@ -43,6 +43,9 @@ _FORMER_DEFAULTS = {
     "optimizer.weight_decay_exclude": ("bias", "norm", "embeddings"),
 }
 
+# Of so many steps the learning rates can be compared one by one.
+_MOST_COMPARED_STEPS = 10**8
+
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
@@ -332,7 +335,12 @@ def _same_so_far(workdir: Workdir, saved: dict[str, Any], config: RunConfig) -> 
         before = ScheduleConfig(**saved["schedule"])
     except (TypeError, KeyError, ValueError):
         return False
-    steps = np.arange(max(CheckpointFolder(workdir.checkpoints).steps(), default=0))
+    if before == config.schedule:
+        return True
+    num_steps = max(CheckpointFolder(workdir.checkpoints).steps(), default=0)
+    if num_steps > _MOST_COMPARED_STEPS:
+        return False
+    steps = np.arange(num_steps)
     rates = [create_schedule(schedule)(steps) for schedule in (before, config.schedule)]
     return bool(np.array_equal(*rates))
 

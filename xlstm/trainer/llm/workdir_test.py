@@ -384,3 +384,10 @@ def test_a_checkpoint_that_lies_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is a link that leads out of"):
         find_checkpoint(workdir.path)
+
+
+def test_a_step_beyond_all_schedules_is_no_reason_to_compare_each(claimed):
+    os.makedirs(os.path.join(claimed.checkpoints, "9" * 18))
+    _claim(claimed, _changed(trainer={"num_steps": 5}))
+    with pytest.raises(ValueError, match="schedule.peak_lr was"):
+        _claim(claimed, _changed(schedule={"peak_lr": 0.5}))
