@@ -71,6 +71,9 @@ def test_the_best_step():
     assert best_step({1: Saved(2.0), 3: Saved(1.0), 2: Saved(1.0), 4: Saved()}) == 2
     assert best_step({1: Saved()}) is None
     assert best_step({}) is None
+    assert best_step({1: Saved(2.0), 2: Saved(1.0, confirmed=False)}) == 1
+    unsure = {1: Saved(1.5), 2: Saved(2.0), 3: Saved(1.0, confirmed=False)}
+    assert list(Retention(1, keep_best=True).kept(unsure)) == [1, 2, 3]
     unknown = {1: Saved(), 2: Saved()}
     assert Retention(1, keep_best=True).kept(unknown) == {2: Saved()}
 
