@@ -208,7 +208,7 @@ class CheckpointFolder:
         while os.path.lexists(path):
             number += 1
             path = os.path.join(parent, f"{step}-{number}")
-        os.rename(self.of_step(step), path)
+        shutil.move(self.of_step(step), path)  # The folder may be a link to another disk.
         return path
 
     def _names(self) -> list[str]:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -142,6 +143,19 @@ def test_setting_aside(folder, tmp_path):
         folder.complete(9, {}, Saved())
     assert _names(aside) == ["9", "9-2", "9-3"]
     assert (aside / "9" / "run_info.json").exists()
+
+
+def test_setting_aside_on_another_disk(folder, monkeypatch):
+    """As where the folder of the checkpoints is a link to a larger one."""
+
+    def rename(*paths):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        path = folder.set_aside(9, "damaged_checkpoints")
+    assert {"run_info.json", "checksums.json"} <= set(os.listdir(path))
+    assert folder.steps() == [10, 100]
 
 
 def test_setting_aside_in_place_of_an_earlier_one(folder, tmp_path):
