@@ -46,7 +46,7 @@ class Retention:
     Attributes:
         max_to_keep: The last so many that are confirmed; and the newest one if it is not.
         keep_interval: Those of steps that it divides are kept for ever; 0 for none.
-        keep_best: Whether the one with the lowest validation loss is kept, too.
+        keep_best: Whether the confirmed one with the lowest validation loss is kept, too.
     """
 
     max_to_keep: int
@@ -69,8 +69,14 @@ class Retention:
 
 
 def best_step(saved: Mapping[int, Saved]) -> int | None:
-    """The step with the lowest validation loss, the first of several; None if no loss is known."""
-    known = [step for step in sorted(saved) if saved[step].val_loss is not None]
+    """The confirmed step with the lowest validation loss, the first of several.
+
+    One that is not confirmed is moved away when the run goes on: it takes nobody's place.
+
+    Returns:
+        The step; None if no loss is known.
+    """
+    known = [x for x in sorted(saved) if saved[x].confirmed and saved[x].val_loss is not None]
     return min(known, key=lambda step: saved[step].val_loss, default=None)
 
 
@@ -202,7 +208,7 @@ class CheckpointFolder:
         while os.path.lexists(path):
             number += 1
             path = os.path.join(parent, f"{step}-{number}")
-        os.rename(self.of_step(step), path)
+        shutil.move(self.of_step(step), path)  # The folder may be a link to another disk.
         return path
 
     def _names(self) -> list[str]:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -71,6 +72,9 @@ def test_the_best_step():
     assert best_step({1: Saved(2.0), 3: Saved(1.0), 2: Saved(1.0), 4: Saved()}) == 2
     assert best_step({1: Saved()}) is None
     assert best_step({}) is None
+    assert best_step({1: Saved(2.0), 2: Saved(1.0, confirmed=False)}) == 1
+    unsure = {1: Saved(1.5), 2: Saved(2.0), 3: Saved(1.0, confirmed=False)}
+    assert list(Retention(1, keep_best=True).kept(unsure)) == [1, 2, 3]
     unknown = {1: Saved(), 2: Saved()}
     assert Retention(1, keep_best=True).kept(unknown) == {2: Saved()}
 
@@ -139,6 +143,19 @@ def test_setting_aside(folder, tmp_path):
         folder.complete(9, {}, Saved())
     assert _names(aside) == ["9", "9-2", "9-3"]
     assert (aside / "9" / "run_info.json").exists()
+
+
+def test_setting_aside_on_another_disk(folder, monkeypatch):
+    """As where the folder of the checkpoints is a link to a larger one."""
+
+    def rename(*paths):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        path = folder.set_aside(9, "damaged_checkpoints")
+    assert {"run_info.json", "checksums.json"} <= set(os.listdir(path))
+    assert folder.steps() == [10, 100]
 
 
 def test_setting_aside_in_place_of_an_earlier_one(folder, tmp_path):

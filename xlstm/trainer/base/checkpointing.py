@@ -290,7 +290,7 @@ class Checkpointer:
         return self._saved[step].soundness
 
     def best_loss(self) -> float | None:
-        """The lowest validation loss of the whole checkpoints; None if none is known."""
+        """The lowest validation loss of the confirmed checkpoints; None if none is known."""
         step = best_step(self._saved)
         return None if step is None else self._saved[step].val_loss
 

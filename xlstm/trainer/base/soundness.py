@@ -1,11 +1,14 @@
 """Judges training steps: whether the parameters that they lead to can be relied on."""
 
 import collections
+import itertools
 import math
 from typing import Any
 
 # Sound steps whose mean loss and parameter norm a new step is compared with.
 _WINDOW = 50
+# A loss within so many standard deviations is no spike: small batches of mixed text vary by nats.
+_DEVIATIONS = 5
 
 
 class Soundness:
@@ -27,8 +30,8 @@ class Soundness:
         Args:
             confirm_steps: So many sound steps have to follow an unsound one; with 0 every
                 checkpoint is confirmed.
-            max_loss_spike: A loss that exceeds the mean of the last sound ones by more nats is a
-                spike.
+            max_loss_spike: A loss that exceeds the mean of the last sound ones by more nats, and by
+                more than they usually vary, is a spike.
             max_update_ratio: An update is too large if its norm is above so many times the mean
                 norm of the parameters of the last sound steps; parameters are if theirs has grown
                 by as much.
@@ -78,7 +81,8 @@ class Soundness:
         fault = _find_infinite(metrics, "loss", "grad_norm")
         loss = metrics["loss"]
         usual = _mean(self._losses, loss)
-        if not fault and loss > usual + self._max_loss_spike:
+        limit = max(self._max_loss_spike, _DEVIATIONS * _deviation(self._losses))
+        if not fault and loss > usual + limit:
             fault = f"its loss of {loss:.4g} is a spike above the usual {usual:.4g}"
         return fault
 
@@ -115,3 +119,9 @@ def _find_infinite(metrics: dict[str, float], *names: str) -> str | None:
 
 def _mean(values: collections.deque[float], default: float) -> float:
     return math.fsum(values) / len(values) if values else default
+
+
+def _deviation(values: collections.deque[float]) -> float:
+    """The standard deviation by the differences of neighbours, which a trend does not add to."""
+    squares = [(after - before) ** 2 for before, after in itertools.pairwise(values)]
+    return math.sqrt(math.fsum(squares) / (2 * len(squares))) if squares else 0.0

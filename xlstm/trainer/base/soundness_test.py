@@ -74,6 +74,25 @@ def test_what_is_within_the_limits_is_sound(row):
     assert _judge(soundness, {}, row) == [None, None]
 
 
+def test_losses_that_vary_much_have_larger_spikes():
+    """As with one row of mixed text a step."""
+    soundness = _create()
+    assert _judge(soundness, *[{"loss": loss} for loss in [1.0, 2.5, 4.0, 2.5] * 10 + [6.0]]) == (
+        [None] * 41
+    )
+    (fault,) = _judge(soundness, {"loss": 9.0})
+    assert fault.startswith("its loss of 9 is a spike")
+
+
+def test_a_falling_loss_is_not_one_that_varies():
+    soundness = _create()
+    falling = [{"loss": 10 - 0.1 * step} for step in range(50)]
+    assert _judge(soundness, *falling, {"loss": 9.0}, {"loss": 9.7})[-2:] == [
+        None,
+        "its loss of 9.7 is a spike above the usual 7.53",
+    ]
+
+
 def test_a_ruined_model_never_becomes_the_measure():
     """As a learning rate of 1e3 leaves it: finite, with the loss of a guess, for ever."""
     soundness = _create()

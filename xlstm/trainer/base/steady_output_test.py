@@ -74,6 +74,28 @@ def test_a_reader_that_does_not_read_holds_nobody_up(pipe, monkeypatch):
     assert not is_output_lost()
 
 
+def test_a_terminal_that_nobody_reads_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(steady_output, "_PATIENCE", 0.1)
+    terminal, own = pty.openpty()
+    with open(own, "w") as stream:
+        reasons = []
+        steady = make_steady(stream, reasons.append)
+        # More than it has room for, in pieces that fit and in one that does not.
+        for text in ["x" * 100] * 1000 + ["y" * 100_000]:
+            print(text, file=steady, flush=True)
+        assert reasons == ["nobody reads it"] and is_output_lost()
+        assert os.get_blocking(stream.fileno())
+        # Once it is read it shows what comes then.
+        os.set_blocking(terminal, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(terminal, 65536):
+                pass
+        print("again", file=steady, flush=True)
+        assert os.read(terminal, 65536).endswith(b"again\r\n")
+        assert not is_output_lost()
+    os.close(terminal)
+
+
 def test_a_terminal_that_is_closed():
     terminal, own = pty.openpty()
     with open(own, "w") as stream:
