@@ -49,9 +49,9 @@ def _restored(directory, step=None):
     return value
 
 
-def _discard_damaged(directory, report=pytest.fail):
+def _discard_unusable(directory, report=pytest.fail):
     with Checkpointer(str(directory), report=report) as checkpointer:
-        return checkpointer.discard_damaged()
+        return checkpointer.discard_unusable()
 
 
 def _remove_part(arrays, key):
@@ -97,7 +97,7 @@ def test_what_cannot_be_read_never_becomes_a_checkpoint(tmp_path, monkeypatch, k
     monkeypatch.undo()
     assert checkpointer.latest_step() == 2
     assert sorted(os.listdir(tmp_path)) == ["1", "2", "3.unfinished"]
-    assert _discard_damaged(tmp_path, lambda text: None) == 2
+    assert _discard_unusable(tmp_path, lambda text: None) == 2
     assert _restored(tmp_path) == 2
 
 
@@ -120,19 +120,19 @@ def test_a_checkpoint_of_older_code_that_lacks_a_part_is_damaged(tmp_path):
             with pytest.raises(OSError, match=f"step 3 in .* cannot be {verb}: {reason}$"):
                 function()
     reports = []
-    assert _discard_damaged(directory, reports.append) == 2
+    assert _discard_unusable(directory, reports.append) == 2
     assert f"the checkpoint of step 3 is damaged ({reason}): it is moved to" in reports[0]
     assert _restored(directory) == 2
     os.remove(directory / "2" / "state" / "manifest.ocdbt")
     write_checksums(str(directory / "2"))
-    assert _discard_damaged(directory, reports.append) == 1
+    assert _discard_unusable(directory, reports.append) == 1
     assert "the checkpoint of step 2 is damaged (NOT_FOUND: Manifest not found)" in reports[1]
 
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", "b c\td"])
 def test_a_path_may_hold_what_patterns_are_made_of(tmp_path, name):
     _write(tmp_path / name, 1, 2)
-    assert _discard_damaged(tmp_path / name) == 2
+    assert _discard_unusable(tmp_path / name) == 2
     assert _restored(tmp_path / name) == 2
     params = read_params(str(tmp_path / name), 2, _state(0.0).params)
     assert np.all(params["kernel"].value == 2)

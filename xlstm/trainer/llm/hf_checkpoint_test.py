@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +28,12 @@ from xlstm.trainer.llm.hf_tokenizer import write_byte_tokenizer_files
 from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
 from xlstm.trainer.llm.workdir import Workdir
 
-_GOLDEN = os.path.join(os.path.dirname(hf_layout.__file__), "testdata", "hf_xlstm_tiny")
+# A copy: Bazel's test data are links to the checkout.
+_FOLDER = tempfile.TemporaryDirectory()
+_GOLDEN = shutil.copytree(
+    os.path.join(os.path.dirname(hf_layout.__file__), "testdata", "hf_xlstm_tiny"),
+    os.path.join(_FOLDER.name, "hf_xlstm_tiny"),
+)
 _SMALL = ModelConfig(
     vocab_size=300, embedding_dim=16, num_blocks=3, num_heads=2, ffn_round_up_to_multiple_of=8
 )

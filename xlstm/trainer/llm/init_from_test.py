@@ -20,9 +20,9 @@ from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig
-from xlstm.trainer.llm import open_run as open_run_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.init_from import start_from
+from xlstm.trainer.llm.prepare_run import prepare_run
 from xlstm.trainer.llm.workdir import Workdir, find_checkpoint, write_config
 
 _SHAPES = {"head": (4, 8), "stack": (4, 8)}
@@ -106,7 +106,7 @@ def _prepare(store, workdir, init_from):
     config = RunConfig(
         model=ModelConfig(vocab_size=300), data=data, trainer=TrainerConfig(init_from=init_from)
     )
-    return config, open_run_module._prepare(config, str(workdir), False)
+    return config, prepare_run(config, str(workdir), allow_config_change=False)
 
 
 @pytest.fixture(scope="module")
