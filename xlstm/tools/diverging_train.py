@@ -1,5 +1,7 @@
 """The training tool, for tests: after steps 12 and 16 the gradient is not finite."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,11 +14,16 @@ from xlstm.trainer.llm import language_model
 
 
 def _update(
-    state: TrainState, grads: PyTree, grad_norm: jax.Array, loss: jax.Array, **options
+    state: TrainState,
+    grads: PyTree,
+    grad_norm: jax.Array,
+    loss: jax.Array,
+    *args: Any,
+    **options: Any,
 ) -> tuple[TrainState, Metrics]:
     is_bad = (state.step == 12) | (state.step == 16)
     grad_norm = jnp.where(is_bad, jnp.nan, grad_norm)
-    state, metrics = update_state(state, grads, grad_norm, loss, **options)
+    state, metrics = update_state(state, grads, grad_norm, loss, *args, **options)
     return state, metrics | {"grad_norm": grad_norm}
 
 

@@ -13,7 +13,11 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.distributed.data_parallel import sum_gradients
 from xlstm.distributed.mesh import BATCH_AXES
 from xlstm.distributed.single_gpu import LossFn, accumulate_gradients
-from xlstm.trainer.base.param_utils import get_grad_norms, get_param_norms
+from xlstm.trainer.base.param_utils import (
+    get_grad_norms,
+    get_param_norms,
+    get_sharded_global_norm,
+)
 
 # Partition spec of every leaf of a batch: the examples are divided, the rest is whole.
 BATCH_SPEC = P(BATCH_AXES)
@@ -24,7 +28,7 @@ def create_train_step(
     state_specs: PyTree,
     create_loss_fn: Callable[[int, jax.Array], LossFn],
     count_targets: Callable[[PyTree], jax.Array],
-    update: Callable[[TrainState, PyTree, jax.Array, jax.Array], tuple[TrainState, Metrics]],
+    update: Callable[..., tuple[TrainState, Metrics]],
     num_minibatches: int,
     norms_per_param: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -38,8 +42,8 @@ def create_train_step(
             on the step and on the example's place in the global batch alone. It returns what this
             device contributes: loss and metrics are summed over all devices of the mesh.
         count_targets: Counts the targets in a batch.
-        update: Makes the next state of a state, gradients, their global norm and the sum of the
-            losses, see `update_state`.
+        update: Makes the next state of a state, gradients, their global norm, the sum of the
+            losses and what computes such a norm, see `update_state`.
         num_minibatches: Number of minibatches that each device's share of a batch is cut into.
         norms_per_param: Whether the norms of single parameters are metrics too.
 
@@ -79,6 +83,13 @@ def create_train_step(
         out_specs=(state_specs.params, P()),
         check_vma=False,
     )
+    global_norm = jax.shard_map(
+        lambda tree: get_sharded_global_norm(tree)[0],
+        mesh=mesh,
+        in_specs=(state_specs.params,),
+        out_specs=P(),
+        check_vma=False,
+    )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
 
     @functools.partial(
@@ -89,7 +100,7 @@ def create_train_step(
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = compute_gradients(state.replace(**without), batch, requests)
         total_loss, _ = metrics["loss"]
-        state, update_metrics = update(state, grads, metrics["grad_norm"], total_loss)
+        state, update_metrics = update(state, grads, metrics["grad_norm"], total_loss, global_norm)
         return state, metrics | update_metrics
 
     return train_step

@@ -1,5 +1,7 @@
 """Changes the parameters by their gradients, unless the gradients look wrong."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,6 +17,7 @@ def update_state(
     grads: PyTree,
     grad_norm: jax.Array,
     loss: jax.Array,
+    global_norm: Callable[[PyTree], jax.Array],
     *,
     schedule: optax.Schedule,
     grad_clip_norm: float,
@@ -33,6 +36,7 @@ def update_state(
         grads: Gradients, boxed like the parameters.
         grad_norm: Their global norm, a float32 scalar.
         loss: The loss, or its sum, a float32 scalar.
+        global_norm: Computes the norm of a tree that is boxed and placed like the parameters.
         schedule: Learning rate as a function of the steps done before.
         grad_clip_norm: The gradient is scaled down to this norm.
         max_grad_norm_ratio: A norm above so many times its moving average is too large; 0: none is.
@@ -63,7 +67,7 @@ def update_state(
     clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), unboxed(grads))
     updates, opt_state = state.tx.update(clipped, state.opt_state, params)
     steps = jax.tree.map(lambda p, u: (lr * u).astype(p.dtype), params, updates)
-    update_norm = jnp.where(is_good, optax.tree.norm(steps), 0.0)
+    update_norm = jnp.where(is_good, global_norm(reboxed(steps, state.params)), 0.0)
     params = choose(jax.tree.map(jnp.subtract, params, steps), params)
     params_ema = state.params_ema
     if params_ema is not None:

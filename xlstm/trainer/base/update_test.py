@@ -46,6 +46,7 @@ def _update(state, grads, clip=1e9, ratio=0.0, decay=0.0, loss=1.0):
         grads,
         optax.tree.norm(grads),
         jnp.float32(loss),
+        optax.tree.norm,
         schedule=_schedule,
         grad_clip_norm=clip,
         max_grad_norm_ratio=ratio,
