@@ -138,8 +138,9 @@ def _visit(host: str, port: int, hello: dict[str, Any], seconds: float) -> None:
     while time.monotonic() - begin < seconds:
         try:
             with socket.create_connection((host, port), _SECONDS_FOR_A_LINE) as connection:
-                # From here on process 0 looks at the clock, and ends the wait.
-                connection.settimeout(None)
+                # Process 0 looks at the clock as well, and speaks before this ends: unless its
+                # machine is gone, or another program listens there.
+                connection.settimeout(seconds + _SECONDS_FOR_A_LINE)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 connection.sendall(_line(hello))
                 answer = _read(connection)

@@ -78,6 +78,14 @@ def test_a_first_process_that_does_not_come(port):
     assert told[0].startswith(f"process 0 cannot be reached at localhost:{port} within 0 s (")
 
 
+def test_what_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(meeting, "_SECONDS_FOR_A_LINE", 0.1)
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"process 0 cannot be reached at {address} within 1 s"):
+            meet(address, 2, 1, 1.0)
+
+
 def test_two_first_processes(port):
     told = _meet_all(port, (0, 2), (0, 2), (1, 2))
     assert list(told) == [1]
