@@ -274,7 +274,7 @@ def _ruin(run: HurtRun) -> str:
         run.send(run.rng.choice((signal.SIGTERM, signal.SIGKILL)))
         run.join()
     except RunIsOver:
-        _stopped(run, run.join(_SECONDS_ALONE), "diverged at step|not sound")
+        _stopped(run, run.join(_SECONDS_ALONE), "diverged.* checkpoint|not sound")
     confirmed = [step for step in run.confirmed_steps() if step > good]
     run.check(not confirmed, f"confirmed {confirmed}, though steps after {good} were bad")
     said = re.search("^step .* is not sound.*|^training diverged.*", run.log(), re.MULTILINE)

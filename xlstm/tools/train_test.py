@@ -130,6 +130,7 @@ def test_metrics_are_rows_of_every_step(straight):
             "loss",
             "grad_norm",
             "param_norm",
+            "update_norm",
             "lr",
             "skipped_steps",
             "tokens",

@@ -62,7 +62,7 @@ class BadStepsCallback(Callback):
         if is_finite and not metrics["skipped"]:
             self._num_in_a_row = 0
             if fault and was_sound:
-                self._report(f"step {step} is not sound: {fault}. {self._advice()}")
+                self._report(f"step {step} is not sound: {fault}. {self.advice()}")
             return
         self._num_in_a_row += 1
         if is_finite:
@@ -72,23 +72,23 @@ class BadStepsCallback(Callback):
             message = f"training diverged at step {step} ({values}); {self._dump_batch(step)}"
             policy = self._policy
         if policy == "stop":
-            raise ValueError(f"{message}. {self._advice()}, or with another trainer.nan_policy")
+            raise ValueError(f"{message}. {self.advice()}, or with another trainer.nan_policy")
         if policy == "skip" and not math.isfinite(metrics["param_norm"] + metrics["update_norm"]):
             raise ValueError(
                 f"{message}; the parameters are not finite any more, so that leaving steps out"
-                f" does not help. {self._advice()}"
+                f" does not help. {self.advice()}"
             )
         if self._num_in_a_row >= self._max_skipped_steps:
             raise ValueError(
                 f"{message}; it is the last of {self._num_in_a_row} such steps in a row"
-                f" (trainer.max_skipped_steps). {self._advice()}"
+                f" (trainer.max_skipped_steps). {self.advice()}"
             )
         self._report(message)
         if policy == "rollback":
             raise RollBack(lambda state: self._roll_back(step, state))
 
-    def _advice(self) -> str:
-        """Which checkpoint is good, and what to change."""
+    def advice(self) -> str:
+        """Says which checkpoint is good, and what to change."""
         step = self._confirmed_step()
         how = (
             "No checkpoint is confirmed: begin anew in another --workdir"

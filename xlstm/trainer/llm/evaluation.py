@@ -15,6 +15,10 @@ from xlstm.trainer.llm.data import batch_share, global_batches
 from xlstm.trainer.llm.loss import count_predicted
 
 
+class DivergedError(ValueError):
+    """A validation loss is not finite."""
+
+
 def create_evaluation(
     mesh: Mesh,
     params_specs: PyTree,
@@ -61,7 +65,7 @@ def create_evaluation(
             suffix = f"_{validation_set.name}" if validation_set.name else ""
             nll, num_right, count = sum_up(params, validation_set)
             if not math.isfinite(nll):
-                raise ValueError(f"val_loss{suffix} is {nll}: the model has diverged")
+                raise DivergedError(f"val_loss{suffix} is {nll}: the model has diverged")
             loss, num_bytes = nll / count, validation_set.num_bytes(max_batches)
             row |= {
                 f"val_loss{suffix}": loss,

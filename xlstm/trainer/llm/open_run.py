@@ -36,7 +36,7 @@ from xlstm.trainer.llm.data import (
     batch_share,
     global_batches,
 )
-from xlstm.trainer.llm.evaluation import create_evaluation
+from xlstm.trainer.llm.evaluation import DivergedError, create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
 from xlstm.trainer.llm.init_from import start_from
 from xlstm.trainer.llm.language_model import create_language_model_run
@@ -300,8 +300,15 @@ def _create_callbacks(
         trainer.eval_batches,
         on_batch=run.clock.tick,
     )
+
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        try:
+            return evaluate(evaluated_params(state))
+        except DivergedError as error:
+            raise ValueError(f"{error}. {bad_steps.advice()}") from error
+
     evaluation = EvaluateCallback(
-        lambda state: evaluate(evaluated_params(state)),
+        evaluate_state,
         loggers,
         run.clock,
         trainer.eval_interval,

@@ -27,6 +27,7 @@ from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm import open_run as open_run_module
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.evaluation import DivergedError
 from xlstm.trainer.llm.open_run import open_run
 from xlstm.trainer.llm.train import train_language_model
 from xlstm.trainer.logger.base_logger import LoggerConfig
@@ -393,3 +394,22 @@ def test_a_mixed_stack_on_a_task_goes_on_as_if_never_stopped(tmp_path, store):
     other = dataclasses.replace(config.data, task="majority")
     with pytest.raises(ValueError, match="data.task was 'parity', is 'majority'"):
         train_language_model(dataclasses.replace(config, data=other), str(tmp_path / "whole"))
+
+
+def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
+    tmp_path, store, monkeypatch
+):
+    steps = itertools.count(0, 4)
+
+    def create(*args, **options):
+        def evaluate(params):
+            if next(steps) == 4:
+                raise DivergedError("val_loss is nan")
+            return {"val_loss": 1.0, "val_perplexity": 2.0, "val_accuracy": 0.5}
+
+        return evaluate
+
+    monkeypatch.setattr(open_run_module, "create_evaluation", create)
+    options = {"data": {"validation_fraction": 0.1}, "trainer": {"eval_interval": 4}}
+    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: go on"):
+        train_language_model(_config(store, **options), str(tmp_path))
