@@ -189,27 +189,24 @@ class CheckpointFolder:
                     unfinished.append(step)
         return sorted(unfinished)
 
-    def set_aside(self, step: int, name: str, *, replace: bool = False) -> str:
-        """Moves a checkpoint out of the way.
-
-        Args:
-            step: Its step.
-            name: Of the folder, beside this one, that it is moved into.
-            replace: Whether one of the same step that is there already is removed.
-
-        Returns:
-            Where it is.
-        """
-        parent = os.path.join(os.path.dirname(os.path.abspath(self.path)), name)
+    def set_aside(self, step: int, name: str) -> str:
+        """Moves a checkpoint into a folder of that name beside this one; returns to where."""
+        parent = self._beside(name)
         os.makedirs(parent, exist_ok=True)
         path, number = os.path.join(parent, str(step)), 1
-        if replace and os.path.exists(path):
-            shutil.rmtree(path)
         while os.path.lexists(path):
             number += 1
             path = os.path.join(parent, f"{step}-{number}")
         shutil.move(self.of_step(step), path)  # The folder may be a link to another disk.
         return path
+
+    def forget_aside(self, name: str) -> None:
+        """Removes what earlier calls of `set_aside` have moved into a folder."""
+        if os.path.exists(self._beside(name)):
+            shutil.rmtree(self._beside(name))
+
+    def _beside(self, name: str) -> str:
+        return os.path.join(os.path.dirname(os.path.abspath(self.path)), name)
 
     def _names(self) -> list[str]:
         try:

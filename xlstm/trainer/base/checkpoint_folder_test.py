@@ -158,13 +158,13 @@ def test_setting_aside_on_another_disk(folder, monkeypatch):
     assert folder.steps() == [10, 100]
 
 
-def test_setting_aside_in_place_of_an_earlier_one(folder, tmp_path):
-    for _ in range(2):
-        path = folder.set_aside(9, "unconfirmed_checkpoints", replace=True)
-        assert path == str(tmp_path / "unconfirmed_checkpoints" / "9")
-        folder.begin(9)
-        folder.complete(9, {"code": "new"}, Saved())
-    assert _names(tmp_path / "unconfirmed_checkpoints") == ["9"]
+def test_what_was_set_aside_before_can_be_forgotten(folder, tmp_path):
+    folder.forget_aside("unconfirmed_checkpoints")  # There is nothing yet.
+    for step in (9, 10):
+        folder.set_aside(step, "unconfirmed_checkpoints")
+    folder.forget_aside("unconfirmed_checkpoints")
+    assert not (tmp_path / "unconfirmed_checkpoints").exists()
+    assert folder.steps() == [100]
 
 
 def test_versions_before_did_not_judge(folder, tmp_path):

@@ -39,6 +39,7 @@ from xlstm.trainer.base.storage_path import literal_path_handler
 from xlstm.trainer.base.stored_arrays import stored_arrays
 
 ITEM = "state"  # The folder of the arrays in that of a step.
+_UNCONFIRMED = "unconfirmed_checkpoints"
 
 
 @contextlib.contextmanager
@@ -244,9 +245,11 @@ class Checkpointer:
                 raise OSError(_no_usable(folder.path, unconfirmed, damages))
             return None
         with reported(f"a checkpoint in {folder.path} cannot be moved away"):
+            if unconfirmed:
+                # Each start may come this far: those of the last one are enough.
+                folder.forget_aside(_UNCONFIRMED)
             for step in unconfirmed:
-                # The same steps may go wrong at each start: one copy is enough.
-                path = folder.set_aside(step, "unconfirmed_checkpoints", replace=True)
+                path = folder.set_aside(step, _UNCONFIRMED)
                 self._report(
                     f"the checkpoint of step {step} is not confirmed, since steps before it were"
                     f" not sound: it is moved to {path}, and that of step {steps[-1]} is used"

@@ -7,8 +7,12 @@ from typing import Any
 
 # Sound steps whose mean loss and parameter norm a new step is compared with.
 _WINDOW = 50
+# An update so many times larger than the last sound ones is too large, if it is large beside the
+# parameters as well: a loss tells of it a step later, when a checkpoint may be written.
+_MOST_GROWTH, _LARGE_UPDATE = 10, 0.1
 # A loss within so many standard deviations is no spike: small batches of mixed text vary by nats.
 _DEVIATIONS = 5
+_NOTHING_KNOWN = {"losses": [], "param_norms": [], "update_norms": [], "sound_since_fault": None}
 
 
 class Soundness:
@@ -40,6 +44,7 @@ class Soundness:
         self._max_loss_spike, self._max_update_ratio = max_loss_spike, max_update_ratio
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._param_norms: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._update_norms: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._sound_since_fault: int | None = None  # None: there was no fault.
         self._was_left_out = False
 
@@ -62,6 +67,8 @@ class Soundness:
                 self._sound_since_fault += 1
             self._losses.append(metrics["loss"])
             self._param_norms.append(metrics["param_norm"])
+            if not metrics["skipped"]:
+                self._update_norms.append(metrics["update_norm"])
         return of_params or of_loss
 
     def _find_param_fault(self, metrics: dict[str, float]) -> str | None:
@@ -75,6 +82,9 @@ class Soundness:
         ]:
             if not fault and usual > 0 and norm > self._max_update_ratio * usual:
                 fault = f"{what}, {norm:.4g}, is too large for parameters of norm {usual:.4g}"
+        usual_update = _mean(self._update_norms, update_norm)
+        if not fault and update_norm > max(_MOST_GROWTH * usual_update, _LARGE_UPDATE * usual):
+            fault = f"the norm of its update, {update_norm:.4g}, is far above {usual_update:.4g}"
         return fault
 
     def _find_loss_fault(self, metrics: dict[str, float]) -> str | None:
@@ -98,6 +108,7 @@ class Soundness:
         return {
             "losses": list(self._losses),
             "param_norms": list(self._param_norms),
+            "update_norms": list(self._update_norms),
             "sound_since_fault": self._sound_since_fault,
         }
 
@@ -107,9 +118,10 @@ class Soundness:
         Args:
             saved: What `to_dict` returned then; None if it is not known, or not of the same data.
         """
-        saved = saved or {"losses": [], "param_norms": [], "sound_since_fault": None}
+        saved = saved or _NOTHING_KNOWN
         self._losses = collections.deque(saved["losses"], _WINDOW)
         self._param_norms = collections.deque(saved["param_norms"], _WINDOW)
+        self._update_norms = collections.deque(saved["update_norms"], _WINDOW)
         self._sound_since_fault, self._was_left_out = saved["sound_since_fault"], False
 
 

@@ -67,7 +67,7 @@ def test_leaving_steps_out_does_not_mend_the_parameters():
 
 
 @pytest.mark.parametrize(
-    "row", [{"loss": 4.9}, {"loss": 0.1}, {"update_norm": 9.9}, {"param_norm": 19.9}]
+    "row", [{"loss": 4.9}, {"loss": 0.1}, {"update_norm": 0.99}, {"param_norm": 19.9}]
 )
 def test_what_is_within_the_limits_is_sound(row):
     soundness = _create()
@@ -113,6 +113,22 @@ def test_a_first_update_larger_than_the_parameters_is_not_sound():
     soundness = _create()
     assert "too large" in soundness.judge(_GOOD | {"update_norm": 200.0})
     assert not soundness.confirms()
+
+
+def test_an_update_far_above_the_last_ones_is_not_sound():
+    """Its loss comes a step later, when a checkpoint may have been written."""
+    soundness = _create()
+    _judge(soundness, *[{}] * 20, {"update_norm": 0.9}, {"update_norm": 0.9, "skipped": 1.0})
+    assert soundness.confirms()
+    (fault,) = _judge(soundness, {"update_norm": 4.0})
+    assert fault.startswith("the norm of its update, 4, is far above 0.1")
+    assert not soundness.confirms()
+
+
+def test_updates_may_grow_as_in_a_warm_up():
+    soundness = _create()
+    rows = [{"update_norm": 0.04 * step} for step in range(200)]
+    assert _judge(soundness, *rows) == [None] * 200
 
 
 def test_parameters_that_begin_at_zero_may_be_anything():

@@ -295,8 +295,10 @@ def check_workdir(
         ValueError: If the folder belongs to a run whose configuration or corpus differs in more
             than what may differ (`_FREE_TO_CHANGE`, and a schedule whose learning rates are the
             same for the steps done), holds a run without a configuration, or a model without
-            a run.
+            a run, or if its checkpoints are a link to elsewhere.
     """
+    # Tools would refuse to read elsewhere; a link to the whole folder of a run is none in it.
+    check_inside(workdir.path, workdir.checkpoints)
     if not os.path.exists(workdir.config):
         # The folder of checkpoints may be there, if the first start was killed early.
         if CheckpointFolder(workdir.checkpoints).steps() or os.path.exists(workdir.metrics):

@@ -391,3 +391,13 @@ def test_a_step_beyond_all_schedules_is_no_reason_to_compare_each(claimed):
     _claim(claimed, _changed(trainer={"num_steps": 5}))
     with pytest.raises(ValueError, match="schedule.peak_lr was"):
         _claim(claimed, _changed(schedule={"peak_lr": 0.5}))
+
+
+def test_checkpoints_that_are_a_link_to_elsewhere_are_refused_at_the_start(claimed, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    os.symlink(tmp_path / "scratch", claimed.checkpoints)
+    with pytest.raises(ValueError, match="checkpoints is a link that leads out of"):
+        _claim(claimed, RunConfig())
+    os.symlink(claimed.path, tmp_path / "whole")
+    os.remove(claimed.checkpoints)
+    _claim(Workdir(str(tmp_path / "whole")), RunConfig())
