@@ -66,9 +66,10 @@ def update_state(
     scale = grad_clip_norm / jnp.maximum(grad_norm, grad_clip_norm)
     clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), unboxed(grads))
     updates, opt_state = state.tx.update(clipped, state.opt_state, params)
-    steps = jax.tree.map(lambda p, u: (lr * u).astype(p.dtype), params, updates)
-    update_norm = jnp.where(is_good, global_norm(reboxed(steps, state.params)), 0.0)
-    params = choose(jax.tree.map(jnp.subtract, params, steps), params)
+    update_norm = jnp.where(is_good, lr * global_norm(reboxed(updates, state.params)), 0.0)
+    params = choose(
+        jax.tree.map(lambda p, u: p - (lr * u).astype(p.dtype), params, updates), params
+    )
     params_ema = state.params_ema
     if params_ema is not None:
         before = unboxed(params_ema)
