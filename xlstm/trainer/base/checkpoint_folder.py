@@ -200,6 +200,30 @@ class CheckpointFolder:
         shutil.move(self.of_step(step), path)  # The folder may be a link to another disk.
         return path
 
+    def describe_unusable(self, unconfirmed: list[int], damages: Mapping[int, str]) -> str:
+        """Says why a run that has checkpoints cannot go on.
+
+        Args:
+            unconfirmed: The steps of those that are not confirmed.
+            damages: What is wrong with the others, by step.
+
+        Returns:
+            A sentence.
+        """
+        if not unconfirmed:
+            listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
+            return (
+                f"every checkpoint in {self.path} is damaged ({listed}): repair one, or take the"
+                " folder away to begin anew"
+            )
+        reasons = {step: "steps before it were not sound" for step in unconfirmed} | damages
+        listed = "; ".join(f"step {step}: {reason}" for step, reason in sorted(reasons.items()))
+        return (
+            f"no checkpoint in {self.path} is confirmed and whole ({listed}): take the folder away"
+            " to begin anew, with a lower schedule.peak_lr, say, or set trainer.confirm_steps=0 to"
+            " go on from the last whole one as it is"
+        )
+
     def forget_aside(self, name: str) -> None:
         """Removes what earlier calls of `set_aside` have moved into a folder."""
         if os.path.exists(self._beside(name)):

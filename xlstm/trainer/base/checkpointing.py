@@ -100,23 +100,6 @@ def _save_arguments(arrays: dict[str, jax.Array]) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(arrays, save_args)
 
 
-def _no_usable(path: str, unconfirmed: list[int], damages: dict[int, str]) -> str:
-    """Says why a run that has checkpoints cannot go on."""
-    if not unconfirmed:
-        listed = "; ".join(f"step {step}: {damage}" for step, damage in damages.items())
-        return (
-            f"every checkpoint in {path} is damaged ({listed}): repair one, or take the folder away"
-            " to begin anew"
-        )
-    reasons = {step: "steps before it were not sound" for step in unconfirmed} | damages
-    listed = "; ".join(f"step {step}: {reason}" for step, reason in sorted(reasons.items()))
-    return (
-        f"no checkpoint in {path} is confirmed and whole ({listed}): take the folder away to begin"
-        " anew, with a lower schedule.peak_lr, say, or set trainer.confirm_steps=0 to go on from"
-        " the last whole one as it is"
-    )
-
-
 def read_run_info(directory: str, step: int) -> dict[str, Any]:
     """The `run_info` of the run that wrote a checkpoint.
 
@@ -242,7 +225,7 @@ class Checkpointer:
                 steps.pop()
         if not steps:
             if unconfirmed or damages:
-                raise OSError(_no_usable(folder.path, unconfirmed, damages))
+                raise OSError(folder.describe_unusable(unconfirmed, damages))
             return None
         with reported(f"a checkpoint in {folder.path} cannot be moved away"):
             if unconfirmed:

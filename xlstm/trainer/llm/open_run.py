@@ -129,13 +129,7 @@ def open_run(
         stack.enter_context(on_stop_signal(run.stop))
         stack.enter_context(guard)
         checkpointer = stack.enter_context(_open_checkpointer(run))
-        with run.clock.phase("checkpoint"):
-            start_step = checkpointer.discard_unusable() or 0
-            if start_step:
-                state = checkpointer.restore(state)
-                run.soundness.from_dict(_saved_soundness(run, checkpointer, start_step))
-        if start_step:
-            _say_going_on(run, start_step)
+        state, start_step = _resume(run, checkpointer, state)
         if jax.process_index() == 0:
             write_config(run.workdir, config, run.data.checksums)
             write_tokenizer(run.workdir, run.tokenizer, run.source and run.source[0])
@@ -224,6 +218,20 @@ def _open_checkpointer(run: PreparedRun) -> Checkpointer:
         ),
         report=run.say,
     )
+
+
+def _resume(
+    run: PreparedRun, checkpointer: Checkpointer, state: TrainState
+) -> tuple[TrainState, int]:
+    """Goes on from the last confirmed checkpoint, if there is one; returns state and step."""
+    with run.clock.phase("checkpoint"):
+        step = checkpointer.discard_unusable() or 0
+        if step:
+            state = checkpointer.restore(state)
+            run.soundness.from_dict(_saved_soundness(run, checkpointer, step))
+    if step:
+        _say_going_on(run, step)
+    return state, step
 
 
 def _say_going_on(run: PreparedRun, step: int) -> None:
