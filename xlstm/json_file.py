@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from xlstm.inner_file import read_file
+from xlstm.visible_text import short_repr
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -27,12 +28,13 @@ def read_json(path: str) -> dict[str, Any]:
     return parse_json(content, path)
 
 
-def parse_json(content: str | bytes, name: str) -> dict[str, Any]:
+def parse_json(content: str | bytes, name: str, *, strict: bool = False) -> dict[str, Any]:
     """Parses a JSON object, in which no object names a field twice.
 
     Args:
         content: The text, or its UTF-8.
         name: What to call it in an error.
+        strict: Whether to refuse NaN and Infinity, which Python writes and JSON does not know.
 
     Returns:
         The object.
@@ -42,7 +44,11 @@ def parse_json(content: str | bytes, name: str) -> dict[str, Any]:
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
-        found = json.loads(text, object_pairs_hook=_without_duplicates)
+        found = json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant if strict else float,
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} cannot be read: it is not UTF-8 ({error})") from None
     except RecursionError:
@@ -54,11 +60,15 @@ def parse_json(content: str | bytes, name: str) -> dict[str, Any]:
     return found
 
 
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which JSON does not know")
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of its fields; of two with one name, one would be lost."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} is there twice")
+        raise ValueError(f"the field {short_repr(twice)} is there twice")
     return fields

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import re
-import reprlib
 from typing import Any
 
 import numpy as np
 
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer
+from xlstm.json_file import parse_json
+from xlstm.visible_text import short_repr
 
 FORMAT = "xlstm token store"
 VERSION = 2
@@ -62,13 +63,13 @@ class StoreMeta:
     @classmethod
     def from_json(cls, text: str) -> "StoreMeta":
         """Parses the text of `meta.json`; raises ValueError where it is not one of ours."""
-        fields = _parse(text)
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        fields = parse_json(text, "it", strict=True)
+        if fields.pop("format", None) != FORMAT:
             raise ValueError(f"it does not describe an {FORMAT}")
         version = fields.get("version")
         if type(version) is not int or version not in (1, VERSION):
             raise ValueError(
-                f"it has format version {reprlib.repr(version)}, this program reads 1 and {VERSION}"
+                f"it has format version {short_repr(version)}, this program reads 1 and {VERSION}"
             )
         if version == 1:  # It had one marker for both.
             fields |= {"bos_id": fields.get("eod_id"), "bos_token": fields.get("eod_token")}
@@ -76,49 +77,29 @@ class StoreMeta:
         for name in sorted(names ^ fields.keys()):
             problem = "is missing" if name in names else "is unknown"
             raise ValueError(
-                f"its fields are not those of version {version}: {reprlib.repr(name)} {problem}"
+                f"its fields are not those of version {version}: {short_repr(name)} {problem}"
             )
         for field in dataclasses.fields(cls):
             value = fields[field.name]
             if field.type in (str, int) and type(value) is not field.type:
                 kind = "a text" if field.type is str else "an integer"
-                raise ValueError(f"its {field.name} is {reprlib.repr(value)}: expected {kind}")
+                raise ValueError(f"its {field.name} is {short_repr(value)}: expected {kind}")
         meta = cls(**fields)
         _check_values(meta)
         _check_files(meta)
         return meta
 
 
-def _parse(text: str) -> Any:
-    """Parses JSON of which no part can be understood in two ways."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, which JSON does not know")
-
-    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise ValueError(f"it has the key {reprlib.repr(twice)} twice")
-        return fields
-
-    try:
-        return json.loads(text, object_pairs_hook=to_dict, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
 def _check_values(meta: StoreMeta) -> None:
     """Raises ValueError if a field has a value that cannot be."""
     if meta.tokenizer not in (ByteTokenizer.name, TOKENIZER_FILE):
         raise ValueError(
-            f"its tokenizer is {reprlib.repr(meta.tokenizer)}: expected {ByteTokenizer.name!r} or"
+            f"its tokenizer is {short_repr(meta.tokenizer)}: expected {ByteTokenizer.name!r} or"
             f" {TOKENIZER_FILE!r}"
         )
     if meta.dtype not in _TOKEN_DTYPES:
         raise ValueError(
-            f"its dtype is {reprlib.repr(meta.dtype)}: expected one of"
+            f"its dtype is {short_repr(meta.dtype)}: expected one of"
             f" {', '.join(map(repr, _TOKEN_DTYPES))}"
         )
     num_ids = 256 ** np.dtype(meta.dtype).itemsize
@@ -132,7 +113,7 @@ def _check_values(meta: StoreMeta) -> None:
     ]:
         if not least <= getattr(meta, name) <= most:
             raise ValueError(
-                f"its {name} is {reprlib.repr(getattr(meta, name))}: expected at least {least} and"
+                f"its {name} is {short_repr(getattr(meta, name))}: expected at least {least} and"
                 f" at most {most}"
             )
 
@@ -146,14 +127,14 @@ def _check_files(meta: StoreMeta) -> None:
         raise ValueError(f"its files lack one of {', '.join(sorted(needed))}")
     for name, entry in meta.files.items():
         if name not in needed | {CORRECTIONS_FILE}:
-            raise ValueError(f"its files have {reprlib.repr(name)}, which is none of the format")
+            raise ValueError(f"its files have {short_repr(name)}, which is none of the format")
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise ValueError(f"its entry of {name} is not the file's bytes and sha256")
         if type(entry["bytes"]) is not int or entry["bytes"] < 0:
-            raise ValueError(f"its entry of {name} has {reprlib.repr(entry['bytes'])} bytes")
+            raise ValueError(f"its entry of {name} has {short_repr(entry['bytes'])} bytes")
         digest = entry["sha256"]
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ValueError(f"its entry of {name} has the SHA-256 {reprlib.repr(digest)}")
+            raise ValueError(f"its entry of {name} has the SHA-256 {short_repr(digest)}")
     expected = {
         TOKENS_FILE: meta.num_tokens * np.dtype(meta.dtype).itemsize,
         DOCUMENTS_FILE: (meta.num_documents + 1) * OFFSET_DTYPE.itemsize,

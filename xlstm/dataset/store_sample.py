@@ -3,33 +3,31 @@
 import hashlib
 import os
 
-from xlstm.dataset.token_store import META_FILE, StoreMeta
+from xlstm.dataset.token_store import TokenStore
 
 _BLOCK = 64 * 1024
 _NUM_BLOCKS = 18  # Of each file, with the first and the last.
 
 
-def sample_store(path: str) -> dict[str, str]:
+def sample_store(store: TokenStore) -> dict[str, str]:
     """Describes the files of a store: size, recorded checksum, and a digest of sampled blocks.
 
     The blocks lie evenly spread, at the same places in files of the same size. At most 1.2 MB of a
     file are read.
 
     Args:
-        path: The folder of a store.
+        store: The store.
 
     Returns:
         A text for each file, by its name.
 
     Raises:
-        ValueError: If `meta.json` does not describe a store.
         OSError: If a file cannot be read.
     """
-    with open(os.path.join(path, META_FILE), encoding="utf-8") as file:
-        meta = StoreMeta.from_json(file.read())
     return {
-        name: f"{_sample_file(os.path.join(path, name))}, recorded SHA-256 {entry['sha256'][:16]}"
-        for name, entry in meta.files.items()
+        name: f"{_sample_file(os.path.join(store.path, name))}, recorded SHA-256"
+        f" {entry['sha256'][:16]}"
+        for name, entry in store.meta.files.items()
     }
 
 

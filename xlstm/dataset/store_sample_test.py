@@ -6,10 +6,11 @@ import pytest
 
 from xlstm.dataset.store_sample import sample_store
 from xlstm.dataset.testing import write_store
+from xlstm.dataset.token_store import TokenStore
 
 
 @pytest.fixture
-def stores(tmp_path):
+def paths(tmp_path):
     """Two stores that are the same."""
     write_store(tmp_path / "one", ["some text\n" * 500_000, "more\n"])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -17,31 +18,36 @@ def stores(tmp_path):
 
 
 def _different(one, two):
-    ours, theirs = sample_store(str(one)), sample_store(str(two))
+    ours, theirs = sample_store(one), sample_store(two)
     assert ours.keys() == theirs.keys() == {"tokens.bin", "documents.bin"}
     return {name for name in ours if ours[name] != theirs[name]}
 
 
-def test_copies_are_the_same(stores):
-    assert _different(*stores) == set()
+def _open(paths):
+    return [TokenStore.open(str(path)) for path in paths]
+
+
+def test_copies_are_the_same(paths):
+    assert _different(*_open(paths)) == set()
 
 
 @pytest.mark.parametrize("place", ["first", "last", "near the middle"])
-def test_other_bytes_are_seen(stores, place):
-    path = stores[1] / "tokens.bin"
+def test_other_bytes_are_seen(paths, place):
+    path = paths[1] / "tokens.bin"
     size = os.path.getsize(path)
     # Of 18 blocks the tenth begins a little behind the middle.
     offset = {"first": 0, "last": size - 1, "near the middle": (size - 65536) * 9 // 17 + 5}[place]
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(b"#")
-    assert _different(*stores) == {"tokens.bin"}
+    assert _different(*_open(paths)) == {"tokens.bin"}
 
 
-def test_another_size_and_another_record_are_seen(stores):
-    with open(stores[1] / "documents.bin", "ab") as file:
-        file.write(b"x")
-    meta = json.loads((stores[1] / "meta.json").read_text())
+def test_another_size_and_another_record_are_seen(paths):
+    meta = json.loads((paths[1] / "meta.json").read_text())
     meta["files"]["tokens.bin"]["sha256"] = "0" * 64
-    (stores[1] / "meta.json").write_text(json.dumps(meta))
+    (paths[1] / "meta.json").write_text(json.dumps(meta))
+    stores = _open(paths)
+    with open(paths[1] / "documents.bin", "ab") as file:
+        file.write(b"x")
     assert _different(*stores) == {"documents.bin", "tokens.bin"}

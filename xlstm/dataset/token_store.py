@@ -16,7 +16,6 @@ Version 1 knew only one marker and no `text_bytes.bin`; it is still read.
 
 import bisect
 import os
-import reprlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -38,6 +37,7 @@ from xlstm.dataset.tokenizer import (
     same_tokenizer,
 )
 from xlstm.inner_file import inner_path
+from xlstm.visible_text import short_repr
 
 META_FILE = "meta.json"
 _MAX_META_BYTES = 1 << 20
@@ -135,8 +135,8 @@ class TokenStore:
             if found != said:
                 raise ValueError(
                     f"the token store {self.path} is damaged: {META_FILE} says {name} "
-                    f"{reprlib.repr(said)}, its tokenizer {tokenizer.name} has "
-                    f"{reprlib.repr(found)}"
+                    f"{short_repr(said)}, its tokenizer {tokenizer.name} has "
+                    f"{short_repr(found)}"
                 )
         return tokenizer
 

@@ -1,6 +1,6 @@
 """The sets that a run validates on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -139,3 +139,8 @@ def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> li
     for name, store in named.items():
         sets.append(make(name, [(store, np.ones(store.meta.num_documents, bool))]))
     return sets
+
+
+def stores_of(sets: Iterable[ValidationSet]) -> list[TokenStore]:
+    """Returns the stores that the rows of some sets lie in; one may come twice."""
+    return [store for each in sets for store in each.stores]

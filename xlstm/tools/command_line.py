@@ -54,6 +54,17 @@ def define_share(name: str, default: float, help_text: str) -> flags.FlagHolder[
     return flag
 
 
+def define_verify_data() -> flags.FlagHolder[bool]:
+    """Defines `--verify_data`, of tools that read token stores; returns the holder of its value."""
+    return flags.DEFINE_bool(
+        "verify_data",
+        False,
+        "Compare all token stores with their checksums before the first batch. Otherwise those of"
+        " more than 64 MB are read beside it, and those that were verified on this machine not"
+        " again.",
+    )
+
+
 def run(
     main: Callable[[list[str]], None],
     prepare_words: Callable[[list[str]], list[str]] = list,

@@ -85,10 +85,8 @@ def load_run_config(workdir: Workdir) -> RunConfig:
     try:
         if not isinstance(saved, dict):
             raise ValueError(f"config={short_repr(saved)}: expected its sections")
-        values, num_bytes = (
-            with_new_fields(saved),
-            CheckpointFolder(workdir.checkpoints).num_bytes(),
-        )
+        values = with_new_fields(saved)
+        num_bytes = CheckpointFolder(workdir.checkpoints).num_bytes()
         if not num_bytes:
             raise ValueError("there is no checkpoint beside it")
         if isinstance(values["model"], dict):

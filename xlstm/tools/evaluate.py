@@ -23,9 +23,9 @@ from rich.text import Text
 
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
-from xlstm.dataset.validation import ValidationSet, open_validation_sets
+from xlstm.dataset.validation import ValidationSet, open_validation_sets, stores_of
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
-from xlstm.tools.command_line import output_path, resolve_path, run
+from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
 from xlstm.trainer.base.files import write_atomically
@@ -55,12 +55,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _CONTEXT_LENGTH = flags.DEFINE_integer(
     "context_length", None, "Tokens in a row [the run's].", lower_bound=1
 )
-_VERIFY_DATA = flags.DEFINE_bool(
-    "verify_data",
-    False,
-    "Compare all token stores with their checksums before the first batch. Otherwise those of more "
-    "than 64 MB are read beside it, and those that were verified on this machine not again.",
-)
+_VERIFY_DATA = define_verify_data()
 _JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
 _MOST_PADDED_TOKENS = 2**24
 
@@ -114,7 +109,7 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
 
 def _check_batch_size(config: RunConfig, sets: list[ValidationSet]) -> None:
     """Raises ValueError if a batch would be empty for the most part, and not small."""
-    data, held = config.data, sum(store.meta.num_tokens for each in sets for store in each.stores)
+    data, held = config.data, sum(store.meta.num_tokens for store in stores_of(sets))
     if data.batch_size * data.context_length > max(held, _MOST_PADDED_TOKENS):
         raise ValueError(
             f"a batch of {data.batch_size:,} rows of {data.context_length:,} tokens is larger than"
@@ -146,7 +141,7 @@ def load_checkpoint(
         columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
         console = Console(stderr=True, quiet=jax.process_index() != 0)
         say = functools.partial(console.print, markup=False, soft_wrap=True)
-        guard = StoreGuard([store for each in sets for store in each.stores], say)
+        guard = StoreGuard(stores_of(sets), say)
         guard.verify_first(_VERIFY_DATA.value)
         wait_for_all("stores")
         progress = Progress(*columns, console=console, disable=not console.is_terminal)

@@ -82,8 +82,8 @@ def _connect(*settings: str | int) -> None:
         # anew, a program out of the cache was seen to wait for ever.
         jax.config.update("jax_enable_compilation_cache", False)
     with ending_together():
-        check_agreement("start", {SAME_COMMAND: _shared_flags()} | environment_facts())
-        check_agreement("devices", device_facts())
+        check_agreement("start", lambda: {SAME_COMMAND: _shared_flags()} | environment_facts())
+        check_agreement("devices", device_facts)
         # CPU processes give up if one comes half a minute late to their first common computation;
         # here they all are at the same place.
         multihost_utils.sync_global_devices("start")

@@ -1,4 +1,4 @@
-"""Runs one tool again and again, in one process: `python -m xlstm.tools.tool_worker MODULE`.
+"""Runs one tool again and again, in one process: `python -m xlstm.tools.tool_worker MODULE BYTES`.
 
 Each line of the standard input is a command line, as a JSON list of words; each line of the answer
 is a JSON object with the fields of `Answer`.
@@ -11,6 +11,8 @@ import io
 import json
 import os
 import resource
+import select
+import subprocess
 import sys
 import time
 import traceback
@@ -62,6 +64,43 @@ def run_main(tool: ModuleType, words: list[str]) -> Answer:
     except BaseException:
         ending, text = FAILED, traceback.format_exc()
     return Answer(ending, text, time.perf_counter() - begin, _most_memory() - before)
+
+
+class Worker:
+    """A process that runs one tool again and again."""
+
+    def __init__(self, tool: str, env: dict[str, str], num_bytes: int):
+        """Starts it.
+
+        Args:
+            tool: The tool's module.
+            env: Further environment variables.
+            num_bytes: So much memory it may take beyond what its first run has taken.
+        """
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, tool, str(num_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | env,
+        )
+
+    def run(self, words: list[str], seconds: float) -> Answer:
+        """Runs the tool; one that is silent for so long, or dies, has failed."""
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+        if select.select([self._process.stdout], [], [], seconds)[0]:
+            line = self._process.stdout.readline()
+            if line:
+                return Answer(**json.loads(line))
+        self.close()
+        return Answer(FAILED, f"no answer, status {self._process.returncode}", seconds, 0)
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
 
 
 def _most_memory() -> int:

@@ -4,7 +4,7 @@ import os
 
 from absl import flags
 
-from xlstm.tools.command_line import resolve_path, run
+from xlstm.tools.command_line import define_verify_data, resolve_path, run
 from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.llm.train import train_language_model
@@ -16,12 +16,7 @@ _WORKDIR = flags.DEFINE_string(
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a run that began with another configuration."
 )
-_VERIFY_DATA = flags.DEFINE_bool(
-    "verify_data",
-    False,
-    "Compare all token stores with their checksums before the first step. Otherwise those of more "
-    "than 64 MB are read beside it, and those that were verified on this machine not again.",
-)
+_VERIFY_DATA = define_verify_data()
 
 
 def main(argv: list[str]) -> None:

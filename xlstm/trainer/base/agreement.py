@@ -3,7 +3,7 @@
 import collections
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from xlstm.trainer.base import process_messages
@@ -15,14 +15,15 @@ _TIMEOUT = 2 * 60 * 60  # Seconds; to look at large data takes its time.
 _uses = collections.Counter()
 
 
-def check_agreement(topic: str, facts: Facts) -> None:
+def check_agreement(topic: str, make_facts: Callable[[], Facts]) -> None:
     """Checks that facts are the same in all processes, which must all call this.
 
     Only digests travel between processes that agree.
 
     Args:
         topic: What the facts are about.
-        facts: The facts of this process, the most telling first.
+        make_facts: Makes the facts of this process, the most telling first; not called if it is the
+            only one.
 
     Raises:
         ValueError: In every process, if one differs from the first; it names the first difference.
@@ -32,7 +33,7 @@ def check_agreement(topic: str, facts: Facts) -> None:
         return
     _uses[topic] += 1  # A run may be opened several times in a process.
     topic = f"{topic}_{_uses[topic]}"
-    content = json.dumps(facts)
+    content = json.dumps(make_facts())
     process_messages.tell(f"{topic}_content", content)
     process_messages.tell(topic, hashlib.sha256(content.encode()).hexdigest())
     process_messages.wait_until_told(topic, _TIMEOUT)

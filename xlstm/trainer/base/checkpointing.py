@@ -100,6 +100,14 @@ def _save_arguments(arrays: dict[str, jax.Array]) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(arrays, save_args)
 
 
+@contextlib.contextmanager
+def _reading(directory: str, step: int) -> Iterator[None]:
+    """What all processes read of a checkpoint, which may be removed meanwhile."""
+    what = f"the checkpoint of step {step} in {directory} cannot be read"
+    with reading_checkpoint(directory, step), failing_together(), reported(what):
+        yield
+
+
 def read_run_info(directory: str, step: int) -> dict[str, Any]:
     """The `run_info` of the run that wrote a checkpoint.
 
@@ -111,8 +119,7 @@ def read_run_info(directory: str, step: int) -> dict[str, Any]:
         CheckpointGone: If it has been removed meanwhile.
         OSError: If it cannot be read, by one of the processes.
     """
-    what = f"the checkpoint of step {step} in {directory} cannot be read"
-    with reading_checkpoint(directory, step), failing_together(), reported(what):
+    with _reading(directory, step):
         return CheckpointFolder(directory).run_info(step)
 
 
@@ -126,9 +133,8 @@ def read_fingerprint(directory: str, step: int) -> str:
     Raises:
         OSError: See `read_run_info`.
     """
-    what = f"the checkpoint of step {step} in {directory} cannot be read"
     path = os.path.join(CheckpointFolder(directory).of_step(step), CHECKSUMS)
-    with reading_checkpoint(directory, step), failing_together(), reported(what):
+    with _reading(directory, step):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

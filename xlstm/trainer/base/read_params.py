@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from xlstm.common_types import PyTree
-from xlstm.json_file import read_json
 from xlstm.trainer.base.array_parts import open_parts
 from xlstm.trainer.base.checkpoint_arrays import arrays_to_read
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
@@ -90,19 +89,9 @@ def _whole_checkpoint(directory: str, step: int) -> Iterator[tuple[ocp.Checkpoin
 
 def _saved_names(path: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters wanted, in their order, by the names that they have among the arrays."""
-    _check_layout(path)
     saved = stored_arrays(path)
     has_average = any(name.startswith("params_ema.") for name in saved)
     prefix = "params_ema" if has_average else "params"
     wanted = {f"{prefix}.{name}": x for name, x in wanted.items()}
     saved = {name: x for name, x in saved.items() if name.startswith(f"{prefix}.")}
     return arrays_to_read(wanted, saved)
-
-
-def _check_layout(path: str) -> None:
-    """Checks that arrays are parts of one store, which none of their names can lead out of.
-
-    Arrays of the other layout are folders by name, and Orbax joins whatever name is written there.
-    """
-    if read_json(os.path.join(path, "_METADATA")).get("use_ocdbt") is not True:
-        raise ValueError(f"{path} was not written by this program: it is no OCDBT store")

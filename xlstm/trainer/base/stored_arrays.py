@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import tensorstore
 
+from xlstm.json_file import read_json
 from xlstm.trainer.base.storage_path import literal_path_handler
 
 
@@ -32,8 +33,12 @@ def stored_arrays(
 
     Raises:
         ValueError: If something is missing, or is not what was expected; it names the first array.
+            Or the arrays are not parts of one database, which no name of theirs can lead out of.
         Exception: Whatever storage raises.
     """
+    # Arrays of the other layout are folders by name, and Orbax joins whatever is written there.
+    if read_json(os.path.join(path, "_METADATA")).get("use_ocdbt") is not True:
+        raise ValueError(f"{path} was not written by this program: it is no OCDBT store")
     files = dict(_stored_parts(path))
     for name in expected or ():
         if f"{name}/.zarray" not in files:

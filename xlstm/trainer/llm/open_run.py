@@ -32,10 +32,7 @@ from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.callbacks.profiling import ProfileCallback
 from xlstm.trainer.llm.bad_batches import dump_batch
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import (
-    batch_share,
-    global_batches,
-)
+from xlstm.trainer.llm.data import batch_share, global_batches
 from xlstm.trainer.llm.evaluation import DivergedError, create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_row
 from xlstm.trainer.llm.init_from import start_from
@@ -114,8 +111,7 @@ def open_run(
     """
     run = prepare_run(config, workdir_path, allow_config_change)
     config, tokenizer = run.config, run.data.tokenizer
-    validated = [store for each in run.validation_sets for store in each.stores]
-    guard = StoreGuard([*run.data.stores, *validated], run.say)
+    guard = StoreGuard(run.stores, run.say)
     guard.verify_first(verify_data)
     wait_for_all("stores")
     state, specs, train_step = create_language_model_run(config, run.mesh)

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from xlstm.dataset.data import Data, open_data
+from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import Tokenizer
-from xlstm.dataset.validation import ValidationSet
+from xlstm.dataset.validation import ValidationSet, stores_of
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.trainer.base.agreement import check_agreement
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
@@ -20,10 +21,7 @@ from xlstm.trainer.base.process_requests import Request, Requests
 from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.llm.code_version import code_version
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import (
-    check_vocabulary,
-    create_run_mesh,
-)
+from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.init_from import check_source
 from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
 from xlstm.trainer.llm.run_facts import config_facts, data_facts
@@ -50,6 +48,7 @@ class PreparedRun:
         data: What it reads.
         tokenizer: What lies in the folder: that of the data, in the files that the model has.
         validation_sets: What it validates on.
+        stores: All that both lie in.
         code: The version of the code that runs.
         console: Where the first process speaks.
         clock: What the time is spent on.
@@ -65,6 +64,7 @@ class PreparedRun:
     data: Data
     tokenizer: Tokenizer
     validation_sets: Sequence[ValidationSet]
+    stores: Sequence[TokenStore]
     code: dict[str, str]
     console: Console
     clock: Clock
@@ -104,7 +104,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
             that of another process.
         OSError: If something cannot be read.
     """
-    check_agreement("config", config_facts(config))
+    check_agreement("config", lambda: config_facts(config))
     clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
@@ -116,7 +116,8 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     source = find_checkpoint(init_from) if init_from else None
     data = open_data(config.data, workdir.stdlib_store)
     validation_sets = data.validation_sets()
-    check_agreement("data", data_facts(config.data, data, workdir.stdlib_store))
+    stores = [*data.stores, *stores_of(validation_sets)]
+    check_agreement("data", lambda: data_facts(data, stores))
     check_vocabulary(config, data.tokenizer)
     if source:
         read_checkpoint(init_from, functools.partial(check_source, tokenizer=data.tokenizer))
@@ -130,6 +131,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
         data=data,
         tokenizer=choose_tokenizer(source[0] if source else workdir, data.tokenizer),
         validation_sets=validation_sets,
+        stores=stores,
         code=code_version(),
         console=console,
         clock=clock,

@@ -1,13 +1,14 @@
 """What must be the same in all processes of a run, for `check_agreement`."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from xlstm.dataset.config import STDLIB, DataConfig
 from xlstm.dataset.data import Data
 from xlstm.dataset.store_sample import sample_store
+from xlstm.dataset.token_store import TokenStore
 from xlstm.trainer.base.agreement import Facts
 from xlstm.trainer.base.process_messages import num_processes
 from xlstm.trainer.llm.code_version import package_versions, source_digests
@@ -68,20 +69,17 @@ def config_facts(config: RunConfig) -> Facts:
     return {SAME_COMMAND: fields}
 
 
-def data_facts(config: DataConfig, data: Data, stdlib_dir: str) -> Facts:
+def data_facts(data: Data, stores: Sequence[TokenStore]) -> Facts:
     """What a run reads.
 
     Args:
-        config: Names the stores.
-        data: What was opened.
-        stdlib_dir: Where the store of the standard library lies.
+        data: What it trains on.
+        stores: All stores that it reads.
     """
-    paths = [] if config.task else [stdlib_dir if x == STDLIB else x for x in config.stores]
-    paths += config.validation_paths.values()
     files = {
-        os.path.join(path, name): description
-        for path in paths
-        for name, description in sample_store(path).items()
+        os.path.join(store.path, name): description
+        for store in stores
+        for name, description in sample_store(store).items()
     }
     known = {"tokenizer": data.tokenizer.fingerprint, "checksums": data.checksums}
     return {"give all processes the same data": files | known}

@@ -5,6 +5,7 @@ import pytest
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.data import open_data
 from xlstm.dataset.testing import write_store
+from xlstm.dataset.validation import stores_of
 from xlstm.trainer.base.agreement import describe_difference
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.run_facts import (
@@ -49,15 +50,21 @@ def store(tmp_path):
     return str(tmp_path / "store")
 
 
+def _data_facts(data):
+    return data_facts(data, [*data.stores, *stores_of(data.validation_sets())])
+
+
 def test_the_files_of_all_stores_are_facts(store):
-    config = DataConfig(stores=(store,), validation_stores=(f"more={store}",))
-    (facts,) = data_facts(config, open_data(config, ""), "").values()
+    config = DataConfig(
+        stores=(store,), validation_stores=(f"more={store}",), validation_fraction=0.0
+    )
+    (facts,) = _data_facts(open_data(config, "")).values()
     assert facts.keys() >= {f"{store}/tokens.bin", f"{store}/documents.bin", "tokenizer"}
-    config = DataConfig(stores=("stdlib",))
-    assert f"{store}/tokens.bin" in str(data_facts(config, open_data(config, store), store))
+    config = DataConfig(stores=("stdlib",), validation_fraction=0.0)
+    assert f"{store}/tokens.bin" in str(_data_facts(open_data(config, store)))
 
 
 def test_a_task_is_a_fact():
     config = DataConfig(task="parity")
-    (facts,) = data_facts(config, open_data(config, ""), "").values()
+    (facts,) = _data_facts(open_data(config, "")).values()
     assert facts["checksums"] == ["task parity"]
