@@ -24,7 +24,7 @@ from xlstm.tools import train
 from xlstm.trainer.callbacks.metrics import SPEEDS
 
 _SECONDS = 300  # After so long without an end a run hangs.
-# In the metrics, where the terminal was lost: the training does not depend on it.
+# In the metrics, where the terminal was lost.
 TERMINAL_LOST = "terminal_lost"
 
 
@@ -357,8 +357,7 @@ class HurtRun:
 
     def rows(self) -> list[dict[str, Any]]:
         """The metrics, but for what differs when a run is repeated."""
-        left_out = SPEEDS | {TERMINAL_LOST}
-        rows = [{key: row[key] for key in row if key not in left_out} for row in self.all_rows()]
+        rows = [{key: row[key] for key in row if key not in SPEEDS} for row in self.all_rows()]
         return [row for row in rows if row.keys() != {"step"}]
 
     def all_rows(self) -> list[dict[str, Any]]:
