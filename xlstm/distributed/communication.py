@@ -21,7 +21,12 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{((?:'\w+',?)+)\}")
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[(?P<mesh>[^\]]*)\]"
+    r"(?:, device_ids=\((?:\[(?P<shape>[\d,]+)\]T\((?P<order>[\d,]+)\)|(?P<listed>[\d,]+))\))?"
+    r" \{(?P<axes>[^}]+)\}"
+)
+_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _BITS = {"pred": 8, "bf16": 16}
 
 
@@ -147,22 +152,42 @@ def _groups(line: str) -> list[list[int]]:
     if listed:
         groups = re.findall(r"\{([\d,]+)\}", listed.group(1))
         return [[int(device) for device in group.split(",")] for group in groups]
-    named = _NAMED_GROUPS.search(line)  # From jax 0.12 on.
+    named = _NAMED_GROUPS.search(line)
     if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-        axes = [list(sizes).index(name) for name in re.findall(r"\w+", named.group(2))]
-        devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        size = math.prod(devices.shape[axis] for axis in axes)
-        return np.moveaxis(devices, axes, range(-len(axes), 0)).reshape(-1, size).tolist()
+        return _named_groups(named)
     iota = _IOTA_GROUPS.search(line)
     if iota is None:
         raise ValueError(f"a collective does not say between which devices it is: {line}")
     num_groups, size, shape, order = iota.groups()
-    shape = [int(length) for length in shape.split(",")]
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    if order:
-        devices = devices.transpose([int(axis) for axis in order.split(",")])
-    return devices.reshape(int(num_groups), int(size)).tolist()
+    return _devices(shape, order).reshape(int(num_groups), int(size)).tolist()
+
+
+def _named_groups(match: re.Match) -> list[list[int]]:
+    """The groups along axes of a mesh, or along parts of them: `'x':(2)4` is a 4 within each 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
+    if match["listed"]:
+        devices = np.array(_numbers(match["listed"]))
+    else:
+        shape = match["shape"] or ",".join(map(str, sizes.values()))
+        devices = _devices(shape, match["order"]).ravel()
+    places = np.unravel_index(np.arange(devices.size), tuple(sizes.values()))
+    shared = dict(zip(sizes, places, strict=True))  # What the devices of a group have in common.
+    for name, before, size in _AXIS.findall(match["axes"]):
+        size = int(size or sizes[name])
+        behind = sizes[name] // (int(before or 1) * size)
+        shared[name] = shared[name] - shared[name] // behind % size * behind
+    _, group = np.unique(np.stack(list(shared.values())), axis=1, return_inverse=True)
+    return [devices[group.ravel() == index].tolist() for index in range(group.max() + 1)]
+
+
+def _devices(shape: str, order: str | None) -> np.ndarray:
+    """The numbers of all devices, counted up in a shape whose axes are then exchanged."""
+    devices = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:

@@ -93,6 +93,13 @@ def test_what_stays_on_a_device_is_not_counted():
         ("[1,8]<=[8]", ("dp", "pp", "tp")),
         ("mesh['dp'=2,'fsdp'=1,'pp'=2,'tp'=2] {'pp'}", ("pp",)),
         ("mesh['dp'=2,'fsdp'=1,'pp'=2,'tp'=2] {'tp','dp'}", ("dp", "tp")),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", ("tp",)),
+        ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,0,1)) {'b'}", ("dp",)),
+        ("mesh['a'=4,'b'=2], device_ids=(0,4,2,6,1,5,3,7) {'b'}", ("dp",)),
+        ("mesh['a'=8] {'a':(1)2}", ("dp",)),
+        ("mesh['a'=8] {'a':(2)2}", ("pp",)),
+        ("mesh['a'=8] {'a':(2)4}", ("pp", "tp")),
+        ("mesh['a'=8] {'a':(1)2,'a':(4)2}", ("dp", "tp")),
     ],
 )
 def test_all_ways_of_writing_groups(groups, axes):
