@@ -368,20 +368,32 @@ class Checkpointer:
     def _finish(self, step: int, saved: Saved, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """What is to be done in the background once Orbax has begun."""
 
-        def complete() -> None:
+        def complete() -> list[int]:
             self._check_written(step, shapes)
             self._folder.complete(step, self._run_info, saved)
+            return self._find_gone()
 
         try:
             self._orbax.wait_until_finished()
-            in_first_process(f"checkpoint_{step}", complete)
-            known = self._saved | {step: saved}
+            gone = in_first_process(f"checkpoint_{step}", complete)
+            there = {step: self._saved[step] for step in self._saved if step not in gone}
+            known = there | {step: saved}
             # Every process keeps the same books; replaced at once, so that no lock is needed.
             self._saved = self._retention.kept(known)
             if jax.process_index() == 0:
                 self._remove(known.keys() - self._saved.keys())
         except Exception as error:  # As above; it is raised where the training sees it.
             self._error = error
+
+    def _find_gone(self) -> list[int]:
+        """The steps of checkpoints that somebody else has removed."""
+        gone = sorted(self._saved.keys() - set(self._folder.steps()))
+        if gone:
+            self._report(
+                f"{self._folder.path} has lost checkpoints that this run did not remove, of step"
+                f" {', '.join(map(str, gone))}"
+            )
+        return gone
 
     def _check_written(self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """Raises an error if what all processes have written cannot be read."""

@@ -1,6 +1,7 @@
 """What counts as a whole checkpoint: what can be read, and nothing else."""
 
 import os
+import shutil
 import time
 
 import flax.linen as nn
@@ -142,3 +143,25 @@ def test_a_path_that_cannot_work_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoints cannot be stored in .* \(a backslash"):
         Checkpointer(str(tmp_path / "a\\b"))
     assert not os.listdir(tmp_path)
+
+
+def test_checkpoints_that_somebody_removes_are_named_and_forgotten(tmp_path):
+    reports, folder = [], tmp_path / "checkpoints"
+    with Checkpointer(str(folder), max_to_keep=3, report=reports.append) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, _state(1.0), val_loss=float(step))
+        checkpointer.wait()
+        shutil.rmtree(folder / "1")
+        checkpointer.save(4, _state(1.0), val_loss=9.0)
+        checkpointer.wait()
+        assert checkpointer.best_loss() == 2.0 and checkpointer.confirmed_step() == 4
+        shutil.rmtree(folder)
+        checkpointer.save(5, _state(1.0), confirmed=False)
+        checkpointer.wait()
+        assert checkpointer.confirmed_step() is None and checkpointer.latest_step() == 5
+        checkpointer.save(6, _state(1.0))
+    assert reports == [
+        f"{folder} has lost checkpoints that this run did not remove, of step {steps}"
+        for steps in ("1", "2, 3, 4")
+    ]
+    assert sorted(os.listdir(folder)) == ["6"]

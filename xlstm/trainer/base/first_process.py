@@ -33,33 +33,36 @@ def _new_name(key: str) -> str:
         return f"{key}_{_uses[key]}"
 
 
-def in_first_process(key: str, function: Callable[[], None]) -> None:
+def in_first_process(key: str, function: Callable[[], Any]) -> Any:
     """Calls a function in the first process only, for which the others wait; from any thread.
 
     Args:
         key: Names what is done; threads that wait at the same time need keys of their own.
-        function: What to do.
+        function: What to do; it returns what JSON can hold.
+
+    Returns:
+        What it returned there.
 
     Raises:
         OSError: In every other process, if the function raises anything.
     """
     if jax.process_count() == 1:
-        function()
-        return
+        return function()
     client, name = ocp.multihost.get_jax_distributed_client(), _new_name(key)
     if jax.process_index() == 0:
-        message = None
+        answer = message = None
         try:
-            function()
+            answer = function()
         except Exception as error:
             message = str(error) or repr(error)
             raise
         finally:
-            client.key_value_set(name, json.dumps(message))
+            client.key_value_set(name, json.dumps([answer, message]))
     else:
-        message = json.loads(client.blocking_key_value_get(name, _TIMEOUT_MS))
+        answer, message = json.loads(client.blocking_key_value_get(name, _TIMEOUT_MS))
         if message is not None:
             raise OSError(message)
+    return answer
 
 
 @contextlib.contextmanager
