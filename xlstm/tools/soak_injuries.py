@@ -153,30 +153,31 @@ def _close_pipe(run: HurtRun) -> str:
     told_by = (run.last_row_step() // interval + 1) * interval + 3
     try:
         run.wait_for_steps(told_by - run.last_row_step())
-        return _stop_without_terminal(run)
+        return _stop_without_terminal(run, told_by)
     except RunIsOver:
         return _check_without_terminal(run, told_by)
 
 
 def _fill_disk_of_log(run: HurtRun) -> str:
+    told_by = run.last_row_step() + 1  # If all steps are done, there is no row to say it in.
     with open("/dev/full", "w") as full:
         run.start(output=full, errors=run.rng.choice((None, full)))
     try:
         run.wait_for_moment(in_training=True)
-        return _stop_without_terminal(run)
+        return _stop_without_terminal(run, told_by)
     except RunIsOver:
-        return _check_without_terminal(run)
+        return _check_without_terminal(run, told_by)
 
 
-def _stop_without_terminal(run: HurtRun) -> str:
+def _stop_without_terminal(run: HurtRun, told_by: int) -> str:
     run.send(signal.SIGTERM)
-    sentence = _check_without_terminal(run)
+    sentence = _check_without_terminal(run, told_by)
     _check_stopped(run)
     return sentence
 
 
-def _check_without_terminal(run: HurtRun, told_by: int = 0) -> str:
-    """The run has ended well, and its metrics say from a step on that the terminal is lost."""
+def _check_without_terminal(run: HurtRun, told_by: int) -> str:
+    """The run has ended well, and its metrics say by a step that the terminal is lost."""
     statuses = run.join()
     run.check(not any(statuses), f"ended with {statuses} without a terminal")
     is_told = any(TERMINAL_LOST in row for row in run.all_rows())
