@@ -7,6 +7,8 @@ import weakref
 import numpy as np
 from numpy.typing import DTypeLike
 
+from xlstm.files import naming_file
+
 
 class FileArray:
     """The elements of a file, which stays open.
@@ -75,10 +77,8 @@ class FileArray:
     def _read(self, start: int, stop: int) -> np.ndarray:
         pieces, place, end = [], start * self.dtype.itemsize, stop * self.dtype.itemsize
         while place < end:  # One call reads at most 2 GB.
-            try:
+            with naming_file(self.path):
                 piece = os.pread(self._descriptor, end - place, place)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self.path) from error
             if not piece:
                 raise ValueError(
                     f"{self.path} has shrunk while it was in use: it ends before byte {end:,} of"

@@ -24,6 +24,7 @@ from xlstm.dataset.store_meta import (
 )
 from xlstm.dataset.token_store import META_FILE
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
+from xlstm.files import naming_file
 
 _HASHER = ThreadPoolExecutor(1)
 
@@ -253,21 +254,18 @@ class _HashedFile:
         # Both take about as long.
         hashing = _HASHER.submit(self._hash.update, data)
         try:
-            self._file.write(data)
-        except OSError as error:
-            raise self._named(error) from error
+            with naming_file(self._path):
+                self._file.write(data)
         finally:
             hashing.result()
         self._size += len(data)
 
     def close(self) -> dict[str, int | str]:
         """Puts the file on the disk and returns its entry in `meta.json`."""
-        try:
+        with naming_file(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        except OSError as error:
-            raise self._named(error) from error
         return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
@@ -276,9 +274,6 @@ class _HashedFile:
             self._file.close()
         except OSError:  # What could not be written is about to be deleted.
             pass
-
-    def _named(self, error: OSError) -> OSError:
-        return OSError(error.errno, error.strerror, self._path)
 
 
 def _write_file(folder: str, name: str, content: bytes) -> dict[str, int | str]:

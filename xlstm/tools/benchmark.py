@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from xlstm.files import write_atomically
 from xlstm.tools import processes
 from xlstm.tools.benchmark_backends import PASSES, time_candidates
 from xlstm.tools.benchmark_candidates import (
@@ -41,7 +42,6 @@ from xlstm.tools.benchmark_candidates import (
 from xlstm.tools.benchmark_train_step import time_train_step
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.llm.config import RunConfig
 
 _CONFIG = define_config_flag()

@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from xlstm.common_types import PyTree
+from xlstm.files import write_atomically
 from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
@@ -33,7 +34,6 @@ from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.command_line import output_path, run
 from xlstm.tools.config_flag import define_config_flag, run_config, with_config_paths
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.param_utils import get_num_params, unboxed
 from xlstm.trainer.base.throughput import measure_matmul_rate
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm.common_types import PyTree
+from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import slstm
 from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.tools.command_line import output_path, run
 from xlstm.tools.processes import initialize_devices
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Sequences.", lower_bound=1)

@@ -24,11 +24,11 @@ from rich.text import Text
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.validation import ValidationSet, open_validation_sets, stores_of
+from xlstm.files import write_atomically
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.checkpointing import read_run_info
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import wait_for_all
 from xlstm.trainer.base.read_params import read_params
 from xlstm.trainer.llm.config import RunConfig

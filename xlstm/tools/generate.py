@@ -20,11 +20,11 @@ import time
 import jax
 from absl import flags
 
+from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.sampling import SamplingConfig
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.first_process import from_first_process
 from xlstm.trainer.llm.load_model import LoadedModel, load_model
 from xlstm.trainer.llm.progress_file import load_progress, save_progress

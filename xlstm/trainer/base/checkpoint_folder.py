@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from xlstm.files import write_atomically
 from xlstm.inner_file import inner_path
 from xlstm.json_file import read_json
 from xlstm.trainer.base.checksums import has_checksums, write_checksums
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.storage_path import check_storage_path
 
 _RUN_INFO = "run_info.json"

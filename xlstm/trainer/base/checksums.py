@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from xlstm.files import write_atomically
 from xlstm.inner_file import find_outward_link, read_file
 from xlstm.json_file import parse_json
-from xlstm.trainer.base.files import write_atomically
 
 # The file of a folder that holds the size and the SHA-256 of every other one.
 CHECKSUMS = "checksums.json"

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from xlstm.dataset.data import Data
-from xlstm.trainer.base.files import write_atomically
+from xlstm.files import write_atomically
 
 
 def dump_batch(data: Data, directory: str, step: int) -> str:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, find_markers
 from xlstm.distributed.mesh import MESH_AXES
+from xlstm.files import new_folder
 from xlstm.inner_file import find_file, inner_path
 from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel.hf_layout import (
@@ -31,7 +32,6 @@ from xlstm.trainer.base.array_parts import ArrayParts, write_parts
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
 from xlstm.trainer.base.checkpoint_reading import reading_checkpoint
 from xlstm.trainer.base.checkpointing import ITEM, read_run_info, reported
-from xlstm.trainer.base.files import new_folder
 from xlstm.trainer.base.nonfinite import nonfinite_text
 from xlstm.trainer.base.read_params import open_params
 from xlstm.trainer.base.storage_path import check_storage_path

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from xlstm.common_types import DTYPES
+from xlstm.files import naming_file
 from xlstm.inner_file import find_file, inner_path
 from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel.hf_layout import HFTensor
@@ -178,5 +179,5 @@ def _shards(
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes a JSON object in the way of public models."""
-    with open(path, "w", encoding="utf-8") as file:
+    with naming_file(path), open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -13,8 +13,8 @@ from xlstm.dataset.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from xlstm.files import write_atomically
 from xlstm.inner_file import find_file
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.llm.run_tokenizer import tokenizer_config
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm.dataset.detokenizer import DetokenizerState
+from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.generate import Progress
 from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.base.to_host import to_host
 from xlstm.trainer.llm.load_model import LoadedModel
 from xlstm.trainer.llm.text_generation import TextsSoFar

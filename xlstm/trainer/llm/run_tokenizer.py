@@ -17,9 +17,9 @@ from xlstm.dataset.tokenizer import (
     same_tokenizer,
     tokenizer_token,
 )
+from xlstm.files import write_atomically
 from xlstm.inner_file import find_file, read_file
 from xlstm.json_file import read_json
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.visible_text import short_repr
 

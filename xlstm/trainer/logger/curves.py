@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm.trainer.base.files import write_atomically
+from xlstm.files import write_atomically
 from xlstm.visible_text import visible
 
 _MOST_MARKED = 60  # Points of a curve up to which each is marked.

@@ -3,8 +3,8 @@
 import json
 import os
 
+from xlstm.files import naming_file, write_atomically
 from xlstm.json_file import parse_json
-from xlstm.trainer.base.files import write_atomically
 from xlstm.trainer.logger.base_logger import Logger
 from xlstm.visible_text import short_repr
 
@@ -54,10 +54,13 @@ class JsonLinesLogger(Logger):
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Writes the row at once."""
-        self._file.write(json.dumps({"step": step} | row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # A row is never younger than the checkpoint of its step.
+        with naming_file(self._file.name):
+            self._file.write(json.dumps({"step": step} | row) + "\n")
+            self._file.flush()
+            # A row is never younger than the checkpoint of its step.
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with naming_file(self._file.name):
+            self._file.close()

@@ -1,4 +1,6 @@
 import json
+import re
+import resource
 
 import pytest
 
@@ -95,3 +97,18 @@ def test_a_step_is_a_number_of_steps(tmp_path, step):
     with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no row of metrics: ") as caught:
         read_rows(str(path))
     assert len(str(caught.value)) < 300 and "\x1b" not in str(caught.value)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    path = str(tmp_path / "metrics.jsonl")
+    logger = JsonLinesLogger(path, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
+            for step in range(100):
+                logger.log(step, {"loss": 1.0})
+        with pytest.raises(OSError, match=re.escape(path)):
+            logger.close()  # What could not be written is still waiting.
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

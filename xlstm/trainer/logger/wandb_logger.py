@@ -6,7 +6,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from xlstm.trainer.base.files import write_atomically
+from xlstm.files import write_atomically
 from xlstm.trainer.logger.base_logger import Logger
 from xlstm.trainer.logger.jsonl import read_rows
 

@@ -1,9 +1,24 @@
-"""Writing files and folders whole or not at all."""
+"""Writing files and folders whole or not at all, and errors that name the file."""
 
 import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def naming_file(path: str) -> Iterator[None]:
+    """Adds a file's name to the OSErrors of a block, which have it only if opening failed.
+
+    Args:
+        path: The file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
@@ -16,7 +31,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with naming_file(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from xlstm.trainer.base.files import new_folder, write_atomically
+from xlstm.files import naming_file, new_folder, write_atomically
 
 
 @pytest.mark.parametrize("content", ["Grüße\n", b"\x00\xff\r\n", ""])
@@ -32,7 +32,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
             write_atomically(str(path), "x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.errno == errno.EFBIG
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -92,3 +92,15 @@ def test_nothing_is_overwritten_by_a_folder(tmp_path, kind):
         with new_folder(str(path)):
             pass
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_errors_name_the_file():
+    full = "/dev/full"
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as caught:
+        with naming_file(full), open(full, "w") as file:
+            file.write("x")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(FileNotFoundError, match="'none'"), naming_file(full):
+        open("none")
+    with pytest.raises(OSError, match="^in other words$"), naming_file(full):
+        raise OSError("in other words")
