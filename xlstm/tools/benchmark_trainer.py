@@ -1,6 +1,6 @@
 """Measures what the trainer costs beside the compiled step.
 
-    bazel run //xlstm/tools:benchmark_trainer -- --config.data.batch_size=10
+    bazel run //xlstm/tools:benchmark_trainer -- --config.data.batch_size=28
 
 Stretches of one real run (reading data, a row of metrics after every step into all loggers, and in
 the middle of each stretch a checkpoint, written to the end within it) take turns with a bare loop

@@ -12,16 +12,22 @@ _WINDOW = 50
 _MOST_GROWTH, _LARGE_UPDATE = 10, 0.1
 # A loss within so many standard deviations is no spike: small batches of mixed text vary by nats.
 _DEVIATIONS = 5
-_NOTHING_KNOWN = {"losses": [], "param_norms": [], "update_norms": [], "sound_since_fault": None}
+_NOTHING_KNOWN = {
+    "losses": [],
+    "lowest_loss": None,
+    "param_norms": [],
+    "update_norms": [],
+    "sound_since_fault": None,
+}
 
 
 class Soundness:
     """Follows the steps of a run.
 
     A step is sound if its loss, its gradient, its parameters and its update are finite, its loss is
-    no spike above the last sound ones, and its update and its parameters are not large beside the
-    parameters of the last sound steps. Only sound steps move what later ones are compared with: a
-    ruined model does not become the measure.
+    no spike above the last sound ones and not far above the lowest there were, and its update and
+    its parameters are not large beside the parameters of the last sound steps. Only sound steps
+    move what later ones are compared with: a ruined model does not become the measure.
 
     A checkpoint is confirmed if no step of the run was unsound, or enough sound ones have followed.
     A step that was left out for its loss or gradient has changed nothing: one sound step after it
@@ -35,7 +41,8 @@ class Soundness:
             confirm_steps: So many sound steps have to follow an unsound one; with 0 every
                 checkpoint is confirmed.
             max_loss_spike: A loss that exceeds the mean of the last sound ones by more nats, and by
-                more than they usually vary, is a spike.
+                more than they usually vary, is a spike. One that so exceeds the lowest mean that
+                there has been has climbed too far.
             max_update_ratio: An update is too large if its norm is above so many times the mean
                 norm of the parameters of the last sound steps; parameters are if theirs has grown
                 by as much.
@@ -43,6 +50,7 @@ class Soundness:
         self._confirm_steps = confirm_steps
         self._max_loss_spike, self._max_update_ratio = max_loss_spike, max_update_ratio
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._lowest_loss: float | None = None  # The lowest mean of a full window.
         self._param_norms: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._update_norms: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._sound_since_fault: int | None = None  # None: there was no fault.
@@ -66,6 +74,10 @@ class Soundness:
             if self._sound_since_fault is not None:
                 self._sound_since_fault += 1
             self._losses.append(metrics["loss"])
+            if len(self._losses) == _WINDOW:
+                mean = _mean(self._losses, 0.0)
+                known = self._lowest_loss is not None
+                self._lowest_loss = min(mean, self._lowest_loss) if known else mean
             self._param_norms.append(metrics["param_norm"])
             if not metrics["skipped"]:
                 self._update_norms.append(metrics["update_norm"])
@@ -94,6 +106,9 @@ class Soundness:
         limit = max(self._max_loss_spike, _DEVIATIONS * _deviation(self._losses))
         if not fault and loss > usual + limit:
             fault = f"its loss of {loss:.4g} is a spike above the usual {usual:.4g}"
+        lowest = self._lowest_loss
+        if not fault and lowest is not None and loss > lowest + limit:
+            fault = f"its loss has climbed to {loss:.4g}, and was {lowest:.4g} before"
         return fault
 
     def confirms(self) -> bool:
@@ -107,6 +122,7 @@ class Soundness:
         """Returns what `from_dict` goes on from, as JSON can hold it."""
         return {
             "losses": list(self._losses),
+            "lowest_loss": self._lowest_loss,
             "param_norms": list(self._param_norms),
             "update_norms": list(self._update_norms),
             "sound_since_fault": self._sound_since_fault,
@@ -118,8 +134,9 @@ class Soundness:
         Args:
             saved: What `to_dict` returned then; None if it is not known, or not of the same data.
         """
-        saved = saved or _NOTHING_KNOWN
+        saved = _NOTHING_KNOWN | (saved or {})  # Versions before lack some of it.
         self._losses = collections.deque(saved["losses"], _WINDOW)
+        self._lowest_loss = saved["lowest_loss"]
         self._param_norms = collections.deque(saved["param_norms"], _WINDOW)
         self._update_norms = collections.deque(saved["update_norms"], _WINDOW)
         self._sound_since_fault, self._was_left_out = saved["sound_since_fault"], False

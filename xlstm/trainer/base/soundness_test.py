@@ -103,10 +103,22 @@ def test_a_ruined_model_never_becomes_the_measure():
     assert not soundness.confirms()
 
 
-def test_losses_and_norms_may_drift():
+def test_norms_may_drift_and_losses_a_little():
     soundness = _create()
-    rows = [{"loss": 3 + 0.02 * step, "param_norm": 10 * 1.01**step} for step in range(500)]
+    rows = [{"loss": 3 + 0.003 * step, "param_norm": 10 * 1.01**step} for step in range(500)]
     assert _judge(soundness, *rows) == [None] * 500
+
+
+def test_a_loss_that_climbs_slowly_is_not_sound_until_it_is_back():
+    soundness = _create()
+    losses = [4 - 0.01 * step for step in range(100)]
+    losses += [3 + 0.01 * step for step in range(400)]
+    faults = _judge(soundness, *[{"loss": loss} for loss in losses])
+    first = next(index for index, fault in enumerate(faults) if fault)
+    assert faults[first] == "its loss has climbed to 5.13, and was 3.125 before"
+    assert all(faults[first:]) and not soundness.confirms()
+    assert _judge(soundness, *[{"loss": 5.0}] * 4) == [None] * 4
+    assert soundness.confirms()
 
 
 def test_a_first_update_larger_than_the_parameters_is_not_sound():
@@ -156,6 +168,16 @@ def test_a_run_that_was_interrupted_judges_as_an_undisturbed_one(bad):
         assert found[-1] == undisturbed.confirms()
     assert other.to_dict() == undisturbed.to_dict()
     assert found.index(False) == bad and found[-1]
+
+
+def test_a_record_of_before_there_was_a_lowest_loss_is_read():
+    soundness, other = _create(), _create()
+    _judge(soundness, *[{}] * 60)
+    record = soundness.to_dict()
+    del record["lowest_loss"]
+    other.from_dict(record)
+    _judge(other, {})
+    assert other.to_dict() == soundness.to_dict()
 
 
 def test_a_checkpoint_without_a_record_counts():

@@ -36,8 +36,8 @@ class TrainerConfig:
     max_skipped_steps: int = 20  # So many steps left out in a row stop the run.
     confirm_steps: int = 10  # A checkpoint is confirmed, so that a run resumes from it, if the last
     # so many steps (or all) were sound: finite and within the next two limits; 0: every one is.
-    max_loss_spike: float = 2.0  # A loss so many nats above the mean of the last 50 sound steps is
-    # a spike, if it is above their five standard deviations too.
+    max_loss_spike: float = 2.0  # A loss so many nats above the mean of the last 50 sound steps, or
+    # the lowest such mean, is not sound, if it is above their five standard deviations too.
     max_update_ratio: float = 1.0  # An update, or the growth of the parameters, is too large if its
     # norm is above so many times the parameters' norm in the last 50 sound steps.
     stall_seconds: int = 600  # After so long without progress the run says what hangs; 0: never.
