@@ -75,9 +75,8 @@ class Soundness:
                 self._sound_since_fault += 1
             self._losses.append(metrics["loss"])
             if len(self._losses) == _WINDOW:
-                mean = _mean(self._losses, 0.0)
-                known = self._lowest_loss is not None
-                self._lowest_loss = min(mean, self._lowest_loss) if known else mean
+                mean, lowest = _mean(self._losses, 0.0), self._lowest_loss
+                self._lowest_loss = mean if lowest is None else min(mean, lowest)
             self._param_norms.append(metrics["param_norm"])
             if not metrics["skipped"]:
                 self._update_norms.append(metrics["update_norm"])
