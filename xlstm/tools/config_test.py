@@ -342,8 +342,8 @@ def test_config_files_that_fail(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         load_config(str(tmp_path / "mine.py"))
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
+    message = str(caught.value).replace(str(tmp_path), "")  # As long as the folder's name is.
+    assert "\n" not in message and len(message) < 400
 
 
 def test_a_config_file_with_an_argument(tmp_path):
