@@ -1,10 +1,10 @@
 import errno
 import os
-import resource
 
 import pytest
 
 from xlstm.files import naming_file, new_folder, write_atomically
+from xlstm.testing.full_disk import full_disk
 
 
 @pytest.mark.parametrize("content", ["Grüße\n", b"\x00\xff\r\n", ""])
@@ -25,13 +25,8 @@ def test_old_content_is_replaced(tmp_path):
 def test_a_full_disk_leaves_the_old_content(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError) as caught:
-            write_atomically(str(path), "x" * 100_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(OSError) as caught, full_disk(1000):
+        write_atomically(str(path), "x" * 100_000)
     assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]

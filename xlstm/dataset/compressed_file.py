@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import BinaryIO, Protocol
 
 from xlstm.dataset.file_content import foreign_content
+from xlstm.files import naming_file
 
 _CHUNK_BYTES = 1 << 17
 _NAMES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
@@ -93,12 +94,13 @@ class CompressedFile:
         """
         pieces = []
         try:
-            while size and (piece := self._read_some(size)):
-                pieces.append(piece)
-                size -= len(piece)
+            with naming_file(self._path):
+                while size and (piece := self._read_some(size)):
+                    pieces.append(piece)
+                    size -= len(piece)
         except (zlib.error, lzma.LZMAError, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise OSError(error.errno, error.strerror, self._path) from error
+                raise
             if "too much memory" in str(error):
                 raise ValueError(
                     f"{self._path} is compressed with a window of more than 128 MB: compress it "

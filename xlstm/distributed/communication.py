@@ -165,11 +165,12 @@ def _groups(line: str) -> list[list[int]]:
 def _named_groups(match: re.Match) -> list[list[int]]:
     """The groups along axes of a mesh, or along parts of them: `'x':(2)4` is a 4 within each 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
-    if match["listed"]:
+    if match["shape"]:
+        devices = _devices(match["shape"], match["order"]).ravel()
+    elif match["listed"]:
         devices = np.array(_numbers(match["listed"]))
     else:
-        shape = match["shape"] or ",".join(map(str, sizes.values()))
-        devices = _devices(shape, match["order"]).ravel()
+        devices = np.arange(math.prod(sizes.values()))
     places = np.unravel_index(np.arange(devices.size), tuple(sizes.values()))
     shared = dict(zip(sizes, places, strict=True))  # What the devices of a group have in common.
     for name, before, size in _AXIS.findall(match["axes"]):

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import time
 
@@ -17,6 +16,7 @@ import optax
 import pytest
 
 from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.testing.full_disk import full_disk
 from xlstm.trainer.base import checkpoint_folder
 from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
 from xlstm.trainer.base.checksums import write_checksums
@@ -406,14 +406,10 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_a_full_disk_is_told_at_once_and_the_last_checkpoint_stays(tmp_path, like):
     arrays = _write(tmp_path, 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpointer = Checkpointer(str(tmp_path), max_to_keep=1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
+    with full_disk(100_000):
         checkpointer.save(2, _create())
         message = _wait_for_error(checkpointer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert message == f"a checkpoint cannot be written to {tmp_path}: {os.strerror(errno.EFBIG)}"
     for call in (checkpointer.wait, lambda: checkpointer.save(3, like), checkpointer.close):
         with pytest.raises(OSError, match="a checkpoint cannot be written"):

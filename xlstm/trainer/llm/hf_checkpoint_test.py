@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import tempfile
 
@@ -16,6 +15,7 @@ from xlstm.json_file import read_json
 from xlstm.models.xlstm_parallel import hf_layout
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.testing.full_disk import full_disk
 from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.checkpoint_reading import CheckpointGone
 from xlstm.trainer.base.checkpointing import read_run_info
@@ -324,16 +324,11 @@ def test_a_model_in_the_cache_of_the_hub(tmp_path):
 
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_a_full_disk_leaves_nothing(folder, tmp_path, direction):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(OSError, match="written.*File too large"):
-            if direction == "import":
-                import_model(_GOLDEN, str(tmp_path / "run"), _ignore)
-            else:
-                _export(folder, "golden", tmp_path / "model")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(OSError, match="written.*File too large"), full_disk(10_000):
+        if direction == "import":
+            import_model(_GOLDEN, str(tmp_path / "run"), _ignore)
+        else:
+            _export(folder, "golden", tmp_path / "model")
     assert not os.listdir(tmp_path)
 
 

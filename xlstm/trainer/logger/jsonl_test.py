@@ -1,9 +1,9 @@
 import json
 import re
-import resource
 
 import pytest
 
+from xlstm.testing.full_disk import full_disk
 from xlstm.trainer.logger.jsonl import JsonLinesLogger, read_rows
 
 
@@ -103,13 +103,9 @@ def test_a_step_is_a_number_of_steps(tmp_path, step):
 def test_a_full_disk_is_told_with_the_file(tmp_path):
     path = str(tmp_path / "metrics.jsonl")
     logger = JsonLinesLogger(path, 0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
+    with full_disk(100):
         with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
             for step in range(100):
                 logger.log(step, {"loss": 1.0})
         with pytest.raises(OSError, match=re.escape(path)):
             logger.close()  # What could not be written is still waiting.
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
