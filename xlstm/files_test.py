@@ -1,10 +1,169 @@
+"""Tests of files that are read and written."""
+
 import errno
 import os
 
 import pytest
 
-from xlstm.files import naming_file, new_folder, write_atomically
+from xlstm import files
+from xlstm.files import (
+    check_inside,
+    find_file,
+    find_outward_link,
+    inner_path,
+    naming_file,
+    new_folder,
+    parse_json,
+    read_json,
+    write_atomically,
+)
 from xlstm.testing.full_disk import full_disk
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a file and another folder, beside a file of somebody else."""
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "model"
+    (folder / "more").mkdir(parents=True)
+    (folder / "file").write_text("file")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/etc/hosts", "../secret", "more/x", "a\0b", "\ud800"]
+)
+def test_a_name_is_a_plain_one(folder, name):
+    with pytest.raises(ValueError, match="no plain name of a file in that folder") as caught:
+        inner_path(str(folder), name)
+    assert repr(name) in str(caught.value)
+
+
+def test_what_is_there_is_found(folder):
+    assert find_file(str(folder), "file") == str(folder / "file")
+    assert find_file(str(folder), "more") == str(folder / "more")
+    assert find_file(str(folder), "none") is None
+    assert find_file(str(folder), "..file") is None
+    assert find_file(str(folder / "none"), "file") is None
+
+
+def test_links_stay_inside(folder):
+    (folder / "same").symlink_to("file")
+    (folder / "more" / "up").symlink_to("../file")
+    (folder / "twice").symlink_to(folder / "same")
+    for name in ("same", "twice"):
+        assert find_file(str(folder), name) == str(folder / name)
+    check_inside(str(folder), str(folder / "more" / "up"))
+    assert find_outward_link(str(folder)) is None
+    # The folder itself may be elsewhere.
+    (folder.parent / "link").symlink_to("model")
+    assert find_file(str(folder.parent / "link"), "same") is not None
+    # But a folder in it is one of its own.
+    with pytest.raises(ValueError, match="leads out of"):
+        find_file(str(folder / "more"), "up")
+
+
+@pytest.mark.parametrize("target", ["../secret", "..", "more/../../secret", "/", "../model2"])
+def test_links_that_leave_are_refused(folder, target):
+    (folder.parent / "model2").mkdir()
+    (folder / "more" / "out").symlink_to(os.path.join("..", target))
+    (folder / "out").symlink_to(target)
+    (folder / "by way of").symlink_to("out")
+    for name in ("out", "by way of"):
+        with pytest.raises(ValueError, match=f"model/{name} is a link that leads out of"):
+            find_file(str(folder), name)
+    (folder / "out").unlink()
+    (folder / "by way of").unlink()
+    assert "more/out is a link that leads out of" in find_outward_link(str(folder))
+
+
+def test_what_is_no_file_inside(folder):
+    (folder / "nowhere").symlink_to("nothing")
+    with pytest.raises(ValueError, match="nowhere is a link to nothing$"):
+        find_file(str(folder), "nowhere")
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises((ValueError, OSError), match="loop"):
+        find_file(str(folder), "loop")
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(ValueError, match="pipe is no file$"):
+        find_file(str(folder), "pipe")
+
+
+def test_the_cache_of_the_hub(folder):
+    cache = folder.parent / "models--org--name"
+    snapshot = cache / "snapshots" / "0123abcd"
+    (snapshot / "more").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "fe").write_text("content")
+    (snapshot / "file").symlink_to("../../blobs/fe")
+    (snapshot / "more" / "file").symlink_to("../../../blobs/fe")
+    assert find_file(str(snapshot), "file") == str(snapshot / "file")
+    check_inside(str(snapshot), str(snapshot / "more" / "file"))
+    assert find_outward_link(str(snapshot)) is None
+    # What is no blob of this very model is refused.
+    (cache / "refs").write_text("main")
+    (snapshot / "refs").symlink_to("../../refs")
+    (cache / "blobs" / "out").symlink_to(folder.parent / "secret")
+    (snapshot / "out").symlink_to("../../blobs/out")
+    other = folder.parent / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    (other / "fe").write_text("other")
+    (snapshot / "other").symlink_to(other / "fe")
+    (cache / "snapshots" / "1" / "more").mkdir(parents=True)
+    (snapshot / "one").symlink_to("../1/more")
+    for name in ("refs", "out", "other", "one"):
+        with pytest.raises(ValueError, match="leads out of"):
+            find_file(str(snapshot), name)
+
+
+def test_an_object(tmp_path):
+    (tmp_path / "a.json").write_bytes('{"é": [1, {"a": null}], "a": 1e400}'.encode())
+    assert read_json(str(tmp_path / "a.json")) == {"é": [1, {"a": None}], "a": float("inf")}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cannot be read: Expecting value"),
+        (b'{"a": 1', "cannot be read: Expecting ',' delimiter"),
+        (b"[1]", "holds no JSON object"),
+        (b'"text"', "holds no JSON object"),
+        (b"null", "holds no JSON object"),
+        (b'{"a": "\xff"}', "cannot be read: it is not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "cannot be read: it is not UTF-8"),
+        (b'\xef\xbb\xbf{"a": 1}', "cannot be read: Unexpected UTF-8 BOM"),
+        (b'{"a": 1, "b": 2, "a": 1}', "cannot be read: the field 'a' is there twice"),
+        (b'{"b": [{"a": 1, "a": 2}]}', "cannot be read: the field 'a' is there twice"),
+        (b'{"a": ' + b"[" * 200_000, "cannot be read: it is nested too deeply"),
+        (b'{"a":' * 200_000, "cannot be read: it is nested too deeply"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "cannot be read: Exceeds the limit"),
+    ],
+    ids=lambda x: x[:20] if isinstance(x, bytes) else "",
+)
+def test_what_is_none_is_one_sentence(tmp_path, content, message):
+    path = str(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_json(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path} {message}") and "\n" not in text
+    with pytest.raises(ValueError, match=f"^there {message}"):
+        parse_json(content, "there")
+
+
+def test_what_is_no_json_file(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="a.json is missing$"):
+        read_json(path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is no file$"):
+        read_json(str(tmp_path))
+    os.mkfifo(path)  # Nobody ever writes into it.
+    with pytest.raises(ValueError, match="a.json is no file$"):
+        read_json(path)
+    monkeypatch.setattr(files, "MAX_BYTES", 5)
+    (tmp_path / "b.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="b.json has 8 bytes: expected .* at most 5$"):
+        read_json(str(tmp_path / "b.json"))
 
 
 @pytest.mark.parametrize("content", ["Grüße\n", b"\x00\xff\r\n", ""])

@@ -14,7 +14,7 @@ import numpy as np
 
 from xlstm.dataset.detokenizer import DetokenizerState, StreamingDetokenizer
 from xlstm.dataset.token_pieces import TokenPieces
-from xlstm.inner_file import read_file
+from xlstm.files import read_file
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.pipeline import RowOrigin, batch_origins, open_stores, train_batches
+from xlstm.dataset.store_data import RowOrigin, batch_origins, open_stores, train_batches
 from xlstm.dataset.store_meta import TOKENS_FILE
 from xlstm.dataset.task_data import TaskData
 from xlstm.dataset.validation import ValidationSet, open_validation_sets

@@ -7,9 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from xlstm.dataset.store_verification import store_identity, verify_store
+from xlstm.dataset.store_verification import (
+    is_remembered,
+    remember,
+    sole_verifier,
+    store_identity,
+    verify_store,
+)
 from xlstm.dataset.token_store import TokenStore
-from xlstm.dataset.verified_stores import is_remembered, remember, sole_verifier
 
 # So many bytes, some 50 ms of one core, are verified before the work begins.
 _SMALL = 64 << 20

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from xlstm.dataset import store_guard
-from xlstm.dataset.pipeline import train_batches
+from xlstm.dataset.store_data import train_batches
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.testing import assert_equal_batches, config_for, write_letter_store
 from xlstm.dataset.token_store import TokenStore

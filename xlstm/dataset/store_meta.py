@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer
-from xlstm.json_file import parse_json
+from xlstm.files import parse_json
 from xlstm.visible_text import short_repr
 
 FORMAT = "xlstm token store"

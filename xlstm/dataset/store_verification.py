@@ -1,10 +1,12 @@
-"""Compares all of a token store with what its `meta.json` says."""
+"""Compares token stores with their checksums, and remembers which were."""
 
 import bisect
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -12,6 +14,65 @@ from xlstm.dataset.file_array import FileArray
 from xlstm.dataset.store_meta import TOKENS_FILE
 from xlstm.dataset.token_store import META_FILE, TokenStore
 from xlstm.dataset.tokenizer import TOKENIZER_FILE
+
+_FOLDER = ("xlstm", "verified_stores")
+
+
+def is_remembered(identity: str) -> bool:
+    """Returns whether a store was verified before, by its `store_identity`."""
+    return os.path.exists(_path(identity))
+
+
+def remember(identity: str) -> None:
+    """Remembers that a store was verified, if that is possible."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(_path(identity)), exist_ok=True)
+        with open(_path(identity), "wb"):
+            pass
+
+
+@contextlib.contextmanager
+def sole_verifier(identity: str) -> Iterator[bool]:
+    """Gives one process of this machine at a time the task to verify a store.
+
+    Args:
+        identity: The store's.
+
+    Yields:
+        Whether it is this process, until the end of the block. It is, too, where processes cannot
+        know of each other.
+    """
+    path = f"{_path(identity)}.verifying"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, "wb")
+    except OSError:
+        yield True
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # This disk knows no locks.
+            pass
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+def _path(identity: str) -> str:
+    """Returns the path of a store's file, in what the XDG standard says is the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # To be ignored, says the standard.
+        cache = os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # Nobody's home.
+        cache = os.devnull  # In which there can be no file.
+    return os.path.join(cache, *_FOLDER, identity)
+
 
 # Bytes: large, so that little of the time is spent in Python; but the caches hold them.
 _PIECE = 1 << 21

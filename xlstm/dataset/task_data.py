@@ -12,11 +12,10 @@ import grain
 import numpy as np
 import tokenizers
 
-from xlstm.dataset.batch import Batch
-from xlstm.dataset.batch_sizes import phases_from, rows_per_shard
+from xlstm.dataset.batch import Batch, phases_from, rows_per_shard
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.json_tokenizer import JsonTokenizer
-from xlstm.dataset.pipeline import ENDLESS, RowOrigin, read_batches
+from xlstm.dataset.store_data import ENDLESS, RowOrigin, read_batches
 from xlstm.dataset.tasks import EOD_ID, EOD_WORD, Task, create_task
 from xlstm.dataset.tokenizer import Tokenizer
 

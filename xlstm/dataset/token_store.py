@@ -36,7 +36,7 @@ from xlstm.dataset.tokenizer import (
     load_tokenizer,
     same_tokenizer,
 )
-from xlstm.inner_file import inner_path
+from xlstm.files import inner_path
 from xlstm.visible_text import short_repr
 
 META_FILE = "meta.json"

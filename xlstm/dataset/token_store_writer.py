@@ -1,20 +1,19 @@
-"""Writes token stores: streaming, all or nothing.
+"""Writes token stores; documents are encoded in several processes."""
 
-The files grow in a folder beside the final one, which has no `meta.json` until the end and so
-never opens as a store; the last act is to rename it.
-"""
-
+import collections
 import dataclasses
 import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
 
+from xlstm.dataset.base_tokenizer import TextError
+from xlstm.dataset.document_block import Block
 from xlstm.dataset.store_meta import (
     CORRECTIONS_FILE,
     DOCUMENTS_FILE,
@@ -25,6 +24,10 @@ from xlstm.dataset.store_meta import (
 from xlstm.dataset.token_store import META_FILE
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
 from xlstm.files import naming_file
+
+# While some blocks are parsed and counted, the `tokenizers` library encodes others.
+_BLOCKS_AT_ONCE = 4
+
 
 _HASHER = ThreadPoolExecutor(1)
 
@@ -293,3 +296,48 @@ def _sync_folder(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def encode_blocks(
+    blocks: Iterable[Block], tokenizer: Tokenizer, workers: int, skip_bad_records: bool = False
+) -> Iterator[tuple[Block, EncodedDocuments]]:
+    """Encodes blocks.
+
+    Args:
+        blocks: Taken one by one, a few ahead of what has been handed out.
+        tokenizer: What to encode with.
+        workers: The number of threads that the `tokenizers` library encodes with. It counts for the
+            first use of the library in a process.
+        skip_bad_records: Leave malformed records out, and list them in `bad_records`.
+
+    Yields:
+        Each block with its documents, in the order of `blocks` however many workers there are.
+
+    Raises:
+        ValueError: A document is malformed (unless they are left out), or a file damaged.
+        OSError: A file cannot be read.
+    """
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    pool = ThreadPoolExecutor(_BLOCKS_AT_ONCE)
+    pending = collections.deque()
+    try:
+        for block in blocks:
+            pending.append((block, pool.submit(_encode, block, tokenizer, skip_bad_records)))
+            if len(pending) > 2 * _BLOCKS_AT_ONCE:
+                block, documents = pending.popleft()
+                yield block, documents.result()
+        for block, documents in pending:
+            yield block, documents.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode(block: Block, tokenizer: Tokenizer, skip_bad_records: bool) -> EncodedDocuments:
+    bad_records: list[str] = []
+    texts = block.texts(bad_records.append if skip_bad_records else None)
+    try:
+        documents = encode_documents(tokenizer, texts)
+    except TextError as error:
+        raise ValueError(f"{block.place(error.index)}: {error}") from error
+    return dataclasses.replace(documents, bad_records=tuple(bad_records))

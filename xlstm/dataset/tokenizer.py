@@ -10,8 +10,7 @@ import tokenizers
 from xlstm.dataset.base_tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, read_definition
 from xlstm.dataset.json_tokenizer import JsonTokenizer, parse_tokenizer
 from xlstm.dataset.token_pieces import components
-from xlstm.inner_file import find_file, inner_path
-from xlstm.json_file import read_json
+from xlstm.files import find_file, inner_path, read_json
 from xlstm.visible_text import short_repr
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

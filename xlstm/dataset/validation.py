@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from xlstm.dataset.batch import Batch, padded_batch
-from xlstm.dataset.batch_sizes import rows_per_shard
+from xlstm.dataset.batch import Batch, padded_batch, rows_per_shard
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
 from xlstm.dataset.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import pytest
 
 from xlstm.dataset.config import DataConfig
 from xlstm.dataset.json_tokenizer import JsonTokenizer
-from xlstm.dataset.pipeline import train_batches
+from xlstm.dataset.store_data import train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
     config_for,

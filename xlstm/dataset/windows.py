@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from xlstm.dataset.splitmix64 import splitmix64
+from xlstm.dataset.permutation import splitmix64
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import Tokenizer
 

@@ -6,7 +6,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from xlstm.distributed.communication import find_collectives
 from xlstm.distributed.data_parallel import (
     axes_of,
     gather_on_use,
@@ -14,6 +13,7 @@ from xlstm.distributed.data_parallel import (
     shard_parameters,
     sum_gradients,
 )
+from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import vary_alike
 
 B, D, BLOCKS, FINE = 16, 8, 3, 2**-10  # 1 + FINE is 1 in bfloat16.

@@ -1,27 +1,36 @@
+"""Tests of config files and the flag `--config`."""
+
 import dataclasses
 import json
 import math
+import sys
 import typing
 
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 from xlstm.dataset.config import DataConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.tools import config
 from xlstm.tools.config import (
+    DEFAULT_CONFIG,
     check_field,
+    config_name,
     config_names,
     config_path,
     default_config,
     field_comments,
     load_config,
     load_run_config,
+    run_config,
     sections,
     to_run_config,
+    with_config_paths,
 )
 from xlstm.trainer.base.param_utils import get_num_params, get_param_mask_fn, path_name, unboxed
 from xlstm.trainer.llm.config import RunConfig
@@ -394,3 +403,178 @@ def test_a_configuration_of_another_shape(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps({"config": config}))
     with pytest.raises(ValueError, match="config.json is not the configuration of a run: "):
         load_run_config(Workdir(str(tmp_path)))
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """A function from a command line to the configuration, with flags of its own."""
+
+    def parse(*words):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        monkeypatch.setattr(sys, "argv", ["tool", *words])  # It is looked at for fields.
+        holder = config.config_flags.DEFINE_config_file(
+            "config", None, "help", flag_values=values, lock_config=True
+        )
+        values(["tool", *with_config_paths(list(words))])
+        return run_config(holder)
+
+    return parse
+
+
+def test_the_default(parse):
+    assert parse().model.embedding_dim == 128
+    assert config_name() == DEFAULT_CONFIG == "stdlib_tiny"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--config=smoke"], ["--config", "smoke"], ["-config=smoke"], ["-config", "smoke"]],
+    ids=str,
+)
+def test_a_config_by_its_name(parse, words):
+    assert parse(*words).model.embedding_dim == 32
+    assert config_name() == "smoke"
+
+
+def test_fields_are_changed_by_flags(parse):
+    config = parse(
+        "--config=smoke",
+        "--config.model.embedding_dim=64",
+        "--config.schedule.peak_lr=2e-3",
+        "--config.schedule.warmup_steps",
+        "3",
+        "--config.backend.name=recurrent",
+        "--config.logger.tensorboard=False",
+        "--config.data.stores=('/a', '/b')",
+        "--config.data.weights=(1.0, 2.5)",
+    )
+    assert config.model.embedding_dim == 64
+    assert config.model.num_blocks == 2
+    assert config.schedule.peak_lr == 2e-3
+    assert config.schedule.warmup_steps == 3
+    assert config.backend.name == "recurrent"
+    assert config.logger.tensorboard is False
+    assert config.data.stores == ("/a", "/b")
+    assert config.data.weights == (1.0, 2.5)
+
+
+def test_the_config_comes_before_its_fields(parse):
+    with pytest.raises(flags.Error, match="before a value for --config"):
+        parse("--config.model.embedding_dim=64", "--config=smoke")
+
+
+def test_a_whole_number_for_a_float(parse):
+    assert parse("--config.optimizer.grad_clip_norm=2").optimizer.grad_clip_norm == 2.0
+
+
+def test_one_store_with_and_without_parentheses(parse):
+    assert parse("--config.data.stores=/a").data.stores == ("/a",)
+    assert parse("--config.data.stores=('/a',)").data.stores == ("/a",)
+
+
+@pytest.mark.parametrize(
+    "words, stores",
+    [
+        (["--config.data.stores=/a", "--config.data.stores=/b"], ("/b",)),
+        (["--config.data.stores", "/a", "--config.data.stores", "/b"], ("/b",)),
+        (["-config.data.stores=/a", "--config.data.stores", "/b"], ("/b",)),
+        (["--config.data.stores=('/a', '/b')", "-config.data.stores", "/c"], ("/c",)),
+        (["--config.data.stores=/a", "--config.data.stores=('/b', '/c')"], ("/b", "/c")),
+        (["--config.data.stores=['/a', '/b']"], ("/a", "/b")),
+        (["--config.data.stores='/a','/b'"], ("/a", "/b")),
+        (["--config.data.stores=/a", "--config.data.stores=('/b,c',)"], ("/b,c",)),
+        (["--config.data.stores='/a,b'"], ("/a,b",)),
+        (["--config.data.stores=stdlib", "--config.trainer.seed=1"], ("stdlib",)),
+    ],
+    ids=str,
+)
+def test_the_last_tuple_wins(parse, words, stores):
+    assert parse("--config=smoke", *words).data.stores == stores
+
+
+def test_other_tuples_are_left_alone(parse):
+    config = parse(
+        "--config.data.ramp_steps=9",
+        "--config.data.ramp_batch_sizes=(4, 8)",
+        "--config.data.ramp_steps=(5, 6)",
+        "--config.optimizer.weight_decay_exclude=bias",
+        "--config.optimizer.muon_exclude=()",
+    )
+    assert config.data.ramp_steps == (5, 6) and config.data.ramp_batch_sizes == (4, 8)
+    assert config.optimizer.weight_decay_exclude == ("bias",)
+    assert config.optimizer.muon_exclude == ()
+
+
+def test_a_flag_replaces_the_tuple_of_a_file(parse, tmp_path):
+    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    text = text.replace(
+        "    return config", "    config.data.stores = ('/x', '/y')\n    return config"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    assert parse(f"--config={tmp_path}/mine.py").data.stores == ("/x", "/y")
+    words = [f"--config={tmp_path}/mine.py", "--config.data.stores=/a"]
+    assert parse(*words).data.stores == ("/a",)
+    assert parse(*words, "--config.data.stores=/b").data.stores == ("/b",)
+
+
+def test_a_path_starts_where_the_user_is(parse, monkeypatch, tmp_path):
+    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    (tmp_path / "mine.py").write_text(text.replace("embedding_dim = 32", "embedding_dim = 96"))
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
+    assert parse("--config=mine.py").model.embedding_dim == 96
+    assert config_name() == "mine"
+
+
+def test_paths_in_the_config_start_where_the_user_is(parse, monkeypatch):
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", "/home/someone")
+    config = parse(
+        "--config.data.stores=('stdlib', 'data/a', '/data/b')",
+        "--config.data.validation_stores=('c=../c', 'd=/data/d')",
+        "--config.trainer.init_from=runs/mine",
+    )
+    assert config.data.stores == ("stdlib", "/home/someone/data/a", "/data/b")
+    assert config.data.validation_stores == ("c=/home/c", "d=/data/d")
+    assert config.trainer.init_from == "/home/someone/runs/mine"
+    assert parse().trainer.init_from == ""
+
+
+def test_an_argument_is_part_of_the_name(parse):
+    assert parse("--config=xlstm:125M").model.embedding_dim == 768
+    assert config_name() == "xlstm_125M"
+
+
+@pytest.mark.parametrize(
+    "argument, name", [("../runs/mine/", "mine_runs_mine"), ("/runs/a.b", "mine_runs_a.b")]
+)
+def test_a_path_as_an_argument_makes_the_name_of_a_folder(parse, tmp_path, argument, name):
+    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    (tmp_path / "mine.py").write_text(text.replace("get_config()", "get_config(path)"))
+    parse(f"--config={tmp_path}/mine.py:{argument}")
+    assert config_name() == name
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config=smok"], "--config=smok: there is no file"),
+        (["--config", "smok"], "--config=smok: there is no file"),
+        (["--config=xlstm:9B"], "the sizes are"),
+        (["--config.model.embeding_dim=3"], r"did you mean model\.embedding_dim"),
+        (["--config.moddel.embedding_dim", "3"], r"did you mean model\.embedding_dim"),
+    ],
+    ids=str,
+)
+def test_bad_words(words, message):
+    with pytest.raises(ValueError, match=message):
+        with_config_paths(words)
+
+
+def test_other_words_are_left_alone():
+    words = with_config_paths(["--workdir=config", "--configs=x", "smoke", "--config=smoke"])
+    assert words == [
+        "--workdir=config",
+        "--configs=x",
+        "smoke",
+        f"--config={config_path('smoke', '')}",
+    ]

@@ -20,10 +20,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from xlstm.common_types import DTYPES
+from xlstm.huggingface.convert import Converted, export_model, import_model
 from xlstm.tools.command_line import print_note, resolve_path, run
 from xlstm.tools.config import load_run_config
-from xlstm.trainer.llm.hf_checkpoint import Converted, export_model, import_model
-from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
+from xlstm.trainer.llm.find_checkpoint import read_checkpoint
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.visible_text import visible
 

@@ -12,13 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.huggingface.layout import hf_tensors, parameter_shapes, to_hf_config
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
-from xlstm.models.xlstm_parallel.hf_layout import hf_tensors, parameter_shapes, to_hf_config
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import convert, evaluate
 from xlstm.tools.config import config_path, load_config, to_run_config
-from xlstm.tools.testing import start_tool
+from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.llm.open_run import open_run
 
 # What a public model has beside its tokenizer and its tensors.

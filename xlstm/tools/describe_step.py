@@ -20,16 +20,16 @@ from rich.table import Table
 
 from xlstm.common_types import PyTree, TrainState
 from xlstm.dataset.batch import Batch
-from xlstm.distributed.communication import Collective, find_collectives
+from xlstm.distributed.hlo_collectives import Collective, find_collectives
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.tools.command_line import run
-from xlstm.tools.config_flag import define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import define_config_flag, run_config, with_config_paths
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.train_step import BATCH_SPEC
-from xlstm.trainer.llm.communication import Traffic, expected_traffic
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
+from xlstm.trainer.llm.expected_collectives import Traffic, expected_traffic
 from xlstm.trainer.llm.language_model import create_language_model_run
 
 _CONFIG = define_config_flag()

@@ -28,9 +28,8 @@ from xlstm.files import write_atomically
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
-from xlstm.trainer.base.checkpointing import read_run_info
-from xlstm.trainer.base.first_process import wait_for_all
-from xlstm.trainer.base.read_params import read_params
+from xlstm.trainer.base.multihost import wait_for_all
+from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation

@@ -10,7 +10,7 @@ from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.tools import evaluate
 from xlstm.tools.config import config_path, load_config, to_run_config
-from xlstm.tools.testing import start_tool
+from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.llm.train import train_language_model
 
 

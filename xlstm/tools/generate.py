@@ -21,14 +21,7 @@ import jax
 from absl import flags
 
 from xlstm.files import write_atomically
-from xlstm.models.xlstm_parallel.sampling import SamplingConfig
-from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
-from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.processes import ending_together, initialize_devices
-from xlstm.trainer.base.first_process import from_first_process
-from xlstm.trainer.llm.load_model import LoadedModel, load_model
-from xlstm.trainer.llm.progress_file import load_progress, save_progress
-from xlstm.trainer.llm.text_generation import (
+from xlstm.inference.generate import (
     Piece,
     TextsSoFar,
     WritingOptions,
@@ -36,6 +29,13 @@ from xlstm.trainer.llm.text_generation import (
     encode_prompt,
     write_texts,
 )
+from xlstm.inference.load_model import LoadedModel, load_model
+from xlstm.inference.sampling import SamplingConfig
+from xlstm.inference.state_file import load_progress, save_progress
+from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
+from xlstm.tools.command_line import output_path, resolve_path, run
+from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.trainer.base.multihost import from_first_process
 from xlstm.visible_text import visible_lines
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")

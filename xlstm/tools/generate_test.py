@@ -11,7 +11,7 @@ from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import generate
 from xlstm.tools.config import config_path, load_config, to_run_config
-from xlstm.tools.testing import start_tool
+from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.llm.open_run import open_run
 
 WORDS = ["one", " two", " three"]

@@ -31,10 +31,9 @@ from xlstm.dataset.config import DataConfig
 from xlstm.dataset.document_block import Block
 from xlstm.dataset.document_readers import read_blocks
 from xlstm.dataset.input_files import find_files
-from xlstm.dataset.parallel_encoding import encode_blocks
 from xlstm.dataset.store_meta import StoreMeta
 from xlstm.dataset.token_store import TokenStore
-from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter
+from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter, encode_blocks
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
 from xlstm.tools.command_line import define_share, print_line, resolve_path, run
 

@@ -12,7 +12,7 @@ import pytest
 from ml_collections.config_flags import tuple_parser
 
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.pipeline import open_stores, train_batches
+from xlstm.dataset.store_data import open_stores, train_batches
 from xlstm.dataset.testing import (
     open_verified,
     tokenizer_families,

@@ -15,8 +15,8 @@ from jax.experimental import multihost_utils
 
 from xlstm.tools.command_line import print_error
 from xlstm.tools.meeting import meet
-from xlstm.trainer.base import process_messages
-from xlstm.trainer.base.agreement import check_agreement
+from xlstm.trainer.base import coordinator
+from xlstm.trainer.base.coordinator import check_agreement
 from xlstm.trainer.llm.run_facts import SAME_COMMAND, device_facts, environment_facts
 
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
@@ -130,7 +130,7 @@ def ending_together() -> Iterator[None]:
     them why it ends, and they end as well with its words. Of one that was killed they learn when
     its connections close and their communication fails.
     """
-    if process_messages.num_processes() == 1:
+    if coordinator.num_processes() == 1:
         yield
         return
     ending = threading.Lock()  # Whoever has it speaks for the process, and ends it.
@@ -160,13 +160,13 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _end(ending: threading.Lock, status: int, message: str) -> None:
     ending.acquire()
-    place = f"process {process_messages.process_id()} of {process_messages.num_processes()}"
+    place = f"process {coordinator.process_id()} of {coordinator.num_processes()}"
     print_error(f"{place}: {message}")
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # The coordinator may be gone.
-        process_messages.tell(_END, f"{status} {message}")
+        coordinator.tell(_END, f"{status} {message}")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    if process_messages.process_id() == 0:
+    if coordinator.process_id() == 0:
         time.sleep(_SECONDS_TO_SPEAK)
     os._exit(status)
 
@@ -174,7 +174,7 @@ def _end(ending: threading.Lock, status: int, message: str) -> None:
 def _end_of_another() -> tuple[int, str] | None:
     """The exit status and the words of a process that has ended already, if there is one."""
     try:
-        ends = process_messages.told_by_all(_END)
+        ends = coordinator.told_by_all(_END)
     except jax.errors.JaxRuntimeError:
         return None
     for process, text in ends.items():

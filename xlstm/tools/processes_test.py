@@ -10,7 +10,7 @@ import pytest
 from xlstm.dataset.testing import write_store
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
-from xlstm.tools.testing import start_tool
+from xlstm.tools.testing.start_tool import start_tool
 
 # The same path stands for another store in each process.
 _STORE = "/proc/self/cwd/store"

@@ -6,8 +6,14 @@ from rich.console import Console
 from rich.table import Table
 
 from xlstm.tools.command_line import run
-from xlstm.tools.config import field_comments, sections
-from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import (
+    config_name,
+    define_config_flag,
+    field_comments,
+    run_config,
+    sections,
+    with_config_paths,
+)
 from xlstm.trainer.llm.config import RunConfig
 
 _CONFIG = define_config_flag()

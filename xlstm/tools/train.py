@@ -5,7 +5,7 @@ import os
 from absl import flags
 
 from xlstm.tools.command_line import define_verify_data, resolve_path, run
-from xlstm.tools.config_flag import config_name, define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import config_name, define_config_flag, run_config, with_config_paths
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.llm.train import train_language_model
 

@@ -11,8 +11,9 @@ import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-from xlstm.tools import diverging_train, train
-from xlstm.tools.testing import start_tool
+from xlstm.tools import train
+from xlstm.tools.testing import diverging_train
+from xlstm.tools.testing.start_tool import start_tool
 
 
 @pytest.fixture(scope="module")

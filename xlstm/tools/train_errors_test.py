@@ -12,8 +12,8 @@ import pytest
 from xlstm.dataset.testing import write_store
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
-from xlstm.tools.testing import start_tool
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
+from xlstm.tools.testing.start_tool import start_tool
+from xlstm.trainer.checkpoints.folder import CheckpointFolder
 
 
 @pytest.fixture(scope="module")

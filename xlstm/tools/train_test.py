@@ -8,7 +8,7 @@ import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.tools import train
-from xlstm.tools.testing import start_tool
+from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.callbacks.metrics import SPEEDS
 
 _NUM_STEPS = 100

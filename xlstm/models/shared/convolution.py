@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm.common_types import PyTree
-from xlstm.models.shared.init import small_init
-from xlstm.models.shared.parameters import boxed_parameter
+from xlstm.models.shared.linear import boxed_parameter, small_init
 
 
 class ConvolutionalState(NamedTuple):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.distributed.tensor_parallel import column_parallel, row_parallel
-from xlstm.models.shared.dense import Dense
-from xlstm.models.shared.init import small_init, wang_init
+from xlstm.models.shared.linear import Dense, small_init, wang_init
 
 
 def feed_forward_dim(embedding_dim: int, proj_factor: float, round_up_to: int) -> int:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlstm.models.shared.parameters import boxed_parameter
+from xlstm.models.shared.linear import boxed_parameter
 
 
 class RMSNorm(nn.Module):

@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.lax import Precision
 
-from xlstm.models.shared.block_diagonal import BlockDiagonal
-from xlstm.models.shared.dense import Dense
+from xlstm.models.shared.linear import BlockDiagonal, Dense
 from xlstm.models.shared.precision import product_precision
 from xlstm.testing.lowered_products import gpu_products
 

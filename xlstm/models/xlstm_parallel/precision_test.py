@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from xlstm.models.xlstm_parallel.generate import begin, decode_step, prefill, row_keys, write
-from xlstm.models.xlstm_parallel.sampling import SamplingConfig
+from xlstm.inference.decode import begin, decode_step, prefill, row_keys, write
+from xlstm.inference.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import initial_state, xLSTMLMModel
 from xlstm.testing.lowered_products import gpu_products

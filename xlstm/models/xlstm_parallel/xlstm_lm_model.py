@@ -15,15 +15,11 @@ from xlstm.distributed.tensor_parallel import (
     is_predicted,
     own_tokens,
 )
-from xlstm.models.shared.dense import Dense
 from xlstm.models.shared.dropout import dropout, token_keys
-from xlstm.models.shared.embedding import Embedding
-from xlstm.models.shared.init import small_init
+from xlstm.models.shared.linear import Dense, Embedding, small_init, soft_cap
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
-from xlstm.models.shared.soft_cap import soft_cap
-from xlstm.models.xlstm_parallel.blocks.kinds import KINDS
+from xlstm.models.xlstm_parallel.blocks.block import KINDS, Stream
 from xlstm.models.xlstm_parallel.blocks.stack import block_stack, stack_places
-from xlstm.models.xlstm_parallel.blocks.stream import Stream
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 # The norm before the head, by the mLSTM block.

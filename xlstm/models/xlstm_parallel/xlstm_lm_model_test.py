@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm.models.xlstm_parallel.blocks.stream import Stream
+from xlstm.models.xlstm_parallel.blocks.block import Stream
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import (
     initial_state,

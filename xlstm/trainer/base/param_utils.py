@@ -1,8 +1,4 @@
-"""Counts, norms, masks and a table of parameters.
-
-Leaves are arrays or `nn.Partitioned` boxes. Inside `shard_map` a box's names say over which mesh
-axes its leaf is cut; outside, where arrays are global, they say nothing that matters here.
-"""
+"""Parameters: their paths, numbers, norms, and which are not finite."""
 
 import difflib
 import heapq
@@ -10,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +17,7 @@ from rich.table import Table
 from xlstm.common_types import Parameter, PyTree, TrainState
 from xlstm.distributed.data_parallel import axes_of, is_partitioned
 from xlstm.distributed.mesh import bound_axes
+from xlstm.visible_text import visible
 
 
 def unboxed(tree: PyTree) -> PyTree:
@@ -196,3 +193,42 @@ def _no_match_warning(pattern: str, names: Sequence[str]) -> str:
 
     nearest = heapq.nlargest(3, names, key=closeness)
     return f"the pattern {pattern!r} matches no parameter; the nearest: {', '.join(nearest)}"
+
+
+_MOST_NAMED = 5
+
+
+def count_nonfinite(params: PyTree) -> dict[str, int]:
+    """Counts the numbers that are not finite.
+
+    Args:
+        params: Parameters, on any mesh.
+
+    Returns:
+        How many there are in each parameter that has any, by its path; the same in all processes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(params))
+    counts = _counts([leaf for _, leaf in leaves])
+    named = {path_name(path): int(n) for (path, _), n in zip(leaves, counts, strict=True)}
+    return {name: count for name, count in named.items() if count}
+
+
+@jax.jit
+def _counts(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32) for x in arrays]
+
+
+def nonfinite_text(counts: Mapping[str, int]) -> str:
+    """Says which parameters have numbers that are not finite, the first few by name.
+
+    Args:
+        counts: How many there are, by the parameter's name.
+
+    Returns:
+        The sentence.
+    """
+    first = list(counts.items())[:_MOST_NAMED]
+    named = ", ".join(f"{count:,} in {visible(name)}" for name, count in first)
+    left_out = len(counts) - len(first)
+    more = f" and more in {left_out:,} others" if left_out else ""
+    return f"numbers are infinite or NaN: {named}{more}"

@@ -1,3 +1,5 @@
+"""Tests of what is told of parameters."""
+
 import math
 import warnings
 
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from xlstm.common_types import TrainState
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.base.param_utils import (
+    count_nonfinite,
     get_grad_norms,
     get_num_params,
     get_param_mask_fn,
@@ -21,6 +24,7 @@ from xlstm.trainer.base.param_utils import (
     get_sharded_global_norm,
     get_sharded_norm_logits,
     is_partitioned,
+    nonfinite_text,
     reboxed,
     tabulate_params,
     unboxed,
@@ -327,3 +331,22 @@ def test_mask_of_optax():
     for path, value in _values().items():
         expected = 0 if "bias" in path or "norm" in path else np.linalg.norm(value)
         np.testing.assert_allclose(norms[f"grad_norm_{path}"], expected, rtol=1e-6)
+
+
+def test_they_are_counted_and_named():
+    weights = np.ones((3, 4), np.float32)
+    weights[0, 1], weights[2, 3] = np.nan, -np.inf
+    params = {
+        "a": {"kernel": nn.Partitioned(jnp.array(weights), ("tp", None)), "bias": jnp.ones(3)},
+        "b": jnp.array([1e38, np.inf], jnp.bfloat16),
+    }
+    counts = count_nonfinite(params)
+    assert counts == {"a.kernel": 2, "b": 1}
+    assert nonfinite_text(counts) == "numbers are infinite or NaN: 2 in a.kernel, 1 in b"
+    assert count_nonfinite({"a": jnp.ones(3)}) == {}
+
+
+def test_a_few_stand_for_many():
+    text = nonfinite_text({f"{i}\x1b": 1000 * i for i in range(1, 9)})
+    assert text.startswith(r"numbers are infinite or NaN: 1,000 in 1\x1b, 2,000 in 2")
+    assert text.endswith(r", 5,000 in 5\x1b and more in 3 others")

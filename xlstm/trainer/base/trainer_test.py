@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from xlstm.trainer.base.callback import Callback, RollBack, Stop
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.trainer import TrainerConfig, fit, to_row
+from xlstm.trainer.base.trainer import Callback, RollBack, Stop, TrainerConfig, fit, to_row
 
 
 class _Recorder(Callback):

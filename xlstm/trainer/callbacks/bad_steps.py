@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.base.callback import Callback, RollBack
 from xlstm.trainer.base.soundness import Soundness
+from xlstm.trainer.base.trainer import Callback, RollBack
 
 _NUMBERS = ("loss", "grad_norm", "param_norm", "update_norm")
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from xlstm.trainer.base.callback import RollBack
 from xlstm.trainer.base.soundness import Soundness
+from xlstm.trainer.base.trainer import RollBack
 from xlstm.trainer.callbacks.bad_steps import BadStepsCallback
 
 _GOOD = {"loss": 2.0, "grad_norm": 1.0, "param_norm": 9.0, "update_norm": 0.1, "skipped": 0.0}

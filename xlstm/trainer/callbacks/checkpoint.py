@@ -5,11 +5,11 @@ import time
 import jax
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.base.callback import Callback, Stop
-from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.process_requests import Request, Requests
+from xlstm.trainer.base.multihost import Request, Requests
 from xlstm.trainer.base.soundness import Soundness
+from xlstm.trainer.base.trainer import Callback, Stop
+from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 
 
 class CheckpointCallback(Callback):

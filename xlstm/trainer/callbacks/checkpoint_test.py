@@ -8,15 +8,14 @@ import pytest
 
 from xlstm.common_types import TrainState
 from xlstm.distributed.mesh import MeshConfig, create_mesh
-from xlstm.trainer.base.callback import Callback, RollBack
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
-from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.process_requests import Request, Requests
+from xlstm.trainer.base.multihost import Request, Requests
 from xlstm.trainer.base.soundness import Soundness
-from xlstm.trainer.base.trainer import fit
+from xlstm.trainer.base.trainer import Callback, RollBack, fit
 from xlstm.trainer.callbacks import checkpoint
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
+from xlstm.trainer.checkpoints.checkpointer import Checkpointer
+from xlstm.trainer.checkpoints.folder import CheckpointFolder
 
 
 def _state(step):

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.clock import Clock
+from xlstm.trainer.base.trainer import Callback
 from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 
 

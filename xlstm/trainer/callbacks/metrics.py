@@ -8,10 +8,10 @@ from collections.abc import Callable
 import jax
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.base.callback import Callback
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.steady_output import is_output_lost
 from xlstm.trainer.base.throughput import peak_flops
+from xlstm.trainer.base.trainer import Callback
 from xlstm.trainer.logger.base_logger import Logger
 
 # Metrics that say how the machine did, not the training: they differ when a run is repeated.

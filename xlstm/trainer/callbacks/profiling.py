@@ -5,7 +5,7 @@ import os
 import jax
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.base.callback import Callback
+from xlstm.trainer.base.trainer import Callback
 
 
 class ProfileCallback(Callback):

@@ -1,6 +1,10 @@
 """Brings batches from the token stores to the mesh."""
 
+import dataclasses
+import io
+import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -8,8 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from xlstm.dataset.batch import Batch
+from xlstm.dataset.data import Data
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.distributed.mesh import BATCH_AXES, create_mesh
+from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
@@ -121,3 +127,37 @@ def global_batches(local_batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch
     for batch in local_batches:
         shapes = jax.tree.map(lambda rows: (num_shares * len(rows), *rows.shape[1:]), batch)
         yield jax.make_array_from_process_local_data(sharding, batch, shapes)
+
+
+def dump_batch(data: Data, directory: str, step: int) -> str:
+    """Writes the global batch of a step, and where its rows come from.
+
+    Args:
+        data: What the run reads.
+        directory: Where `step_<step>.npz` (the arrays of the batch) and `step_<step>.json` (for
+            each row, its store and its documents) go.
+        step: The step, counted from 1.
+
+    Returns:
+        A clause that names documents and file.
+    """
+    origins = data.batch_origins(step - 1)
+    path = os.path.join(directory, f"step_{step}")
+    if jax.process_index() == 0:
+        batch = next(iter(data.train_batches(start_step=step - 1)))
+        arrays = io.BytesIO()
+        np.savez_compressed(arrays, **dataclasses.asdict(batch))
+        os.makedirs(directory, exist_ok=True)
+        write_atomically(f"{path}.npz", arrays.getvalue())
+        rows = [dataclasses.asdict(origin) for origin in origins]
+        write_atomically(f"{path}.json", json.dumps(rows, indent=1) + "\n")
+    documents: dict[str, list[str]] = {}
+    for origin in origins:
+        first, last = origin.first_document, origin.last_document
+        documents.setdefault(origin.store, []).append(
+            str(first) if first == last else f"{first}-{last}"
+        )
+    named = "; ".join(
+        f"documents {', '.join(numbers)} of {store}" for store, numbers in documents.items()
+    )
+    return f"its batch ({named}) is in {path}.npz"

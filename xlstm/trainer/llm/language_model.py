@@ -1,4 +1,4 @@
-"""Creates what a run of a language model computes with: state and training step."""
+"""The state and the training step of a language model, and parameters to begin with."""
 
 import functools
 from collections.abc import Callable
@@ -8,13 +8,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree, TrainState
+from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.trainer.base.param_utils import count_nonfinite, nonfinite_text
 from xlstm.trainer.base.train_state import create_train_state
-from xlstm.trainer.base.train_step import create_train_step
-from xlstm.trainer.base.update import update_state
+from xlstm.trainer.base.train_step import create_train_step, update_state
+from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.loss import create_loss_fn
+from xlstm.trainer.llm.run_tokenizer import check_tokenizer
+from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.optimizer.optimizers import create_optimizer
 from xlstm.trainer.optimizer.schedule import create_schedule
 
@@ -69,3 +73,59 @@ def create_language_model_run(
         norms_per_param=config.logger.param_norms,
     )
     return state, specs, train_step
+
+
+def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
+    """Checks that data is of the tokenizer that parameters were trained with.
+
+    Args:
+        workdir: The folder of the run that has the parameters.
+        step: The step of its checkpoint.
+        tokenizer: That of the data.
+
+    Raises:
+        ValueError: If the tokenizer of the parameters is known and another one.
+        CheckpointGone: If the checkpoint has been removed meanwhile.
+        OSError: If the checkpoint cannot be read.
+    """
+    check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
+
+
+def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
+    """Replaces the parameters of a state that has not taken a step.
+
+    Args:
+        workdir: The folder of the run that has the parameters.
+        step: The step of its checkpoint.
+        state: The state. It is consumed, so that two sets of parameters never need room at once;
+            after a CheckpointGone it serves for another checkpoint.
+
+    Returns:
+        The state with those parameters, or their moving average if there is one; its own moving
+        average begins from the same. The optimizer's state is as it was.
+
+    Raises:
+        ValueError: If a parameter is not finite.
+        CheckpointGone: If the checkpoint has been removed meanwhile.
+        OSError: If the checkpoint is damaged, or of another model.
+    """
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
+    )
+    _delete(state.params)
+    _delete(state.params_ema)
+    params = read_params(workdir.checkpoints, step, like)
+    nonfinite = count_nonfinite(params)
+    if nonfinite:
+        raise ValueError(
+            f"no run can begin with the checkpoint of step {step} in {workdir.checkpoints}:"
+            f" {nonfinite_text(nonfinite)}"
+        )
+    # A true copy: a training step gives both buffers away.
+    average = None if state.params_ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, params_ema=average)
+
+
+def _delete(tree: PyTree) -> None:
+    for array in jax.tree.leaves(tree):
+        array.delete()

@@ -12,32 +12,29 @@ import jax
 from jax.sharding import Mesh
 
 from xlstm.common_types import Metrics, PyTree, TrainState
-from xlstm.dataset.batch import Batch
-from xlstm.dataset.batch_sizes import rows_before
+from xlstm.dataset.batch import Batch, rows_before
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
-from xlstm.trainer.base.callback import Callback
-from xlstm.trainer.base.checkpointing import Checkpointer, read_run_info
-from xlstm.trainer.base.first_process import wait_for_all
+from xlstm.trainer.base.clock import watchdog
+from xlstm.trainer.base.multihost import wait_for_all
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.signals import on_stop_signal
 from xlstm.trainer.base.throughput import measure_matmul_rate
-from xlstm.trainer.base.trainer import fit, to_row
-from xlstm.trainer.base.watchdog import watchdog
+from xlstm.trainer.base.trainer import Callback, fit, to_row
 from xlstm.trainer.callbacks.bad_steps import BadStepsCallback
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
 from xlstm.trainer.callbacks.evaluate import EvaluateCallback
 from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.callbacks.profiling import ProfileCallback
-from xlstm.trainer.llm.bad_batches import dump_batch
+from xlstm.trainer.checkpoints.checkpointer import Checkpointer
+from xlstm.trainer.checkpoints.read_params import read_run_info
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import batch_share, global_batches
+from xlstm.trainer.llm.data import batch_share, dump_batch, global_batches
 from xlstm.trainer.llm.evaluation import DivergedError, create_evaluation
+from xlstm.trainer.llm.find_checkpoint import read_checkpoint
 from xlstm.trainer.llm.gate_statistics import gate_row
-from xlstm.trainer.llm.init_from import start_from
-from xlstm.trainer.llm.language_model import create_language_model_run
-from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
+from xlstm.trainer.llm.language_model import create_language_model_run, start_from
 from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
 from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import (

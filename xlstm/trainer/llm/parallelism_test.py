@@ -21,17 +21,17 @@ import pytest
 from xlstm.common_types import PyTree, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.config import DataConfig
-from xlstm.distributed.communication import find_collectives
+from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
-from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm import language_model
-from xlstm.trainer.llm.communication import expected_traffic
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh, global_batches
+from xlstm.trainer.llm.expected_collectives import expected_traffic
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
 _B, _T, _V = 32, 16, 96  # No other size is 96.

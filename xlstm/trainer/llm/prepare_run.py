@@ -13,18 +13,16 @@ from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.dataset.validation import ValidationSet, stores_of
 from xlstm.distributed.pipeline_parallel import bubble_fraction
-from xlstm.trainer.base.agreement import check_agreement
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.first_process import from_first_process
-from xlstm.trainer.base.process_requests import Request, Requests
+from xlstm.trainer.base.coordinator import check_agreement
+from xlstm.trainer.base.multihost import Request, Requests, from_first_process
 from xlstm.trainer.base.soundness import Soundness
-from xlstm.trainer.llm.code_version import code_version
+from xlstm.trainer.checkpoints.folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
-from xlstm.trainer.llm.init_from import check_source
-from xlstm.trainer.llm.newest_checkpoint import read_checkpoint
-from xlstm.trainer.llm.run_facts import config_facts, data_facts
+from xlstm.trainer.llm.find_checkpoint import read_checkpoint
+from xlstm.trainer.llm.language_model import check_source
+from xlstm.trainer.llm.run_facts import code_version, config_facts, data_facts
 from xlstm.trainer.llm.run_tokenizer import choose_tokenizer
 from xlstm.trainer.llm.workdir import (
     Workdir,

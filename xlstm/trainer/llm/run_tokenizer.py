@@ -17,9 +17,7 @@ from xlstm.dataset.tokenizer import (
     same_tokenizer,
     tokenizer_token,
 )
-from xlstm.files import write_atomically
-from xlstm.inner_file import find_file, read_file
-from xlstm.json_file import read_json
+from xlstm.files import find_file, read_file, read_json, write_atomically
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.visible_text import short_repr
 

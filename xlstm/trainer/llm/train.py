@@ -1,11 +1,11 @@
 """Trains a language model."""
 
 from xlstm.common_types import TrainState
-from xlstm.models.xlstm_parallel.sampling import SamplingConfig
+from xlstm.inference.generate import WritingOptions, encode_prompt, write_texts
+from xlstm.inference.load_model import LoadedModel, without_stages
+from xlstm.inference.sampling import SamplingConfig
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.load_model import LoadedModel, without_stages
 from xlstm.trainer.llm.open_run import OpenRun, evaluated_params, open_run
-from xlstm.trainer.llm.text_generation import WritingOptions, encode_prompt, write_texts
 
 
 def train_language_model(

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.pipeline import open_stores, train_batches
+from xlstm.dataset.store_data import open_stores, train_batches
 from xlstm.dataset.testing import write_store
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, confirmed_step
-from xlstm.trainer.base.checkpointing import Checkpointer
 from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.checkpoints.checkpointer import Checkpointer
+from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step
 from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm import open_run as open_run_module
 from xlstm.trainer.llm.config import RunConfig

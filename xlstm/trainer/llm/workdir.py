@@ -17,13 +17,10 @@ from xlstm.dataset.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
 )
-from xlstm.files import write_atomically
-from xlstm.inner_file import check_inside
-from xlstm.json_file import read_json
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, confirmed_step, step_of_name
-from xlstm.trainer.base.first_process import from_first_process
-from xlstm.trainer.base.shared_folder import check_shared_folder
+from xlstm.files import check_inside, read_json, write_atomically
+from xlstm.trainer.base.multihost import check_shared_folder, from_first_process
 from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step, step_of_name
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from xlstm.trainer.base.checkpoint_folder import CheckpointFolder, Saved
+from xlstm.trainer.checkpoints.folder import CheckpointFolder, Saved
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import (
     Workdir,

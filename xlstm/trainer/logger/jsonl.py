@@ -3,8 +3,7 @@
 import json
 import os
 
-from xlstm.files import naming_file, write_atomically
-from xlstm.json_file import parse_json
+from xlstm.files import naming_file, parse_json, write_atomically
 from xlstm.trainer.logger.base_logger import Logger
 from xlstm.visible_text import short_repr
 

@@ -16,9 +16,8 @@ from xlstm.common_types import PyTree
 from xlstm.distributed.data_parallel import is_partitioned
 from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.distributed.tensor_parallel import SCATTERED
-from xlstm.models.xlstm_parallel.blocks.kinds import KINDS
+from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockPlace, Stream
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import KEPT
-from xlstm.models.xlstm_parallel.blocks.stream import BlockPlace, Stream
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.pattern import BlockPattern, Run
 

@@ -1,0 +1,151 @@
+"""Compares the `deps` of every Python target with what its sources import.
+
+Usage: check_deps.py [--fix]
+
+Prints each label that is missing or unused, and exits with 1 if there are any; `--fix` writes the
+right lists instead. A label whose line ends with `# keep: REASON` may be unused.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+RULES = {"py_library", "py_binary", "xlstm_test"}
+# Distributions that are not named as their modules are; the rule `xlstm_test` brings pytest.
+DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
+BROUGHT = {"xlstm_test": {"@pip//:pytest"}}
+
+
+def build_files() -> list[Path]:
+    """Returns the BUILD files of the packages that hold our code."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "xlstm"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    paths = (Path(line) for line in listed.stdout.split())
+    return sorted(path for path in paths if path.name == "BUILD" and path.exists())
+
+
+def targets(build: Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
+    """Yields the rule and the attributes of each target; variables are replaced by their values."""
+    variables = {}
+    for node in ast.parse(build.read_text()).body:
+        if isinstance(node, ast.Assign):
+            variables[node.targets[0].id] = node.value
+        call = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in RULES:
+            attributes = {keyword.arg: keyword.value for keyword in call.keywords}
+            for name, value in attributes.items():
+                if isinstance(value, ast.Name):
+                    attributes[name] = variables.get(value.id, value)
+            yield call.func.id, attributes
+
+
+def strings(value: ast.expr | None) -> list[str]:
+    """Returns the strings of a list, or none."""
+    return [element.value for element in getattr(value, "elts", [])]
+
+
+def imports(source: Path) -> Iterator[str]:
+    """Yields the dotted name of every module that a file may import, and of names in it."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
+    """Returns the labels, absolute, of everything that sources import."""
+    labels = set()
+    for name in (name for src in srcs for name in imports(build.parent / src)):
+        top = name.partition(".")[0]
+        if top == "xlstm":
+            labels.add(owners.get(Path(name.replace(".", "/") + ".py")))
+        elif top not in sys.stdlib_module_names:
+            labels.add(f"@pip//:{DISTRIBUTIONS.get(top, top.lower())}")
+    return labels - {None}
+
+
+def absolute(label: str, package: str) -> str:
+    """Returns a label with its package and its name."""
+    if label.startswith(":"):
+        return f"//{package}{label}"
+    if label.startswith("//") and ":" not in label:
+        return f"{label}:{label.rpartition('/')[2]}"
+    return label
+
+
+def short(label: str, package: str) -> str:
+    """Returns a label as it is written in a package."""
+    return label.removeprefix(f"//{package}") if label.startswith(f"//{package}:") else label
+
+
+def written(labels: set[str], package: str, reasons: dict[str, str]) -> str:
+    """Returns a list of labels as buildifier would have it."""
+    texts = sorted(
+        (short(label, package) for label in labels),
+        key=lambda text: (text.startswith("@"), not text.startswith(":"), text.replace(":", "!")),
+    )
+    if len(texts) == 1 and not reasons:
+        return f'["{texts[0]}"]'
+    lines = (f'        "{text}",{reasons.get(absolute(text, package), "")}' for text in texts)
+    return "\n".join(["[", *lines, "    ]"])
+
+
+def main(words: list[str]) -> int:
+    """Checks, or mends, every BUILD file, and returns the exit status."""
+    all_builds = build_files()
+    owners = {
+        build.parent / src: f"//{build.parent}:{attributes['name'].value}"
+        for build in all_builds
+        for rule, attributes in targets(build)
+        if rule != "xlstm_test"
+        for src in strings(attributes.get("srcs"))
+    }
+    status = 0
+    for build in all_builds:
+        package, lines = str(build.parent), build.read_text().split("\n")
+        edits = {}
+        for rule, attributes in targets(build):
+            srcs, deps = strings(attributes.get("srcs")), attributes.get("deps")
+            if not srcs:
+                continue  # An aggregate: its dependencies are its content.
+            own = f"//{package}:{attributes['name'].value}"
+            wanted = needed(build, srcs, owners) - BROUGHT.get(rule, set()) - {own}
+            given, reasons = set(), {}
+            for element in getattr(deps, "elts", []):
+                label = absolute(element.value, package)
+                given.add(label)
+                _, keep, reason = lines[element.lineno - 1].partition("# keep: ")
+                if keep:
+                    reasons[label] = f"  {keep}{reason}"
+            missing, unused = wanted - given, given - wanted - reasons.keys()
+            for label in sorted(missing):
+                print(f"{own}: {short(label, package)} is missing")
+            for label in sorted(unused):
+                print(f"{own}: {short(label, package)} is unused")
+            if missing or unused:
+                status = 1
+                if deps is None:
+                    print(f"{own}: add `deps = []` for --fix to fill")
+                else:
+                    new = (given | missing) - unused
+                    span = deps.lineno, deps.col_offset, deps.end_lineno, deps.end_col_offset
+                    edits[span] = written(new, package, reasons)
+        if "--fix" in words:
+            for (first, begin, last, end), text in sorted(edits.items(), reverse=True):
+                lines[first - 1 : last] = (
+                    lines[first - 1][:begin] + text + lines[last - 1][end:]
+                ).split("\n")
+            build.write_text("\n".join(lines))
+    return 0 if "--fix" in words else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,181 @@
+"""Files of tensors in the public layout: found, checked, read and written, tensor by tensor."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from xlstm.common_types import DTYPES
+from xlstm.files import find_file, inner_path, naming_file, read_json
+from xlstm.huggingface.layout import HFTensor
+from xlstm.trainer.checkpoints.storage import reported
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_READABLE = ("F32", "BF16", "F16")
+_MOST_LISTED = 20
+
+
+def open_tensors(folder: str) -> dict[str, safe_open]:
+    """Opens the files of a model, which all lie in its folder.
+
+    Args:
+        folder: The folder of the files.
+
+    Returns:
+        For each tensor's name, the file that it is in.
+
+    Raises:
+        ValueError: If a file is missing or damaged or leads out of the folder, or the index and the
+            files contradict each other.
+    """
+    weight_map = _weight_map(folder)
+    opened = {name: _open(inner_path(folder, name)) for name in sorted(set(weight_map.values()))}
+    held = {(tensor, name) for name, file in opened.items() for tensor in file.keys()}
+    disputed = held ^ set(weight_map.items())
+    if disputed:
+        names = {f"{tensor} in {name}" for tensor, name in disputed}
+        raise ValueError(f"{folder}: the index and the files disagree about {_listed(names)}")
+    return {name: opened[file] for name, file in weight_map.items()}
+
+
+def count_numbers(tensors: Mapping[str, safe_open]) -> int:
+    """Counts the numbers in all tensors, from what the files say of their shapes."""
+    slices = (file.get_slice(name) for name, file in tensors.items())
+    return sum(math.prod(entry.get_shape()) for entry in slices)
+
+
+def check_tensors(
+    folder: str, wanted: Iterable[HFTensor], tensors: Mapping[str, safe_open]
+) -> None:
+    """Checks everything of tensors but their numbers.
+
+    Args:
+        folder: The folder of the files.
+        wanted: The tensors that the model must have.
+        tensors: What `open_tensors` returned.
+
+    Raises:
+        ValueError: If the tensors are others than those wanted; they are named.
+    """
+    names = {tensor.name for tensor in wanted}
+    if names != tensors.keys():
+        raise ValueError(
+            f"{folder}: the tensors are not those of the model in config.json (missing:"
+            f" {_listed(names - tensors.keys())}; unexpected: {_listed(tensors.keys() - names)})"
+        )
+    wrong = []
+    for tensor in wanted:
+        entry = tensors[tensor.name].get_slice(tensor.name)
+        shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+        if shape != tensor.shape:
+            wrong.append(f"{tensor.name} has the shape {shape}, not {tensor.shape}")
+        if dtype not in _READABLE:
+            wrong.append(f"{tensor.name} is of the type {dtype}, not {' or '.join(_READABLE)}")
+    if wrong:
+        raise ValueError(f"{folder}: {'; '.join(wrong)}")
+
+
+def _weight_map(folder: str) -> dict[str, str]:
+    """The file of each tensor that the index lists; without an index there is one file."""
+    path = find_file(folder, _INDEX_FILE)
+    if path is None:
+        single = find_file(folder, _SINGLE_FILE)
+        if single is None:
+            raise ValueError(f"{folder} has neither {_SINGLE_FILE} nor {_INDEX_FILE}")
+        return dict.fromkeys(_open(single).keys(), _SINGLE_FILE)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ValueError(f"{path} has no weight_map from tensors to files")
+    missing = [name for name in set(weight_map.values()) if find_file(folder, name) is None]
+    if missing:
+        raise ValueError(f"{path} names files that are missing: {_listed(missing)}")
+    return weight_map
+
+
+def _open(path: str) -> safe_open:
+    try:
+        # Mapped into memory, all of a file that was read would stay there.
+        return safe_open(path, framework="numpy", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *more = sorted(names) or ["none"]
+    listed = ", ".join([first, *more[: _MOST_LISTED - 1]])
+    left_out = len(more) - _MOST_LISTED + 1
+    return f"{listed} and {left_out:,} more" if left_out > 0 else listed
+
+
+def write_tensors(
+    folder: str,
+    tensors: Sequence[HFTensor],
+    read: Callable[[HFTensor], np.ndarray],
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+) -> int:
+    """Writes the tensors of a model, into several files if they are large, one in memory at a time.
+
+    Args:
+        folder: The folder for the files.
+        tensors: The tensors.
+        read: Returns one of them, float32.
+        dtype: As what they are written, `float32` or `bfloat16`.
+        max_shard_bytes: Largest size of a file's tensors together; a single larger one has its own.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        OSError: If something cannot be written.
+    """
+    kind = np.dtype(DTYPES[dtype])
+    shards = _shards(tensors, kind.itemsize, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = name if len(shards) > 1 else _SINGLE_FILE
+        arrays = {tensor.name: read(tensor).astype(kind, copy=False) for tensor in shard}
+        _save(os.path.join(folder, name), arrays)
+        del arrays  # Before those of the next one are made.
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+    if len(shards) > 1:
+        total_size = sum(tensor.size for tensor in tensors) * kind.itemsize
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(os.path.join(folder, _INDEX_FILE), index)
+    return len(shards)
+
+
+def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    with reported(f"{path} cannot be written"):
+        with open(path, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(arrays, path, metadata={"format": "pt"})
+        os.chmod(path, mode)  # The library keeps its files from all other users.
+
+
+def _shards(
+    tensors: Iterable[HFTensor], itemsize: int, max_shard_bytes: int
+) -> list[list[HFTensor]]:
+    shards, room = [], 0
+    for tensor in tensors:
+        size = tensor.size * itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes a JSON object in the way of public models."""
+    with naming_file(path), open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

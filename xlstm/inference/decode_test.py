@@ -1,0 +1,199 @@
+import dataclasses
+import functools
+import os
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xlstm.distributed.data_parallel import shard_parameters
+from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.inference import decode as generate_module
+from xlstm.inference.decode import (
+    NO_TOKEN,
+    begin,
+    decode_step,
+    generate,
+    prefill,
+    read,
+    row_keys,
+    rows_spec,
+    write,
+)
+from xlstm.inference.sampling import SamplingConfig
+from xlstm.models.xlstm_parallel.testing import lively_params, small_config
+from xlstm.models.xlstm_parallel.xlstm_lm_model import state_specs, xLSTMLMModel
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
+
+CONFIG = small_config(vocab_size=12)
+PARAMS = lively_params(CONFIG, jax.random.key(1))
+PROMPTS = np.random.default_rng(0).integers(0, 12, (3, 9))
+LENGTHS = np.array([6, 9, 1])
+KEYS = row_keys(jax.random.key(0), range(3))
+GREEDY = SamplingConfig(temperature=0.0)
+SAMPLING = SamplingConfig(temperature=1.5, repetition_penalty=1.2)
+
+
+@functools.cache
+def _jitted_logits():
+    return jax.jit(xLSTMLMModel(CONFIG).apply)
+
+
+def logits_of(tokens):
+    return np.asarray(_jitted_logits()({"params": PARAMS}, tokens))
+
+
+def read_prompts(tokens, lengths, progress=None):
+    """Reads them all in arrays of one shape, so that one compilation does."""
+    padded = np.zeros((3, 20), int)
+    padded[: len(tokens), : tokens.shape[1]] = tokens
+    progress = progress or begin(CONFIG, 3)
+    return read(PARAMS, progress, padded, np.resize(lengths, 3), config=CONFIG)
+
+
+def written(progress, num_tokens=12, keys=KEYS, sampling=GREEDY, stop_ids=()):
+    options = {"config": CONFIG, "sampling": sampling, "max_tokens": 12, "stop_ids": stop_ids}
+    return write(PARAMS, progress, keys, num_tokens, **options)
+
+
+def assert_same_progress(found, row, expected, expected_row):
+    assert found.num_tokens[row] == expected.num_tokens[expected_row]
+    np.testing.assert_array_equal(found.seen[row], expected.seen[expected_row])
+    np.testing.assert_allclose(found.logits[row], expected.logits[expected_row], atol=1e-4)
+    for x, y in zip(found.state, expected.state, strict=True):
+        np.testing.assert_allclose(x[:, row], y[:, expected_row], atol=1e-4)
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_whole_text():
+    tokens = generate(
+        PARAMS,
+        PROMPTS,
+        jax.random.key(0),
+        config=CONFIG,
+        num_tokens=8,
+        lengths=LENGTHS,
+        sampling=GREEDY,
+    )
+    assert tokens.shape == (3, 8)
+    text = np.zeros((3, 20), int)
+    for row, length in enumerate(LENGTHS):
+        text[row, : length + 8] = np.append(PROMPTS[row, :length], tokens[row])
+    likeliest = np.argmax(logits_of(text), axis=-1)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_array_equal(tokens[row], likeliest[row, length - 1 : length + 7])
+
+
+def test_decoding_gives_the_logits_of_the_whole_text():
+    logits, state = prefill(PARAMS, PROMPTS[:, :4], config=CONFIG)
+    found, sizes = [logits], {tuple(x.size for x in state)}
+    for place in range(4, 9):
+        logits, state = decode_step(PARAMS, PROMPTS[:, place], state, config=CONFIG)
+        found.append(logits)
+        sizes.add(tuple(x.size for x in state))
+    text = np.zeros((3, 20), int)
+    text[:, :9] = PROMPTS
+    np.testing.assert_allclose(np.stack(found, axis=1), logits_of(text)[:, 3:9], atol=1e-4)
+    assert len(sizes) == 1  # The state does not grow.
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
+def test_a_prompt_in_a_batch_gives_what_it_gives_alone_and_in_several_goes(sampling):
+    together, tokens = written(read_prompts(PROMPTS, LENGTHS), sampling=sampling)
+    for row, length in enumerate(LENGTHS):
+        progress = read_prompts(PROMPTS[[row] * 3, :length], length)
+        parts, keys = [], KEYS[np.array([row] * 3)]
+        for size in (1, 5, 0, 6):
+            progress, part = written(progress, size, keys, sampling)
+            assert np.all(part[:, size:] == NO_TOKEN)
+            parts.append(part[0, :size])
+        np.testing.assert_array_equal(np.concatenate(parts), tokens[row])
+        assert_same_progress(together, row, progress, 0)
+
+
+def test_a_long_prompt_in_pieces_is_the_prompt(monkeypatch):
+    tokens = np.random.default_rng(1).integers(0, 12, (3, 20))
+    lengths = np.array([20, 11, 20])
+    expected = read_prompts(tokens, lengths)
+    monkeypatch.setattr(generate_module, "_TOKENS_AT_ONCE", 21)
+    other = dataclasses.replace(CONFIG, backend=dataclasses.replace(CONFIG.backend, chunk_size=3))
+    found = read(PARAMS, begin(CONFIG, 3), tokens, lengths, config=other)
+    for row in range(3):
+        assert_same_progress(found, row, expected, row)
+
+
+def test_a_row_that_is_done_is_left_as_it_is():
+    free = np.asarray(written(read_prompts(PROMPTS, LENGTHS))[1])
+    stop_id = int(free[1, 4])  # Ends one row there, others perhaps elsewhere.
+    ends = [(list(row).index(stop_id) if stop_id in row else 11) + 1 for row in free]
+    assert min(ends) <= 5 and len(set(ends)) > 1
+    progress, tokens = written(read_prompts(PROMPTS, LENGTHS), stop_ids=(stop_id,))
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(tokens[row, :end], free[row, :end])
+        assert np.all(tokens[row, end:] == NO_TOKEN)
+        expected, _ = written(read_prompts(PROMPTS, LENGTHS), end)
+        assert_same_progress(progress, row, expected, row)
+
+
+def test_more_text_behind_what_was_read():
+    lengths = np.array([3, 9, 0])
+    more = read_prompts(PROMPTS[::-1], lengths, read_prompts(PROMPTS, LENGTHS))
+    for row, (first, second) in enumerate(zip(LENGTHS, lengths, strict=True)):
+        text = np.append(PROMPTS[row, :first], PROMPTS[::-1][row, :second])
+        assert_same_progress(more, row, read_prompts(text[None], len(text)), 0)
+        assert set(np.flatnonzero(more.seen[row])) == set(text)
+
+
+@pytest.mark.parametrize(
+    "axes, options",
+    [
+        ({"tp": 2, "fsdp": 2}, {}),
+        ({"tp": 2, "fsdp": 2}, {"block": "xlstm_2024", "slstm_at": (1,)}),
+        ({"dp": 4}, {}),
+    ],
+)
+def test_on_a_mesh_it_is_the_same(axes, options):
+    mesh = create_mesh(MeshConfig(**({"dp": 1} | axes)), jax.devices()[:4])
+    config = small_config(vocab_size=12, **options)
+    whole = lively_params(config, jax.random.key(1))
+    boxes = jax.eval_shape(xLSTMLMModel(config).init, jax.random.key(0), PROMPTS)["params"]
+    boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)
+    params = jax.tree.map(
+        lambda box, x: jax.device_put(x, NamedSharding(mesh, P(*box.names))),
+        boxes,
+        whole,
+        is_leaf=lambda x: hasattr(x, "names"),
+    )
+    prompts, lengths = np.resize(PROMPTS, (4, 9)), np.array([6, 9, 1, 3])
+    rows = NamedSharding(mesh, rows_spec(4, mesh))
+    on_mesh = [jax.device_put(x, rows) for x in (prompts, lengths)]
+    keys = row_keys(jax.random.key(0), range(4))
+    progress = read(params, begin(config, 4, mesh), *on_mesh, config=config)
+    options = {"config": config, "sampling": GREEDY, "max_tokens": 6}
+    progress, tokens = write(params, progress, keys, 6, **options)
+    expected = generate(
+        whole,
+        prompts,
+        jax.random.key(0),
+        config=config,
+        num_tokens=6,
+        lengths=lengths,
+        sampling=GREEDY,
+    )
+    np.testing.assert_array_equal(tokens, expected)
+    # What grows with the batch and the heads stays divided.
+    for x, spec in zip(
+        jax.tree.leaves(progress.state),
+        jax.tree.leaves(state_specs(config, *rows_spec(4, mesh))),
+        strict=True,
+    ):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
+
+
+def test_rows_that_do_not_divide_are_everywhere():
+    mesh = create_mesh(MeshConfig(dp=4), jax.devices()[:4])
+    assert begin(CONFIG, 3, mesh).logits.sharding.is_fully_replicated
+    assert not begin(CONFIG, 4, mesh).logits.sharding.is_fully_replicated

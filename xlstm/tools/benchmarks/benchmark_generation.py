@@ -1,0 +1,173 @@
+"""Times reading prompts and writing tokens, with random parameters of a config's model.
+
+    bazel run //xlstm/tools:benchmark_generation -- --config.model.embedding_dim=256 \
+        --batch_sizes=1,8 --prompt_lengths=512,100000
+
+Beside each figure is what the machine could do at best, measured in turn with it: for prompts the
+rate of a large dense matmul, for writing a single product with a square matrix of as many numbers
+as the model has parameters.
+"""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from xlstm.common_types import PyTree
+from xlstm.files import write_atomically
+from xlstm.inference.decode import Progress, begin, prefill, read, row_keys, write
+from xlstm.inference.sampling import SamplingConfig
+from xlstm.models.shared.precision import product_precision
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+from xlstm.models.xlstm_parallel.flops import count_flops_per_token
+from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
+from xlstm.tools.command_line import output_path, run
+from xlstm.tools.config import define_config_flag, run_config, with_config_paths
+from xlstm.trainer.base.param_utils import get_num_params, unboxed
+from xlstm.trainer.base.throughput import measure_matmul_rate
+
+_CONFIG = define_config_flag()
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Numbers of texts at once.")
+_PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", ["512"], "Tokens that are read before.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File for the figures, a list of objects.")
+
+_NUM_TOKENS = 32  # Written in a timed run.
+_READ_SECONDS = 5.0  # Long prompts are read less often.
+
+
+def _sizes(name: str, values: list[str]) -> list[int]:
+    if not all(value.isdigit() and int(value) for value in values):
+        raise ValueError(f"--{name}={','.join(values)}: expected whole numbers above 0")
+    return [int(value) for value in values]
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call takes, and what it returns."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return time.perf_counter() - start, result
+
+
+def time_generation(
+    config: LanguageModelConfig, params: PyTree, batch_size: int, prompt_length: int, repeats: int
+) -> dict[str, float]:
+    """Times reading prompts of one length, and writing behind them.
+
+    Args:
+        config: Configuration of the model.
+        params: Its parameters.
+        batch_size: Number of texts.
+        prompt_length: Tokens of each prompt.
+        repeats: Number of timed runs.
+
+    Returns:
+        The figures, medians over the runs, whose keys name the units.
+    """
+    model, num_params = config.model, get_num_params(params)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, model.vocab_size, (batch_size, prompt_length), np.int32)
+    prompts, keys = jnp.asarray(prompts), row_keys(jax.random.PRNGKey(0), range(batch_size))
+    size = math.isqrt(num_params)
+    matrix = jax.random.normal(jax.random.key(0), (size, size), model.compute_dtype)
+    precision = product_precision(model.precision, matrix)
+    product = jax.jit(functools.partial(jnp.dot, precision=precision))
+    row = matrix[:batch_size]
+
+    def write_some(progress: Progress) -> Progress:
+        return write_compiled(params, progress, keys, _NUM_TOKENS)[0]
+
+    compile_read = prefill.lower(params, prompts, config=config).compile
+    read_compile, read_compiled = _timed(compile_read)
+    read_all = functools.partial(read_compiled, params, prompts)
+    progress = read(params, begin(config, batch_size), prompts, config=config)
+    options = {"config": config, "sampling": SamplingConfig(temperature=0.0)}
+    compile_write = write.lower(
+        params, progress, keys, _NUM_TOKENS, **options, max_tokens=_NUM_TOKENS
+    ).compile
+    write_compile, write_compiled = _timed(compile_write)
+    progress = write_some(progress)
+    jax.block_until_ready((read_all(), progress, product(row, matrix)))
+    read_times, figures = [], []
+    for _ in range(repeats):
+        rate = measure_matmul_rate(model.compute_dtype, model.precision, seconds=0.1)
+        if sum(read_times) < _READ_SECONDS:
+            read_times.append(_timed(read_all)[0])
+        write_time, progress = _timed(functools.partial(write_some, progress))
+        product_time = min(_timed(functools.partial(product, row, matrix))[0] for _ in range(5))
+        figures.append((rate, write_time / _NUM_TOKENS, product_time))
+    rates, token_times, product_times = np.array(figures).T
+    # Only the last token of a prompt goes through the head.
+    head = 2 * model.embedding_dim * model.vocab_size
+    operations = count_flops_per_token(config, prompt_length) / 3 - head
+    read_rates = operations * batch_size * prompt_length / np.array(read_times)
+    return {
+        "batch_size": batch_size,
+        "prompt_length": prompt_length,
+        "parameters": num_params,
+        "matmul_rate_gflop_per_s": float(np.median(rates)) / 1e9,
+        "prefill_compile_s": read_compile,
+        "prefill_ms": float(np.median(read_times)) * 1e3,
+        "prefill_matmul_fraction": float(np.median(read_rates / rates[: len(read_rates)])),
+        "decode_compile_s": write_compile,
+        "decode_step_ms": float(np.median(token_times)) * 1e3,
+        "decode_tokens_per_s": batch_size / float(np.median(token_times)),
+        "decode_product_fraction": float(np.median(product_times / token_times)),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    title = f"{rows[0]['parameters']:,} parameters on {rows[0]['device']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
+    columns = ("texts", "tokens\nbefore", "matmul\nGFLOP/s", "reading\nms", "of\nmatmul")
+    columns += ("a token\nms", "tokens\na second", "of\nproduct", "compile\ns")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row['batch_size']}",
+            f"{row['prompt_length']:,}",
+            f"{row['matmul_rate_gflop_per_s']:,.0f}",
+            f"{row['prefill_ms']:,.1f}",
+            f"{row['prefill_matmul_fraction']:.0%}",
+            f"{row['decode_step_ms']:.2f}",
+            f"{row['decode_tokens_per_s']:,.0f}",
+            f"{row['decode_product_fraction']:.0%}",
+            f"{row['prefill_compile_s']:.1f} + {row['decode_compile_s']:.1f}",
+        )
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Times what the flags choose, prints a table, and writes the figures if asked to."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = run_config(_CONFIG).language_model
+    batch_sizes = _sizes("batch_sizes", _BATCH_SIZES.value)
+    prompt_lengths = _sizes("prompt_lengths", _PROMPT_LENGTHS.value)
+    json_path = output_path("json", _JSON.value)
+    init = jax.jit(xLSTMLMModel(config).init)
+    params = unboxed(init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    cases = [(batch, length) for batch in batch_sizes for length in prompt_lengths]
+    rows = []
+    for case in track(cases, "timing", console=Console(stderr=True), auto_refresh=False):
+        figures = time_generation(config, params, *case, _REPEATS.value)
+        rows.append({"device": jax.devices()[0].device_kind} | figures)
+    if json_path:
+        write_atomically(json_path, json.dumps(rows, indent=2) + "\n")
+    Console().print(_table(rows))
+
+
+if __name__ == "__main__":
+    run(main, with_config_paths)

@@ -1,0 +1,117 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from xlstm.tools.benchmarks import train_step
+from xlstm.tools.config import config_path, load_config, to_run_config
+
+MODULE = """
+def scaled(q, k, v, i, f, chunk_size=None):
+    assert q.shape == k.shape and i.shape == f.shape == v.shape[:3]
+    return v * (i * f)[..., None]
+"""
+
+
+def benchmark(folder, *words):
+    """Runs the tool as a user in `folder` would."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run(
+        [sys.executable, "-m", "xlstm.tools.benchmark", "--repeats=1", *words],
+        env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def test_backends_and_an_external_function(tmp_path):
+    (tmp_path / "their_mlstm.py").write_text(MODULE)
+    result = benchmark(
+        tmp_path,
+        "--backends=fwbw,recurrent",
+        "--shapes=1x2x8x4x6,1x2x3x4x6",
+        "--chunk_sizes=4",
+        "--external=their_mlstm:scaled",
+        "--dtype=bfloat16",
+        "--config.backend.keep_G=False",
+        "--config.model.matmul_precision=default",
+        "--json=figures.json",
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    assert os.listdir(tmp_path).count("figures.json.tmp") == 0
+    # A chunk of 4 does not fit into 3 tokens.
+    assert [(row["shape"], row["backend"], row["chunk_size"]) for row in rows] == [
+        ("1x2x8x4x6", "fwbw", 4),
+        ("1x2x8x4x6", "recurrent", None),
+        ("1x2x8x4x6", "their_mlstm:scaled", 4),
+        ("1x2x3x4x6", "recurrent", None),
+    ]
+    assert rows[0]["options"]["keep_G"] is False
+    figures = ("median_ms", "min_ms", "compile_s", "matmul_fraction", "ratio_to_first")
+    for row in rows:
+        assert row["dtype"] == "bfloat16" and row["device"] and row["jax_version"]
+        assert row["matmul_precision"] == "default"
+        assert row["matmul_rate_gflop_per_s"] > 0
+        for name in ("forward", "forward_backward"):
+            assert all(row[f"{name}_{figure}"] > 0 for figure in figures)
+            assert row[f"{name}_temporary_memory_mib"] >= 0
+        assert row["shape"] in result.stdout
+        assert f"{row['forward_median_ms']:.2f}" in result.stdout
+
+
+def test_train_step(tmp_path):
+    words = ["--train_step", "--config=smoke", "--config.model.num_blocks=1", "--json=step.json"]
+    result = benchmark(tmp_path, *words)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "step.json").read_text())
+    assert row.pop("config") == "smoke"
+    assert row.pop("device") and row.pop("jax_version")
+    assert row.pop("matmul_precision") == "highest"
+    assert "peak_device_memory_mib" not in row  # A CPU does not count it.
+    assert min(row.values()) > 0
+    assert f"{row['parameters']:,}" in result.stdout
+
+
+def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(monkeypatch):
+    values = load_config(config_path("smoke", ""))
+    values.model.num_blocks = 1
+    order = []
+
+    def note(name, value):
+        return lambda *args, **kwargs: order.append((name, *args)) or value
+
+    monkeypatch.setattr(train_step, "peak_device_bytes", note("memory", 3 * 2**20))
+    monkeypatch.setattr(train_step, "measure_matmul_rate", note("matmul", 1e9))
+    config = to_run_config(values)
+    figures = train_step.time_train_step(config, 1, lambda: None)
+    assert figures["peak_device_memory_mib"] == 3
+    assert order == [("memory",), ("matmul", config.model.compute_dtype, config.model.precision)]
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--backends=fwbv"], "'fwbv' is unknown; there are fwbw, parallel_stabilized, recurrent"),
+        (["--shapes=1x4x8x4"], "--shapes=1x4x8x4: expected five sizes"),
+        (["--chunk_sizes=64,-1"], "--chunk_sizes=-1: expected a whole number"),
+        (["--shapes=1x1x8x4x4", "--chunk_sizes=16"], "nothing to time for --shapes=1x1x8x4x4"),
+        (["--backends="], "nothing to time"),
+        (["--dtype=float8"], "--dtype=float8: value should be one of <float32|bfloat16>"),
+        (["--external=no_such_module:f"], "--external=no_such_module:f: the module cannot be"),
+        (["--json=none/x.json"], "--json=none/x.json: expected a file in a folder that exists"),
+        (["--train_step", "--dtype=float32"], "--dtype is about backends on their own"),
+        (["--simulate_devices=2"], "--simulate_devices needs --train_step"),
+        (["fwbw"], "unexpected arguments: fwbw"),
+    ],
+    ids=str,
+)
+def test_bad_input(tmp_path, words, named):
+    result = benchmark(tmp_path, *words)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and named in line
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,116 @@
+"""Measures what the trainer costs beside the compiled step.
+
+    bazel run //xlstm/tools:benchmark_trainer -- --config.data.batch_size=28
+
+Stretches of one real run (reading data, a row of metrics after every step into all loggers, and in
+the middle of each stretch a checkpoint, written to the end within it) take turns with a bare loop
+over the same compiled step and a batch that is there. Evaluation is left out. Each stretch is
+compared with the mean of the bare loops before and after it, so that a machine that gets slower or
+faster meanwhile does less harm.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from xlstm.common_types import TrainState
+from xlstm.tools.command_line import run
+from xlstm.tools.config import config_name, define_config_flag, run_config, with_config_paths
+from xlstm.trainer.base.trainer import Callback
+from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.open_run import OpenRun, open_run
+
+_CONFIG = define_config_flag()
+_STRETCHES = flags.DEFINE_integer("stretches", 12, "Stretches of the run.", lower_bound=1)
+_STEPS = 20  # In a stretch of either kind, and between checkpoints.
+
+
+def measured_config(config: RunConfig, num_stretches: int) -> RunConfig:
+    """Logs every step, writes checkpoints often, and does not evaluate."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, validation_fraction=0.0, validation_stores=()),
+        trainer=dataclasses.replace(
+            config.trainer,
+            num_steps=num_stretches * _STEPS + _STEPS // 2,
+            checkpoint_interval=_STEPS,
+            keep_best_checkpoint=False,
+        ),
+        logger=dataclasses.replace(config.logger, interval=1),
+    )
+
+
+class _BareLoops(Callback):
+    """Ends a stretch of the run half-way between checkpoints, and times a bare loop."""
+
+    def __init__(self, opened: OpenRun, on_stretch: Callable[[], None]):
+        self._opened, self._on_stretch = opened, on_stretch
+        self._state = jax.tree.map(jnp.copy, opened.state)
+        self._batch = next(opened.batches_from(0))
+        self.bare, self.trained = [], []  # Seconds a step.
+
+    def is_due(self, step: int) -> bool:
+        return step % _STEPS == _STEPS // 2
+
+    def on_step(self, step: int, state: TrainState) -> None:
+        jax.block_until_ready(state)
+        self._opened.checkpointer.wait()
+        if step > _STEPS:  # What is before compiles.
+            self.trained.append((time.perf_counter() - self._begin) / _STEPS)
+        begin = time.perf_counter()
+        for _ in range(_STEPS):
+            self._state, _ = self._opened.train_step(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        self.bare.append((time.perf_counter() - begin) / _STEPS)
+        self._on_stretch()
+        self._begin = time.perf_counter()
+
+
+def measure(opened: OpenRun, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Times stretches of a run, and bare loops.
+
+    Args:
+        opened: The run.
+        num_steps: Its length.
+
+    Returns:
+        Seconds a step of the bare loops that lie around each stretch (their mean), and of the
+        stretches, both (number of stretches,).
+    """
+    columns = TextColumn("stretches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("stretches", total=num_steps // _STEPS + 1)
+        loops = _BareLoops(opened, lambda: progress.advance(task))
+        opened.fit(opened.state, 0, num_steps, loops)
+    bare = np.array(loops.bare)
+    return (bare[:-1] + bare[1:]) / 2, np.array(loops.trained)
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints."""
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = measured_config(run_config(_CONFIG), _STRETCHES.value)
+    with tempfile.TemporaryDirectory() as folder, open_run(config, folder) as opened:
+        bare, trained = measure(opened, config.trainer.num_steps)
+    table = Table(title=f"{config_name()} on {jax.devices()[0].device_kind}")
+    for column in ("", "bare loop", "trainer", "overhead"):
+        table.add_column(column, justify="right")
+    overheads = trained / bare - 1
+    for name, quantile in (("lower quartile", 0.25), ("median", 0.5), ("upper quartile", 0.75)):
+        times = [f"{1e3 * np.quantile(seconds, quantile):.1f} ms" for seconds in (bare, trained)]
+        table.add_row(name, *times, f"{np.quantile(overheads, quantile):.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main, with_config_paths)

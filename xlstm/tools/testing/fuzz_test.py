@@ -1,0 +1,59 @@
+"""A few changed inputs; `bazel run //xlstm/tools:fuzz` is the whole."""
+
+import dataclasses
+import os
+import random
+import shutil
+
+import pytest
+
+from xlstm.tools.testing.fuzz import KINDS, Fuzz
+from xlstm.tools.testing.tool_worker import ACCEPTED, REFUSED, Answer
+
+_CASES = 20
+# The others read a checkpoint, and start a process of their own for that.
+_KINDS = [kind for kind in KINDS if KINDS[kind].tool == KINDS["index"].tool]
+
+
+@pytest.fixture(scope="module")
+def fuzz(tmp_path_factory):
+    fuzz = Fuzz(str(tmp_path_factory.mktemp("fuzz")), random.Random(5))
+    yield fuzz
+    fuzz.close()
+
+
+def test_changed_inputs_are_accepted_rightly_or_refused(fuzz):
+    endings = set()
+    for number in range(_CASES):
+        case = fuzz.make_case(_KINDS[number % len(_KINDS)])
+        answer, fault = fuzz.run(case)
+        assert fault is None, f"{case.kind}: {case.what}: {fault}"
+        endings.add(answer.ending)
+    assert endings == {ACCEPTED, REFUSED}
+
+
+def test_a_refusal_is_one_line_of_the_command(fuzz):
+    case = fuzz.make_case("index", unchanged=True)
+    os.truncate(os.path.join(case.folder, "model", "model.safetensors.index.json"), 9)
+    case = dataclasses.replace(case, is_same=False)
+    answer, fault = fuzz.run(case)
+    assert (answer.ending, fault) == (REFUSED, None)
+    assert fuzz.run_command(case, answer) is None
+    wrong = Answer(ACCEPTED, "", 0.0, 0)
+    assert fuzz.run_command(case, wrong).startswith("the command's status is 2: error: ")
+
+
+def test_it_notices_what_is_wrong(fuzz):
+    plain = fuzz.make_case("index", unchanged=True)
+    answer, fault = fuzz.run(plain)
+    assert (answer.ending, fault) == (ACCEPTED, None)
+    shutil.rmtree(os.path.join(plain.folder, "out"))
+    shutil.rmtree(os.path.join(plain.folder, "back"))
+    wrong = dataclasses.replace(plain, is_same=False, is_wrong=True)
+    assert fuzz.run(wrong)[1] == "it is accepted"
+    # Its output is there already: it is refused now.
+    assert fuzz.run(plain)[1].startswith("it is refused: ")
+    case = fuzz.make_case("index", unchanged=True)
+    path = os.path.join(case.folder, "model")
+    os.replace(os.path.join(path, "b.safetensors"), os.path.join(path, "a.safetensors"))
+    assert fuzz.run(case)[1].startswith("it is refused: ")

@@ -1,0 +1,125 @@
+"""Checksums of the files of a folder: whether they are all there, and as they were written."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from xlstm.files import find_outward_link, parse_json, read_file, write_atomically
+
+# The file of a folder that holds the size and the SHA-256 of every other one.
+CHECKSUMS = "checksums.json"
+_THREADS = 4
+_BLOCK_BYTES = 1 << 20  # Large enough that hashing lets other Python threads run.
+
+
+def write_checksums(folder: str) -> None:
+    """Writes the checksums of a folder's files, after the files themselves are safely on the disk.
+
+    Args:
+        folder: The folder; it must not change meanwhile.
+
+    Raises:
+        OSError: If something cannot be read or written.
+    """
+    names = sorted(_files(folder))
+    entries = _in_threads(lambda name: _entry(os.path.join(folder, name), sync=True), names)
+    write_atomically(
+        os.path.join(folder, CHECKSUMS), _encode(dict(zip(names, entries, strict=True)))
+    )
+
+
+def has_checksums(folder: str) -> bool:
+    """Whether `write_checksums` came to its end in a folder."""
+    return os.path.exists(os.path.join(folder, CHECKSUMS))
+
+
+def find_damage(folder: str) -> str | None:
+    """Reads every file of a folder and compares it with its checksum.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What is wrong, in the words of a main clause; None if nothing is. Files that came later do
+        not matter.
+    """
+    try:
+        content = read_file(os.path.join(folder, CHECKSUMS))
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{CHECKSUMS} cannot be read ({error.strerror})"
+    try:
+        entries = parse_json(content, CHECKSUMS)["files"]
+        is_right = _encode(entries) == content
+        is_right &= all(type(entry["bytes"]) is int for entry in entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_right = False
+    if not is_right:
+        return f"{CHECKSUMS} has other bytes than were written"
+    outward = find_outward_link(folder)
+    if outward:
+        return outward
+    missing = entries.keys() - set(_files(folder))  # As is what lies outside of the folder.
+    if missing:
+        return f"{min(missing)} is missing"
+    # The cheap look at every size comes first: a torn write is seldom more than that.
+    for check in (_size_damage, _content_damage):
+        found = _in_threads(lambda name, check=check: check(folder, name, entries[name]), entries)
+        damage = next(filter(None, found), None)
+        if damage:
+            return damage
+    return None
+
+
+def _files(folder: str) -> list[str]:
+    """All files but the checksums, as paths from the folder on."""
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    names = [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
+    return [name for name in names if name != CHECKSUMS]
+
+
+def _in_threads(function: Callable, names: list[str] | dict) -> list:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, names))
+
+
+def _entry(path: str, *, sync: bool = False) -> dict[str, int | str]:
+    """Size and hash of a file, read in blocks."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _size_damage(folder: str, name: str, entry: dict) -> str | None:
+    try:
+        size = os.path.getsize(os.path.join(folder, name))
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    if size != entry["bytes"]:
+        return f"{name} has {size:,} bytes, not the {entry['bytes']:,} that were written"
+    return None
+
+
+def _content_damage(folder: str, name: str, entry: dict) -> str | None:
+    try:
+        found = _entry(os.path.join(folder, name))
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None if found == entry else f"{name} has other bytes than were written"
+
+
+def _encode(entries: dict) -> bytes:
+    """The content of the file: it has a checksum of its own, and can be written in one way only."""
+    files = json.dumps(entries, indent=1, sort_keys=True)
+    digest = hashlib.sha256(files.encode()).hexdigest()
+    return json.dumps({"files": entries, "sha256": digest}, indent=1, sort_keys=True).encode()
