@@ -353,9 +353,9 @@ def test_a_run_may_be_called_as_a_checkpoint_is(tmp_path):
 
 
 def test_the_corpus_can_be_checked_later(claimed):
-    check_workdir(claimed, RunConfig())
+    check_workdir(claimed, RunConfig().with_decay_steps())
     with pytest.raises(ValueError, match="the token stores hold other text"):
-        check_workdir(claimed, RunConfig(), ["def"])
+        check_workdir(claimed, RunConfig().with_decay_steps(), ["def"])
 
 
 def _save(workdir, **confirmed):
