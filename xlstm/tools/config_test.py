@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from xlstm.dataset.config import DataConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools import config

@@ -14,13 +14,13 @@ from xlstm.distributed.mesh import MeshConfig
 from xlstm.finite import check_finite
 from xlstm.models.shared.feed_forward import feed_forward_dim
 from xlstm.models.shared.precision import PRECISIONS
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
-from xlstm.models.xlstm_parallel.blocks.slstm.cell import FORGET_GATES
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.pattern import BlockPattern, find_pattern, parse_ratio
 from xlstm.visible_text import short_repr
 
 _MLSTM_BLOCKS = ("xlstm_7b", "xlstm_2024")
 _SLSTM = "slstm"
+FORGET_GATES = ("sigmoid", "exponential")  # Of the sLSTM.
 _REMAT = ("none", "dots", "block")
 _CAPS = ("gate_soft_cap", "output_logit_soft_cap")
 _ANY_SIGN = ("igate_bias_init", "dropout")

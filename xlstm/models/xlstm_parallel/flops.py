@@ -1,6 +1,6 @@
 """Counts the floating-point operations that training needs."""
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
 

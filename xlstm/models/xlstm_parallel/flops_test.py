@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xlstm.common_types import PRNGKeyArray, PyTree
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 

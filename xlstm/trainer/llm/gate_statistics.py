@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm.common_types import PyTree
-from xlstm.models.xlstm_parallel.blocks.moments import Moments
+from xlstm.models.shared.moments import Moments
 from xlstm.models.xlstm_parallel.blocks.stack import named_runs, own_repeats, places_of
 from xlstm.models.xlstm_parallel.pattern import BlockPattern
 

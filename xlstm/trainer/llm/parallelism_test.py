@@ -23,7 +23,7 @@ from xlstm.dataset.batch import Batch
 from xlstm.dataset.config import DataConfig
 from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import MeshConfig, create_mesh
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig

@@ -15,7 +15,7 @@ from xlstm.models.shared.convolution import ConvolutionalState
 from xlstm.models.shared.dropout import dropout
 from xlstm.models.shared.feed_forward import GatedFeedForward
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend import config as mlstm
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import inputs as mlstm
 from xlstm.models.xlstm_parallel.blocks.mlstm.layer import mLSTMLayer, mLSTMPreUpLayer
 from xlstm.models.xlstm_parallel.blocks.slstm import cell as slstm
 from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer

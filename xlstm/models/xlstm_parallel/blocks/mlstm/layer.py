@@ -18,13 +18,13 @@ from xlstm.models.shared.linear import (
     soft_cap,
     wang_init,
 )
+from xlstm.models.shared.moments import sow_gate_moments
 from xlstm.models.shared.norm import MultiHeadLayerNorm
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMState,
     neutral_gates,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
-from xlstm.models.xlstm_parallel.blocks.moments import sow_gate_moments
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 

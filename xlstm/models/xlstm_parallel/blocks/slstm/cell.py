@@ -34,8 +34,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.models.shared.precision import product_precision
-
-FORGET_GATES = ("sigmoid", "exponential")
+from xlstm.models.xlstm_parallel.config import FORGET_GATES
 
 # What the forward pass keeps, under this name for `jax.checkpoint_policies`: whoever keeps it too
 # need not go through the tokens again.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from xlstm.distributed.tensor_parallel import features_to_tokens, tokens_to_features
 from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalState
 from xlstm.models.shared.linear import BlockDiagonal, boxed_parameter
+from xlstm.models.shared.moments import sow_gate_moments
 from xlstm.models.shared.norm import MultiHeadLayerNorm
-from xlstm.models.xlstm_parallel.blocks.moments import sow_gate_moments
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import gate_preactivations, slstm
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 

@@ -6,10 +6,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
-    BackendConfig,
-    create_backend,
-)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BACKEND_NAMES, BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BACKENDS, create_backend
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 NAMES = ("fwbw", "parallel_stabilized", "recurrent")
@@ -274,6 +272,10 @@ def test_gates_may_have_a_last_axis():
     backend = create_backend(BackendConfig("recurrent"))
     with_axis = arguments._replace(i=arguments.i[..., None], f=arguments.f[..., None])
     assert_trees_close(backend.apply({}, *with_axis), backend.apply({}, *arguments), 0)
+
+
+def test_every_name_is_registered():
+    assert tuple(BACKENDS) == BACKEND_NAMES
 
 
 def test_unknown_backend():

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.models.shared.precision import product_precision
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import LARGEST_GATE, MLSTMState
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import documents, rev_cumsum_off
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    LARGEST_GATE,
+    MLSTMState,
+)
 
 # Input gate of padding: below every other, and finite so that no difference of two is a NaN.
 _PADDING_GATE = -10 * LARGEST_GATE

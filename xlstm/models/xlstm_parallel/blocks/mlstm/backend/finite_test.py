@@ -9,10 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
-    BackendConfig,
-    create_backend,
-)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 TIME, QK_DIM, V_DIM = 5, 2, 3

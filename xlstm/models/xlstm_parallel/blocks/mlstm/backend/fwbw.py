@@ -27,14 +27,8 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     unfold_state,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMArguments,
-    MLSTMInputs,
-    MLSTMState,
-    check_reset,
-    check_shape,
     mLSTMBackend,
     mLSTMBackendConfig,
-    prepare_inputs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
@@ -43,6 +37,14 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     rev_cumsum,
     rev_cumsum_off,
     sum_of_spanning_pairs,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMArguments,
+    MLSTMInputs,
+    MLSTMState,
+    check_reset,
+    check_shape,
+    prepare_inputs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     divide_by_normalizer,

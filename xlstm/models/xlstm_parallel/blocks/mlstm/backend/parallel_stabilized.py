@@ -9,15 +9,17 @@ from jax import lax
 
 from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMInputs,
-    MLSTMState,
     mLSTMBackend,
     mLSTMBackendConfig,
-    run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     documents,
     pair_log_weights,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMInputs,
+    MLSTMState,
+    run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
@@ -26,7 +28,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_b
 class mLSTMBackendParallelStabilizedConfig(mLSTMBackendConfig):
     """Options of the `parallel_stabilized` backend."""
 
-    stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
+    stabilize_correctly: bool  # Bound the normalizer by exp(-m) instead of 1.
 
 
 def mlstm_parallel_stabilized(

@@ -9,10 +9,12 @@ from jax import lax
 
 from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMInputs,
-    MLSTMState,
     mLSTMBackend,
     mLSTMBackendConfig,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMInputs,
+    MLSTMState,
     run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
@@ -22,7 +24,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_b
 class mLSTMBackendRecurrentConfig(mLSTMBackendConfig):
     """Options of the `recurrent` backend."""
 
-    stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
+    stabilize_correctly: bool  # Bound the normalizer by exp(-m) instead of 1.
 
 
 def mlstm_step(
