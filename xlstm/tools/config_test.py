@@ -126,7 +126,7 @@ def test_values_are_brought_to_their_types(section, field, given, expected):
         ("data", "stores", None, r"data\.stores=None: expected a tuple"),
         # What a section itself refuses.
         ("model", "dtype", "float16", r"model\.dtype='float16'"),
-        ("backend", "name", "fw", r"backend\.name='fw' is unknown; there are fwbw"),
+        ("backend", "name", "fw", r"backend\.name='fw' is unknown; expected one of fwbw"),
     ],
 )
 def test_wrong_values(section, field, given, message):

@@ -15,7 +15,7 @@ BACKEND_NAMES = ("fwbw", "parallel_stabilized", "recurrent")
 
 @dataclasses.dataclass(frozen=True)
 class BackendConfig:
-    """The choice of a backend, and the options of all of them; each takes those that it knows.
+    """Choice of a backend, and the options of all backends, each of which takes those it knows.
 
     These are the defaults of a model. `registry.backend_config` maps the options to those of the
     chosen backend; `mLSTMBackendFwbwConfig` has other defaults for callers of its functions.
@@ -37,7 +37,7 @@ class BackendConfig:
     def __post_init__(self):
         if self.name not in BACKEND_NAMES:
             raise ValueError(
-                f"backend.name={self.name!r} is unknown; there are {', '.join(BACKEND_NAMES)}"
+                f"backend.name={self.name!r} is unknown; expected one of {', '.join(BACKEND_NAMES)}"
             )
         if self.name == "fwbw" and self.chunk_size < 0:
             raise ValueError(
@@ -46,20 +46,20 @@ class BackendConfig:
 
 
 class mLSTMBackendConfig:
-    """What the configurations of all backends share."""
+    """Base class of the configurations of the backends."""
 
     def assign_model_config_params(self, model_config: Any) -> Self:
-        """Returns the configuration adapted to a model: itself, unless a backend needs more."""
+        """Returns the configuration adapted to a model; by default, itself."""
         del model_config
         return self
 
 
 class mLSTMBackend(nn.Module):
-    """Interface of an mLSTM backend: the cell applied to a whole sequence.
+    """Interface of the mLSTM backends, which apply the cell to a sequence.
 
     Attributes:
-        config: The backend's configuration, an instance of `config_class`.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        config: Configuration of the backend, an instance of `config_class`.
+        precision: Precision of float32 products, see `product_precision`.
     """
 
     config: mLSTMBackendConfig
@@ -68,7 +68,7 @@ class mLSTMBackend(nn.Module):
 
     @property
     def can_vmap_over_heads(self) -> bool:
-        """Whether the backend may be vmapped over the axis of the heads."""
+        """Whether the backend can be vmapped over the axis of heads."""
         return True
 
     def __call__(
@@ -95,14 +95,14 @@ class mLSTMBackend(nn.Module):
             c_initial: Matrix memory before the first token `(..., DHQK, DHV)`; None for zero.
             n_initial: Normalizer `(..., DHQK)`; None for zero.
             m_initial: Log scale `(...)`; None for zero.
-            return_last_states: Whether to return the state after the last token too.
+            return_last_states: Whether to return the state after the last token as well.
             reset: Bool, broadcasts to `(..., T)`: True drops the state before that token.
 
         Returns:
             `h (..., T, DHV)` in the type of `v`, or `(h, MLSTMState)`.
 
         Raises:
-            ValueError: If the shapes or the types do not fit.
+            ValueError: If shapes or types are wrong, or the initial state is incomplete.
         """
         arguments = MLSTMArguments(q, k, v, i, f, c_initial, n_initial, m_initial)
         return self.run(arguments, reset, return_last_states)
@@ -110,5 +110,5 @@ class mLSTMBackend(nn.Module):
     def run(
         self, arguments: MLSTMArguments, reset: jax.Array | None, return_last_states: bool
     ) -> jax.Array | tuple[jax.Array, MLSTMState]:
-        """Does what `__call__` says; a backend defines this."""
+        """Implements `__call__`; each backend overrides it."""
         raise NotImplementedError

@@ -1,4 +1,7 @@
-"""The state and the inputs of an mLSTM backend: their shapes, checks and one common form."""
+"""State, arguments and prepared inputs of the mLSTM backends.
+
+`xlstm.common_types` describes the notation.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,15 +9,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm.distributed.mesh import vary_alike
+from xlstm.distributed.mesh import match_varying_axes
 
-# Gates are kept within it: their sums over a sequence stay finite, and nothing can tell the
-# difference, since exp() of a difference of gates is 0, 1 or inf long before.
+# Gates are clipped to this magnitude, so that their sums over a sequence stay finite. Clipping does
+# not change results: exp() of a difference of gates is 0, 1 or inf long before.
 LARGEST_GATE = 1e29
 
 
 class MLSTMState(NamedTuple):
-    """State of the mLSTM after a token, per sequence and head, at least float32.
+    """State after a token, for each sequence and head; at least float32.
 
     Attributes:
         C: Matrix memory `(..., DHQK, DHV)`.
@@ -28,7 +31,7 @@ class MLSTMState(NamedTuple):
 
 
 class MLSTMArguments(NamedTuple):
-    """What a backend is called with and differentiated for.
+    """Arguments of a backend, with respect to which it is differentiated.
 
     Attributes:
         q: Queries `(..., T, DHQK)`.
@@ -52,7 +55,7 @@ class MLSTMArguments(NamedTuple):
 
 
 class MLSTMInputs(NamedTuple):
-    """Arguments of a backend, checked and in one form.
+    """Arguments of a backend in one common form, returned by `prepare_inputs`.
 
     Attributes:
         q: Queries `(..., T, DHQK)`, divided by `sqrt(DHQK)`.
@@ -60,7 +63,7 @@ class MLSTMInputs(NamedTuple):
         v: Values `(..., T, DHV)`.
         i: Input gate pre-activations `(..., T)`, at least float32.
         log_f: Log forget gates `(..., T)`, at least float32.
-        state: The state before the first token.
+        state: State before the first token.
     """
 
     q: jax.Array
@@ -71,31 +74,8 @@ class MLSTMInputs(NamedTuple):
     state: MLSTMState
 
 
-def run_prepared(
-    cell: Callable[[MLSTMInputs, jax.Array | None], tuple[jax.Array, MLSTMState]],
-    arguments: MLSTMArguments,
-    reset: jax.Array | None,
-    return_last_states: bool,
-) -> jax.Array | tuple[jax.Array, MLSTMState]:
-    """Runs a cell that takes prepared inputs; what `mLSTMBackend.run` does is built on it.
-
-    Args:
-        cell: From inputs and `reset (..., T)`, or None, to `h (..., T, DHV)` and the last state.
-        arguments: The arguments.
-        reset: See `mLSTMBackend.__call__`.
-        return_last_states: See `mLSTMBackend.__call__`.
-
-    Returns:
-        What `mLSTMBackend.__call__` returns.
-    """
-    inputs = prepare_inputs(arguments)
-    h, state = cell(inputs, check_reset(reset, inputs.i.shape))
-    h = h.astype(arguments.v.dtype)
-    return (h, state) if return_last_states else h
-
-
 def zero_state(leading: tuple[int, ...], qk_dim: int, v_dim: int, dtype=jnp.float32) -> MLSTMState:
-    """The state before a document.
+    """Returns the state before a document.
 
     Args:
         leading: Leading axes of the state.
@@ -114,73 +94,58 @@ def zero_state(leading: tuple[int, ...], qk_dim: int, v_dim: int, dtype=jnp.floa
 
 
 def neutral_gates(i: jax.Array, f: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives tokens gates with which they leave no trace in the state.
+    """Replaces the gates of padding, so that it does not change the state.
 
     Args:
         i: Input gate pre-activations `(..., T)`.
         f: Forget gate pre-activations `(..., T)`.
-        padding: Which tokens, bool, broadcasts to `(..., T)`.
+        padding: Which tokens are padding, bool, broadcasts to `(..., T)`.
 
     Returns:
-        The pre-activations: of those tokens one that writes nothing and one that keeps everything.
+        The pre-activations, with closed input gates and open forget gates for padding.
     """
     return jnp.where(padding, -LARGEST_GATE, i), jnp.where(padding, LARGEST_GATE, f)
 
 
-def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
-    """Raises a `ValueError` that names the array if its shape is not the expected one."""
-    if x.shape != expected:
-        raise ValueError(f"{name} has the shape {x.shape}, expected {expected}")
-
-
-def _check_types(arguments: MLSTMArguments) -> None:
-    for name, x in arguments._asdict().items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} has the type {x.dtype} (shape {x.shape}), expected a floating-point type"
-            )
-
-
-def check_reset(reset: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """Checks `reset` and broadcasts it to the gates' shape.
+def run_prepared(
+    cell: Callable[[MLSTMInputs, jax.Array | None], tuple[jax.Array, MLSTMState]],
+    arguments: MLSTMArguments,
+    reset: jax.Array | None,
+    return_last_states: bool,
+) -> jax.Array | tuple[jax.Array, MLSTMState]:
+    """Implements `mLSTMBackend.run` with a function of prepared inputs.
 
     Args:
-        reset: Bool, or None.
-        shape: `(..., T)`.
+        cell: Function of the inputs and `reset (..., T)`, or None, that returns `h (..., T, DHV)`
+            and the last state.
+        arguments: Arguments of the backend.
+        reset: See `mLSTMBackend.__call__`.
+        return_last_states: See `mLSTMBackend.__call__`.
 
     Returns:
-        `reset (..., T)`, or None.
-
-    Raises:
-        ValueError: If it does not broadcast, or is not bool.
+        The output of `mLSTMBackend.__call__`.
     """
-    if reset is None:
-        return None
-    if reset.dtype != bool:
-        raise ValueError(f"reset has the type {reset.dtype} (shape {reset.shape}), expected bool")
-    try:
-        return jnp.broadcast_to(reset, shape)
-    except ValueError:
-        raise ValueError(
-            f"reset has the shape {reset.shape}, which does not broadcast to {shape}"
-        ) from None
+    inputs = prepare_inputs(arguments)
+    h, state = cell(inputs, check_reset(reset, inputs.i.shape))
+    h = h.astype(arguments.v.dtype)
+    return (h, state) if return_last_states else h
 
 
 def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
-    """Checks a backend's arguments and brings them into one form.
+    """Checks the arguments of a backend and converts them to one common form.
 
-    `q`, `k` and `v` keep their type, except for float16: its range is too small for what the cell
-    computes on its way, so it becomes float32.
+    `q`, `k` and `v` keep their types, except that float16 becomes float32, since its range is too
+    small for the cell.
 
     Args:
-        arguments: The arguments.
+        arguments: Arguments of the backend.
 
     Returns:
-        The inputs. Gates and states have the type that float32 and `q`'s type promote to, so they
-        are never less than float32.
+        The inputs. Gates and states have the type to which float32 and the type of `q` promote,
+        which is at least float32.
 
     Raises:
-        ValueError: If the shapes or types do not fit, or only a part of the state is given.
+        ValueError: If shapes or types are wrong, or the initial state is incomplete.
     """
     _check_types(arguments)
     q, k, v, i, f, *initial = arguments
@@ -204,9 +169,48 @@ def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
             check_shape(name, x, shape)
         state = MLSTMState(*(x.astype(dtype) for x in initial))
     elif any(given):
-        raise ValueError("an initial state needs all of C, n and m; only a part of them was given")
+        raise ValueError("the initial state is incomplete: expected all of C, n and m, or none")
     else:
         state = zero_state(leading, qk_dim, v_dim, dtype)
     q, k, v = (x.astype(dtype if x.dtype == jnp.float16 else x.dtype) for x in (q, k, v))
     log_f = jax.nn.log_sigmoid(gates[1])
-    return vary_alike(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))
+    return match_varying_axes(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))
+
+
+def check_reset(reset: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """Checks `reset` and broadcasts it to the gates' shape.
+
+    Args:
+        reset: Bool, broadcasts to `shape`; or None.
+        shape: Shape of the gates, `(..., T)`.
+
+    Returns:
+        `reset (..., T)`, or None.
+
+    Raises:
+        ValueError: If `reset` does not broadcast, or is not bool.
+    """
+    if reset is None:
+        return None
+    if reset.dtype != bool:
+        raise ValueError(f"reset has the type {reset.dtype} (shape {reset.shape}), expected bool")
+    try:
+        return jnp.broadcast_to(reset, shape)
+    except ValueError:
+        raise ValueError(
+            f"reset has the shape {reset.shape}, which does not broadcast to {shape}"
+        ) from None
+
+
+def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
+    """Raises a `ValueError` that names the array if its shape is not the expected one."""
+    if x.shape != expected:
+        raise ValueError(f"{name} has the shape {x.shape}, expected {expected}")
+
+
+def _check_types(arguments: MLSTMArguments) -> None:
+    for name, x in arguments._asdict().items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has the type {x.dtype} (shape {x.shape}), expected a floating-point type"
+            )
