@@ -111,11 +111,6 @@ def phases_from(config: DataConfig, step: int) -> list[Phase]:
     return [*phases, Phase(config.batch_size, row + step * config.batch_size, None)]
 
 
-def batch_size_at(config: DataConfig, step: int) -> int:
-    """Returns the rows of the global batch of a step, counted from 0."""
-    return phases_from(config, step)[0].batch_size
-
-
 def rows_before(config: DataConfig, step: int) -> int:
     """Returns the rows of all global batches before that of a step, counted from 0."""
     return phases_from(config, step)[0].first_row

@@ -51,6 +51,8 @@ class JsonTokenizer(Tokenizer):
         name: str,
         eod_token: str | None = None,
         bos_token: str | None = None,
+        *,
+        parsed: tokenizers.Tokenizer | None = None,
     ):
         """Reads the content of a `tokenizer.json`.
 
@@ -60,12 +62,14 @@ class JsonTokenizer(Tokenizer):
             eod_token: The entry in the vocabulary of the marker behind documents; by default the
                 first of `EOD_TOKENS` that the vocabulary has.
             bos_token: That of the marker in front of documents; by default the same.
+            parsed: What `parse_tokenizer` returned for the content, if it was called before; it is
+                changed.
 
         Raises:
             ValueError: It cannot be parsed or used, or has no such markers.
         """
         self.name, self.definition = name, definition
-        inner = parse_tokenizer(definition, name)
+        inner = parsed or parse_tokenizer(definition, name)
         # As the library writes it: with all fields, which older files lack.
         self._definition = json.loads(inner.to_str())
         check_added_tokens(inner, self._definition, name)

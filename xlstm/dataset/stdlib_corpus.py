@@ -5,12 +5,9 @@ import sysconfig
 from collections.abc import Iterator
 
 from xlstm.dataset.token_store import TokenStore
-from xlstm.dataset.token_store_writer import (
-    StoreExistsError,
-    TokenStoreWriter,
-    encode_documents,
-)
+from xlstm.dataset.token_store_writer import TokenStoreWriter, encode_documents
 from xlstm.dataset.tokenizer import ByteTokenizer
+from xlstm.files import FolderExistsError
 
 # What others installed, and tests: long, odd, and full of test data.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -37,7 +34,7 @@ def open_stdlib_store(path: str) -> TokenStore:
     if not os.path.lexists(path):
         try:
             return build_stdlib_store(path)
-        except StoreExistsError:
+        except FolderExistsError:
             pass
     return TokenStore.open(path)
 
@@ -52,7 +49,7 @@ def build_stdlib_store(path: str) -> TokenStore:
         The store, some 10 MB.
 
     Raises:
-        StoreExistsError: Something lies at `path`.
+        FolderExistsError: Something lies at `path`.
         ValueError: The interpreter comes without the source of its library.
         OSError: The disk is full, or fails.
     """

@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from xlstm.dataset.batch import batch_size_at, rows_before
+from xlstm.dataset.batch import phases_from, rows_before
 from xlstm.dataset.config import SHUFFLES, DataConfig
 from xlstm.dataset.store_data import batch_origins, open_stores, train_batches
 from xlstm.dataset.testing import (
@@ -203,7 +203,7 @@ def test_negative_start(store):
 def test_growing_batches_go_through_the_same_rows(store, start):
     config = config_for(store, ramp_batch_sizes=(2, 4), ramp_steps=(3, 2))
     batches = take(4, train_batches(config, [store], start_step=start))
-    sizes = [batch_size_at(config, step) for step in range(start, start + 4)]
+    sizes = [phases_from(config, step)[0].batch_size for step in range(start, start + 4)]
     assert [len(batch.inputs) for batch in batches] == sizes
     single = train_batches(
         config_for(store, batch_size=1), [store], start_step=rows_before(config, start)

@@ -103,8 +103,8 @@ def test_json_that_has_two_meanings_or_none(fields):
     text = json.dumps(fields)
     twice = text.replace('"num_tokens": 12', '"num_tokens": 12, "num_tokens": 13')
     for bad, problem in [
-        (twice, "the field 'num_tokens' is there twice"),
-        (text.replace("12", "NaN", 1), "holds NaN, which JSON does not know"),
+        (twice, "the field 'num_tokens' occurs twice"),
+        (text.replace("12", "NaN", 1), "holds NaN, which is not JSON"),
         (text.replace("12", "-Infinity", 1), "holds -Infinity"),
         (text.replace("12", "1" * 5000, 1), "Exceeds the limit"),
         (text.replace("12", "1e2", 1), "100.0: expected an integer"),

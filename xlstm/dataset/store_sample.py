@@ -1,9 +1,9 @@
 """A token store by a few of its bytes: tells two stores apart without reading them."""
 
-import hashlib
 import os
 
 from xlstm.dataset.token_store import TokenStore
+from xlstm.files import Checksum
 
 _BLOCK = 64 * 1024
 _NUM_BLOCKS = 18  # Of each file, with the first and the last.
@@ -32,11 +32,11 @@ def sample_store(store: TokenStore) -> dict[str, str]:
 
 
 def _sample_file(path: str) -> str:
-    digest = hashlib.sha256()
+    checksum = Checksum()
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         last = max(size - _BLOCK, 0)
         for place in sorted({last * i // (_NUM_BLOCKS - 1) for i in range(_NUM_BLOCKS)}):
             file.seek(place)
-            digest.update(file.read(_BLOCK))
-    return f"{size} bytes with samples {digest.hexdigest()[:16]}"
+            checksum.update(file.read(_BLOCK))
+    return f"{size} bytes with samples {checksum.sha256[:16]}"

@@ -14,6 +14,7 @@ from xlstm.dataset.file_array import FileArray
 from xlstm.dataset.store_meta import TOKENS_FILE
 from xlstm.dataset.token_store import META_FILE, TokenStore
 from xlstm.dataset.tokenizer import TOKENIZER_FILE
+from xlstm.files import Checksum
 
 _FOLDER = ("xlstm", "verified_stores")
 
@@ -96,19 +97,19 @@ def verify_store(store: TokenStore, is_wanted: Callable[[], bool] = lambda: True
     if TOKENIZER_FILE in store.meta.files:
         files[TOKENIZER_FILE] = FileArray(os.path.join(store.path, TOKENIZER_FILE), np.uint8)
     for name, file in files.items():
-        digest, step = hashlib.sha256(), _PIECE // file.dtype.itemsize
+        checksum, step = Checksum(), _PIECE // file.dtype.itemsize
         document = 0
         for first in range(0, len(file), step):
             if not is_wanted():
                 return False
             piece = file[first : first + step]
-            digest.update(piece.view(np.uint8))
+            checksum.update(piece.view(np.uint8))
             if name == TOKENS_FILE:
                 document = _check_tokens(store, piece, first, document)
-        if digest.hexdigest() != store.meta.files[name]["sha256"]:
+        if checksum.sha256 != store.meta.files[name]["sha256"]:
             raise ValueError(
                 f"the token store {store.path} is damaged: the SHA-256 of {name} is "
-                f"{digest.hexdigest()}, {META_FILE} says {store.meta.files[name]['sha256']}"
+                f"{checksum.sha256}, {META_FILE} says {store.meta.files[name]['sha256']}"
             )
     return True
 

@@ -1,11 +1,9 @@
 """Writes token stores; documents are encoded in several processes."""
 
 import collections
+import contextlib
 import dataclasses
-import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -23,17 +21,13 @@ from xlstm.dataset.store_meta import (
 )
 from xlstm.dataset.token_store import META_FILE
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
-from xlstm.files import naming_file
+from xlstm.files import Checksum, naming_file, new_folder
 
 # While some blocks are parsed and counted, the `tokenizers` library encodes others.
 _BLOCKS_AT_ONCE = 4
 
 
 _HASHER = ThreadPoolExecutor(1)
-
-
-class StoreExistsError(ValueError):
-    """Something already lies where a new token store should go."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +113,20 @@ class TokenStoreWriter:
             tokenizer: What the documents are encoded with.
 
         Raises:
-            StoreExistsError: Something is there already; it is never overwritten.
+            FolderExistsError: Something is there already; it is never overwritten.
             OSError: The folder cannot be made.
         """
         self.path = os.path.abspath(path)
-        if os.path.lexists(self.path):
-            raise StoreExistsError(f"{self.path} exists already: remove it, or choose another")
         self._tokenizer = tokenizer
         self._num_documents = 0
         self._num_tokens = 0
         self._text_bytes = 0
-        self._folder = f"{self.path}.incomplete-{secrets.token_hex(4)}"
-        os.makedirs(self._folder)
-        self._tokens = _HashedFile(self._folder, TOKENS_FILE)
-        self._documents = _HashedFile(self._folder, DOCUMENTS_FILE)
         self._corrections: _HashedFile | None = None  # Made when there is one.
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(new_folder(self.path, one_writer=False))
+            self._tokens = stack.enter_context(_HashedFile(self._folder, TOKENS_FILE))
+            self._documents = stack.enter_context(_HashedFile(self._folder, DOCUMENTS_FILE))
+            self._cleanup = stack.pop_all()
 
     def __enter__(self) -> "TokenStoreWriter":
         """Returns the writer."""
@@ -146,13 +139,11 @@ class TokenStoreWriter:
         traceback: TracebackType | None,
     ) -> None:
         """Finishes the store, or removes all of it after an exception."""
-        try:
-            if exc_type is None:
-                self._finish()
-        finally:
-            for file in self._open_files():
-                file.abandon()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if exc_type is not None:
+            self._cleanup.__exit__(exc_type, exc, traceback)
+            return
+        with self._cleanup:
+            self._finish()
 
     def add(self, documents: EncodedDocuments) -> None:
         """Appends documents.
@@ -187,24 +178,22 @@ class TokenStoreWriter:
         self._documents.write((starts + self._num_tokens).astype(OFFSET_DTYPE).tobytes())
         if len(documents.corrections):
             if self._corrections is None:
-                self._corrections = _HashedFile(self._folder, CORRECTIONS_FILE)
+                file = _HashedFile(self._folder, CORRECTIONS_FILE)
+                self._corrections = self._cleanup.enter_context(file)
             moved = documents.corrections + (self._num_tokens, 0)
             self._corrections.write(moved.astype(OFFSET_DTYPE).tobytes())
         self._num_documents += lengths.size
         self._num_tokens += tokens.size
         self._text_bytes += documents.text_bytes
 
-    def _open_files(self) -> list["_HashedFile"]:
-        files = (self._tokens, self._documents, self._corrections)
-        return [file for file in files if file is not None]
-
     def _finish(self) -> None:
-        """Writes what is missing, `meta.json` last, and renames the folder."""
+        """Writes what is missing, `meta.json` last."""
         if not self._num_documents:
             raise ValueError(f"no token store {self.path} was made: there is no text in the input")
         self._documents.write(np.array([self._num_tokens], OFFSET_DTYPE).tobytes())
         tokenizer = self._tokenizer
-        files = {file.name: file.close() for file in self._open_files()}
+        written = (self._tokens, self._documents, self._corrections)
+        files = {file.name: file.close() for file in written if file is not None}
         if tokenizer.definition is not None:
             files[TOKENIZER_FILE] = _write_file(self._folder, TOKENIZER_FILE, tokenizer.definition)
         meta = StoreMeta(
@@ -222,14 +211,6 @@ class TokenStoreWriter:
             files=files,
         )
         _write_file(self._folder, META_FILE, meta.to_json().encode())
-        _sync_folder(self._folder)
-        try:
-            os.rename(self._folder, self.path)
-        except OSError as error:
-            if not os.path.lexists(self.path):
-                raise
-            raise StoreExistsError(f"{self.path} was made by another process") from error
-        _sync_folder(os.path.dirname(self.path))
 
 
 def _has_only_at(tokens: np.ndarray, token_id: int, indices: np.ndarray) -> bool:
@@ -243,25 +224,30 @@ def _has_only_at(tokens: np.ndarray, token_id: int, indices: np.ndarray) -> bool
 
 
 class _HashedFile:
-    """A file that is written once, from front to end, and knows its size and SHA-256."""
+    """A file that is written once, from start to end, and its checksum; a context manager."""
 
     def __init__(self, folder: str, name: str):
         self.name = name
         self._path = os.path.join(folder, name)
         self._file = open(self._path, "wb", buffering=1 << 20)
-        self._hash = hashlib.sha256()
-        self._size = 0
+        self._checksum = Checksum()
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):  # After an error, the file is about to be removed.
+            self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends bytes; an OSError names the file."""
         # Both take about as long.
-        hashing = _HASHER.submit(self._hash.update, data)
+        hashing = _HASHER.submit(self._checksum.update, data)
         try:
             with naming_file(self._path):
                 self._file.write(data)
         finally:
             hashing.result()
-        self._size += len(data)
 
     def close(self) -> dict[str, int | str]:
         """Puts the file on the disk and returns its entry in `meta.json`."""
@@ -269,33 +255,14 @@ class _HashedFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
-
-    def abandon(self) -> None:
-        """Closes the file whatever state it is in."""
-        try:
-            self._file.close()
-        except OSError:  # What could not be written is about to be deleted.
-            pass
+        return self._checksum.entry
 
 
 def _write_file(folder: str, name: str, content: bytes) -> dict[str, int | str]:
     """Writes a small file and returns its entry in `meta.json`."""
-    file = _HashedFile(folder, name)
-    try:
+    with _HashedFile(folder, name) as file:
         file.write(content)
         return file.close()
-    finally:
-        file.abandon()
-
-
-def _sync_folder(path: str) -> None:
-    """Puts a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def encode_blocks(

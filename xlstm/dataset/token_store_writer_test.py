@@ -15,12 +15,12 @@ from xlstm.dataset.testing import open_verified, write_store, write_tokenizer_js
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import (
     EncodedDocuments,
-    StoreExistsError,
     TokenStoreWriter,
     encode_blocks,
     encode_documents,
 )
 from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
+from xlstm.files import FolderExistsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +137,14 @@ def test_folders_above_are_made(tmp_path):
 
 def test_never_overwrites(tmp_path):
     store = write_store(tmp_path / "store", ["first"])
-    with pytest.raises(StoreExistsError, match="store exists already"):
+    with pytest.raises(FolderExistsError, match="store exists already"):
         TokenStoreWriter(store.path, BYTES)
     assert bytes(open_verified(store.path).tokens[:]) == b"\0first"
 
 
 def test_the_first_to_finish_wins(tmp_path):
     path = str(tmp_path / "store")
-    with pytest.raises(StoreExistsError, match="made by another process"):
+    with pytest.raises(FolderExistsError, match="made by another process"):
         with TokenStoreWriter(path, BYTES) as slow:
             slow.add(encode_documents(BYTES, ["slow"]))
             write_store(path, ["quick"])

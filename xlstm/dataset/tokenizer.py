@@ -61,10 +61,11 @@ def load_tokenizer(
         return ByteTokenizer()
     path = tokenizer_path(name_or_path)
     definition = read_definition(path)
+    parsed = parse_tokenizer(definition, path)
     if eod_token is None or bos_token is None:
-        markers = find_markers(path, definition)
+        markers = find_markers(path, parsed)
         eod_token, bos_token = eod_token or markers.eod_token, bos_token or markers.bos_token
-    return JsonTokenizer(definition, path, eod_token, bos_token)
+    return JsonTokenizer(definition, path, eod_token, bos_token, parsed=parsed)
 
 
 def tokenizer_path(path: str) -> str:
@@ -72,7 +73,7 @@ def tokenizer_path(path: str) -> str:
     return inner_path(path, TOKENIZER_FILE) if os.path.isdir(path) else path
 
 
-def find_markers(path: str, definition: bytes) -> Markers:
+def find_markers(path: str, parsed: tokenizers.Tokenizer) -> Markers:
     """Finds the markers that the files of a public model name.
 
     In the folder of a run, `document_markers.json` says both. Else the marker behind documents is
@@ -82,7 +83,7 @@ def find_markers(path: str, definition: bytes) -> Markers:
 
     Args:
         path: The path of the `tokenizer.json`.
-        definition: Its content.
+        parsed: What `parse_tokenizer` returns for it.
 
     Returns:
         The markers.
@@ -93,17 +94,16 @@ def find_markers(path: str, definition: bytes) -> Markers:
     decided = [tokenizer_token(path, MARKERS_FILE, key) for key in ("eod_token", "bos_token")]
     if None not in decided:
         return Markers(*decided)
-    inner = parse_tokenizer(definition, path)
     named: list[tuple[str, list[str]]] = []
     for file in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
         token = tokenizer_token(path, file, "eos_token")
         named += [(file, [token])] if token is not None else []
-    bos_token = _leading_token(json.loads(inner.to_str()))
+    bos_token = _leading_token(json.loads(parsed.to_str()))
     for file in (GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE):
         content = _read_beside(path, file)
-        tokens = _tokens_of_ids(content, "eos_token_id", inner)
+        tokens = _tokens_of_ids(content, "eos_token_id", parsed)
         named += [(file, tokens)] if tokens else []
-        bos_token = bos_token or next(iter(_tokens_of_ids(content, "bos_token_id", inner)), None)
+        bos_token = bos_token or next(iter(_tokens_of_ids(content, "bos_token_id", parsed)), None)
     if not named:
         return Markers(bos_token=bos_token)
     first_file, (eod_token, *_) = named[0]

@@ -7,6 +7,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xlstm.dataset.base_tokenizer import read_definition
+from xlstm.dataset.json_tokenizer import parse_tokenizer
 from xlstm.dataset.testing import tokenizer_families, write_tokenizer_json
 from xlstm.dataset.tokenizer import ByteTokenizer, find_markers, load_tokenizer
 
@@ -139,7 +141,7 @@ def test_the_end_marker_is_what_the_first_file_names_that_names_one(tmp_path):
 def test_files_that_disagree_about_the_end_marker_are_told(tmp_path):
     def disagreements(**files):
         path = os.path.join(write_family(tmp_path, **files), "tokenizer.json")
-        return find_markers(path, open(path, "rb").read()).disagreements
+        return find_markers(path, parse_tokenizer(read_definition(path), path)).disagreements
 
     config = {"eos_token": "</s>"}
     assert not disagreements(tokenizer_config=config, generation_config={"eos_token_id": [2, 3]})
