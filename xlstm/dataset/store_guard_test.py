@@ -116,7 +116,7 @@ def test_a_known_store_is_verified_anew_if_asked(store, monkeypatch):
     """Even where a change does not show, as on a failing disk."""
     guard(store)
     change_byte(store.path)
-    monkeypatch.setattr(store_guard, "is_remembered", lambda identity: True)
+    monkeypatch.setattr(store_guard, "was_verified", lambda identity: True)
     guard(store)
     with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
         guard(store, everything=True)
@@ -252,7 +252,7 @@ def test_the_end_waits_for_no_verification(large, store, monkeypatch, looks, is_
 
     watching = guard(store, said=said)
     if is_locked:  # Another process verifies.
-        monkeypatch.setattr(store_guard, "sole_verifier", lambda identity: _context(False))
+        monkeypatch.setattr(store_guard, "verification_lock", lambda identity: _context(False))
     else:
         monkeypatch.setattr(store_guard, "verify_store", never_done)
     with watching:
@@ -261,7 +261,7 @@ def test_the_end_waits_for_no_verification(large, store, monkeypatch, looks, is_
         else:
             assert has_begun.wait(PATIENCE)
     assert not watching._thread.is_alive()
-    assert said[1].endswith("store (0.0 GB) was not verified to its end: --verify_data does")
+    assert said[1].endswith("store (0.0 GB) was not fully verified: use --verify_data")
 
 
 def test_a_change_at_the_last_moment(store, monkeypatch, looks):
@@ -271,7 +271,7 @@ def test_a_change_at_the_last_moment(store, monkeypatch, looks):
         wait_until(lambda: looks)  # The next look is long after the end.
         assert not said
         change_byte(store.path)
-    assert said[0].endswith("was not verified to its end: --verify_data does")
+    assert said[0].endswith("was not fully verified: use --verify_data")
 
 
 @pytest.mark.parametrize("is_raised", [False, True])

@@ -10,11 +10,11 @@ import pytest
 
 from xlstm.dataset import store_verification
 from xlstm.dataset.store_verification import (
-    is_remembered,
-    remember,
-    sole_verifier,
+    mark_verified,
     store_identity,
+    verification_lock,
     verify_store,
+    was_verified,
 )
 from xlstm.dataset.testing import open_verified, tokenizer_families, write_store
 from xlstm.dataset.token_store import TokenStore
@@ -23,12 +23,12 @@ from xlstm.dataset.tokenizer import load_tokenizer
 
 def test_it_is_remembered_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not is_remembered("one")
-    remember("one")
-    assert is_remembered("one") and not is_remembered("two")
-    remember("one")
+    assert not was_verified("one")
+    mark_verified("one")
+    assert was_verified("one") and not was_verified("two")
+    mark_verified("one")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert not is_remembered("one")
+    assert not was_verified("one")
 
 
 @pytest.mark.parametrize("cache", ["", "relative"])
@@ -36,8 +36,8 @@ def test_without_such_a_cache_it_is_that_of_the_home(tmp_path, monkeypatch, cach
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    remember("one")
-    assert is_remembered("one") and os.listdir(tmp_path) == ["home"]
+    mark_verified("one")
+    assert was_verified("one") and os.listdir(tmp_path) == ["home"]
 
 
 @pytest.mark.parametrize("cache", ["/dev/null", "/proc/nothing", None])
@@ -48,25 +48,25 @@ def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch, cache):
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
-    remember("one")
-    assert not is_remembered("one") and os.listdir(tmp_path) == []
-    with sole_verifier("one") as first, sole_verifier("one") as second:
+    mark_verified("one")
+    assert not was_verified("one") and os.listdir(tmp_path) == []
+    with verification_lock("one") as first, verification_lock("one") as second:
         assert first and second
 
 
 def test_one_verifies_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with sole_verifier("one") as first, sole_verifier("one") as second:
+    with verification_lock("one") as first, verification_lock("one") as second:
         assert first and not second
-        with sole_verifier("two") as other:
+        with verification_lock("two") as other:
             assert other
     with pytest.raises(ValueError, match="damaged"):
-        with sole_verifier("one") as after:
+        with verification_lock("one") as after:
             assert after
             raise ValueError("damaged")
-    with sole_verifier("one") as after:
+    with verification_lock("one") as after:
         assert after
-    assert not is_remembered("one")
+    assert not was_verified("one")
     assert os.listdir(tmp_path / "xlstm" / "verified_stores") == []
 
 
@@ -120,7 +120,7 @@ def test_stores_of_version_1(path):
     if has_one_marker:
         assert open_verified(path).load_tokenizer().eod_token == "</s>"
     else:  # Of which version 1 knew nothing.
-        with pytest.raises(ValueError, match="documents begin with the marker"):
+        with pytest.raises(ValueError, match="documents start with the marker"):
             open_verified(path)
 
 
@@ -175,7 +175,7 @@ def test_ids_outside_the_vocabulary(path, place, piece_size):
     with pytest.raises(
         ValueError,
         match=rf"copy is damaged, or was not written with its tokenizer: token {index} of"
-        rf" tokens.bin \(document {document}, .*\) is {size}, but the ids .* end at {size - 1}",
+        rf" tokens.bin \(document {document}, .*\) is {size}, but the largest id .* is {size - 1}",
     ):
         open_verified(path)
 
@@ -190,7 +190,7 @@ def test_markers_elsewhere(path, kind, piece_size):
     tokens[index] = meta.eod_id if kind == "inside" else 100
     exchange_tokens(path, tokens)
     with pytest.raises(
-        ValueError, match=rf"token {index} of tokens.bin .* is {tokens[index]}, but documents begin"
+        ValueError, match=rf"token {index} of tokens.bin .* is {tokens[index]}, but documents start"
     ):
         open_verified(path)
 

@@ -99,14 +99,17 @@ def test_the_tokenizer_has_the_words():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"task_lengths": (1, 60)}, "length 60 has 63 tokens, more than the 49 of a row"),
-        ({"task_lengths": (0, 4)}, r"task_lengths must be two lengths from 1 on, .* not \(0, 4\)"),
-        ({"task_lengths": (5,)}, "task_lengths must be two lengths from 1 on"),
-        ({"validation_lengths": ("40",)}, "validation_lengths has '40': write two lengths"),
-        ({"validation_lengths": ("9-3",)}, "validation_lengths has '9-3': write two lengths"),
-        ({"validation_lengths": ("1-3", "1-3")}, "validation_lengths names lengths twice"),
-        ({"weights": (1.0,)}, "takes the place of stores: leave data.weights and"),
-        ({"task": "recall:8", "task_lengths": (1, 9)}, "recall:8 has examples of lengths up to 8"),
+        ({"task_lengths": (1, 60)}, "length 60 has 63 tokens: expected at most the 49 of a row"),
+        (
+            {"task_lengths": (0, 4)},
+            r"task_lengths must be two lengths .* is \(0, 4\)",
+        ),
+        ({"task_lengths": (5,)}, "task_lengths must be two lengths of at least 1"),
+        ({"validation_lengths": ("40",)}, "validation_lengths has '40': expected two lengths"),
+        ({"validation_lengths": ("9-3",)}, "validation_lengths has '9-3': expected two lengths"),
+        ({"validation_lengths": ("1-3", "1-3")}, "validation_lengths has duplicates"),
+        ({"weights": (1.0,)}, "replaces the stores: leave data.weights and"),
+        ({"task": "recall:8", "task_lengths": (1, 9)}, "recall:8' has examples of lengths up to 8"),
         ({"task": "parrot"}, "data.task='parrot' is unknown"),
     ],
 )

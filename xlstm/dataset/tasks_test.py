@@ -89,12 +89,12 @@ def test_guessing_is_right_half_of_the_time(name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "data.task='' is unknown; there are parity, "),
-        ("party", r"'party' is unknown; .* majority, cycle_nav\[:size\], "),
+        ("", "data.task='' is unknown: choose one of parity, "),
+        ("party", r"'party' is unknown: .* majority, cycle_nav\[:size\], "),
         ("parity:3", "'parity:3' is unknown"),
-        ("cycle_nav:1", "the size of cycle_nav must be a number from 2 on"),
-        ("recall:", "the size of recall must be a number from 1 on"),
-        ("recall:-4", "the size of recall must be a number from 1 on"),
+        ("cycle_nav:1", "the size of cycle_nav must be an integer of at least 2"),
+        ("recall:", "the size of recall must be an integer of at least 1"),
+        ("recall:-4", "the size of recall must be an integer of at least 1"),
     ],
 )
 def test_what_is_no_task(text, message):

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from xlstm.dataset.document_block import Block
+from xlstm.dataset.document_block import DocumentBlock
 from xlstm.dataset.testing import open_verified, write_store, write_tokenizer_json
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import (
@@ -24,27 +24,27 @@ from xlstm.files import FolderExistsError
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbered(Block):
+class Numbered(DocumentBlock):
     """A block whose document is its number; the first ones take longest."""
 
     number: int = 0
 
-    def texts(self, on_bad=None):
+    def texts(self, on_bad_record=None):
         time.sleep(0.05 if self.number < 3 else 0)
         yield str(self.number)
 
 
 @dataclasses.dataclass(frozen=True)
-class Malformed(Block):
-    def texts(self, on_bad=None):
+class Malformed(DocumentBlock):
+    def texts(self, on_bad_record=None):
         raise ValueError("file.txt, line 7: not text")
 
 
 @dataclasses.dataclass(frozen=True)
-class PartlyMalformed(Block):
-    def texts(self, on_bad):
+class PartlyMalformed(DocumentBlock):
+    def texts(self, on_bad_record):
         yield "before"
-        on_bad("file.txt, line 7: not text")
+        on_bad_record("file.txt, line 7: not text")
         yield "behind"
 
 
@@ -161,7 +161,7 @@ def test_an_exception_leaves_nothing(tmp_path):
 
 
 def test_a_store_without_documents_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="there is no text in the input"):
+    with pytest.raises(ValueError, match="the input holds no text"):
         with TokenStoreWriter(str(tmp_path / "store"), BYTES) as writer:
             writer.add(encode_documents(BYTES, [""]))
     assert os.listdir(tmp_path) == []
@@ -182,7 +182,7 @@ def test_a_killed_writer_leaves_no_store(tmp_path):
     (left,) = os.listdir(tmp_path)
     assert left.startswith("store.incomplete-")
     for name in (left, "store"):
-        with pytest.raises(ValueError, match="no token store"):
+        with pytest.raises(ValueError, match="not a token store|no token store at"):
             TokenStore.open(str(tmp_path / name))
     write_store(tmp_path / "store", ["and again"])
 
@@ -228,5 +228,5 @@ def test_documents_of_another_tokenizer(tmp_path):
         with pytest.raises(ValueError, match="were not encoded with this store's tokenizer"):
             writer.add(encode_documents(BYTES, ["wrong"]))
         too_large = np.array([0, tokenizer.vocab_size], np.uint16)
-        with pytest.raises(ValueError, match=f"has only {tokenizer.vocab_size}"):
+        with pytest.raises(ValueError, match=f"below the vocabulary size {tokenizer.vocab_size}"):
             writer.add(EncodedDocuments(too_large, np.array([2]), 1, 0))

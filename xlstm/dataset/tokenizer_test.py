@@ -53,7 +53,7 @@ def test_byte_tokenizer_has_no_token_for_nul():
         tokenizer.encode("a\0b")
     encoded = tokenizer.encode_batch(["a\0b\0\0", "\0", "c"])
     assert encoded.ids.tolist() == [97, 98, 99]
-    assert encoded.left_out == {0: "\0\0\0", 1: "\0"}
+    assert encoded.dropped == {0: "\0\0\0", 1: "\0"}
     assert encoded.text_bytes.tolist() == [5, 1, 1]
     assert (encoded.corrected.tolist(), encoded.corrected_bytes.tolist()) == ([0], [4])
     assert tokenizer.decode([0, 97, 0, 98]) == "ab"
@@ -106,7 +106,7 @@ def test_eod_as_a_public_model_names_it(tmp_path):
     config.write_text(json.dumps({"eos_token": None}))
     assert load_tokenizer(path).eod_token == "</s>"
     config.write_text('{"eos_token": 5}')
-    with pytest.raises(ValueError, match="eos_token=5: expected a text"):
+    with pytest.raises(ValueError, match="eos_token=5: expected a string"):
         load_tokenizer(path)
     config.write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json cannot be read"):
