@@ -1,4 +1,4 @@
-"""Tests of files that are read and written."""
+"""Tests of file operations."""
 
 import errno
 import hashlib
@@ -25,7 +25,7 @@ from xlstm.testing.full_disk import full_disk
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a file and another folder, beside a file of somebody else."""
+    """Returns a folder with a file and a folder; a file outside of it is next to it."""
     (tmp_path / "secret").write_text("secret")
     folder = tmp_path / "model"
     (folder / "more").mkdir(parents=True)
@@ -58,10 +58,10 @@ def test_links_stay_inside(folder):
         assert find_file(str(folder), name) == str(folder / name)
     check_inside(str(folder), str(folder / "more" / "up"))
     assert find_outward_link(str(folder)) is None
-    # The folder itself may be elsewhere.
+    # The folder itself may be a link.
     (folder.parent / "link").symlink_to("model")
     assert find_file(str(folder.parent / "link"), "same") is not None
-    # But a folder in it is one of its own.
+    # But a folder in it has its own limits.
     with pytest.raises(ValueError, match="leads out of"):
         find_file(str(folder / "more"), "up")
 
@@ -103,7 +103,7 @@ def test_the_cache_of_the_hub(folder):
     assert find_file(str(snapshot), "file") == str(snapshot / "file")
     check_inside(str(snapshot), str(snapshot / "more" / "file"))
     assert find_outward_link(str(snapshot)) is None
-    # What is no blob of this very model is refused.
+    # Only blobs of the same model are allowed.
     (cache / "refs").write_text("main")
     (snapshot / "refs").symlink_to("../../refs")
     (cache / "blobs" / "out").symlink_to(folder.parent / "secret")
@@ -160,7 +160,7 @@ def test_what_is_no_json_file(tmp_path, monkeypatch):
         read_json(path)
     with pytest.raises(ValueError, match=f"{tmp_path} is not a regular file$"):
         read_json(str(tmp_path))
-    os.mkfifo(path)  # Nobody ever writes into it.
+    os.mkfifo(path)  # Nobody writes to it.
     with pytest.raises(ValueError, match="a.json is not a regular file$"):
         read_json(path)
     monkeypatch.setattr(files, "MAX_BYTES", 5)
@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
 
 def test_a_failure_at_the_last_moment_leaves_the_old_content(tmp_path, monkeypatch):
     def replace(*_):
-        assert (tmp_path / "file.tmp").read_text() == "new"  # All of it is there before.
+        assert (tmp_path / "file.tmp").read_text() == "new"  # It is complete before.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "file"
@@ -219,7 +219,7 @@ def test_a_folder_has_its_name_when_it_is_whole(tmp_path):
         with open(os.path.join(folder, "file"), "w") as file:
             file.write("content")
         assert not path.exists()
-        # Nobody else writes there meanwhile.
+        # A second writer fails.
         with pytest.raises(ValueError, match="folder.unfinished exists: wait for"):
             with new_folder(str(path)):
                 pass

@@ -62,7 +62,7 @@ def test_every_truncation_is_an_error(tmp_path, ending):
     whole = one + one
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        if size == len(one):  # Nothing tells that there was more.
+        if size == len(one):  # A cut between members is invisible.
             assert content_of(path) == b"some text, some text"
         else:
             with pytest.raises(ValueError, match="file.* is not a complete .* file: "):

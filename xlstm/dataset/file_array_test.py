@@ -67,7 +67,7 @@ def test_facts_differ_after_every_change(path):
     assert file.stat_signature == signatures[0]
     with open(path, "r+b") as other:
         other.write(b"x")
-    # Even if the time of the change is put back.
+    # Even if the modification time is reset.
     os.utime(path, ns=(signatures[0][1], signatures[0][1]))
     signatures.append(file.stat_signature)
     os.truncate(path, 100)
@@ -77,9 +77,9 @@ def test_facts_differ_after_every_change(path):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+    for other in (tmp_path, tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(OSError, match="it is not a regular file"):
-            FileArray(str(place), "<u2")
+            FileArray(str(other), "<u2")
     with pytest.raises(FileNotFoundError):
         FileArray(str(tmp_path / "nowhere"), "<u2")
 

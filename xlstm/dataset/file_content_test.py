@@ -16,7 +16,7 @@ PROSE = "Tyger Tyger, burning bright,\nIn the forests of the night;\nWhat immort
         "",
         "one line",
         PROSE,
-        "x, y\n1, 2\n3, 4\n",  # A space behind the comma.
+        "x, y\n1, 2\n3, 4\n",  # A space after the comma.
         "import os,sys\nprint(os,sys)\n",
         "yes,no\nno more\n",
         "a\tb\n",  # No row.

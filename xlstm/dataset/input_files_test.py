@@ -8,7 +8,7 @@ from xlstm.dataset.input_files import file_kind, find_files
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder, into which relative paths lead."""
+    """A folder that is the working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -81,7 +81,7 @@ def test_blocks_of_an_array_are_small_and_add_up(tmp_path):
 )
 def test_a_damaged_array(tmp_path, content, message):
     path = write(tmp_path / "file.json", content)
-    for on_bad_record in (None, [].append):  # The next record cannot be found: never skipped.
+    for on_bad_record in (None, [].append):  # The next record cannot be found.
         with pytest.raises(
             ValueError, match=f"file.json, {message}.*; the rest of the file cannot be"
         ):

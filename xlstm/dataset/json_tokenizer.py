@@ -235,7 +235,7 @@ class JsonTokenizer(Tokenizer):
             sizes[i] = len(text[start:stop].encode())
         rest = text_bytes - int(sizes.sum())
         if rest and ids.size and not np.array_equal(unknown[:1], [0]):
-            # The first token has a space of the text, or the added one, which decoding drops.
+            # The first token's space is part of the text, or was prepended and is counted.
             if text.startswith(" "):
                 change = int(self.token_byte_counts[1][ids[0]]) - int(sizes[0])
             else:
@@ -365,7 +365,7 @@ def parse_tokenizer(definition: bytes, name: str) -> tokenizers.Tokenizer:
         inner = call_library(tokenizers.Tokenizer.from_str, definition.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
-    # Tables have an entry for every id below the largest one, even if it has no token.
+    # The library's lists and our tables have an entry for every id up to the largest one.
     vocab = inner.get_vocab(with_added_tokens=True)
     largest = max(vocab, key=vocab.get, default=None)
     if vocab and vocab[largest] > _MOST_IDS_PER_TOKEN * len(vocab):

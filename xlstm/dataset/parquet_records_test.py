@@ -103,7 +103,7 @@ def test_damaged_files(tmp_path):
     with open(path, "rb") as file:
         content = file.read()
     changed = bytearray(content)
-    changed[5000] ^= 1  # A letter of a text: only the checksum can tell.
+    changed[5000] ^= 1  # A letter of a text: only the checksum detects it.
     for damaged in (bytes(changed), content[:-100], content[:3000], b"", b"plain text"):
         with open(path, "wb") as file:
             file.write(damaged)

@@ -42,7 +42,7 @@ _POWERS = [2**k + offset for k in range(9, 23) for offset in (-1, 0, 1)]
 
 
 def _order(first, count, length, seed):
-    """The items at some positions, in pieces that stay in the processor's cache."""
+    """Returns the items at some positions, computed in pieces that fit the CPU's cache."""
     pieces = range(first, first + count, 4096)
     stops = [min(start + 4096, first + count) for start in pieces]
     return np.concatenate(
@@ -62,7 +62,7 @@ def test_epochs_of_short_lengths_are_permutations(seed):
 
 
 def test_epochs_around_powers_of_two_are_permutations():
-    """Of 4 too: there Grain's are none."""
+    """Powers of 4 too, at which Grain's shuffle is not a permutation."""
     for length in _POWERS:
         counts = np.bincount(_order(0, length, length, seed=length), minlength=length)
         assert counts.size == length and np.all(counts == 1), length
@@ -79,7 +79,7 @@ def test_arrays_are_as_ints(length, seed):
 
 
 def test_the_order_never_changes():
-    # Runs that go on rely on it.
+    # Resumed runs rely on it.
     assert [shuffled_index(position, 10, 3) for position in range(20)] == [
         *(5, 0, 6, 4, 7, 1, 2, 8, 9, 3),
         *(1, 2, 6, 3, 9, 0, 5, 4, 8, 7),
@@ -95,7 +95,7 @@ def test_every_item_comes_at_every_place(length):
         counts = np.bincount(pairs.ravel(), minlength=length**2)
         mean = len(orders) / length
         chi_squared = np.sum((counts - mean) ** 2) / mean
-        # Row and column sums are given, so that this many counts are free.
+        # Row and column sums are fixed, so this many counts are free.
         free = (length - 1) ** 2
         assert chi_squared < free + 5 * math.sqrt(2 * free)
 
@@ -108,22 +108,22 @@ def test_all_orders_of_a_few_items_come_about_equally_often():
 
 @pytest.mark.parametrize("length", [1000, 65_537, 500_000])
 def test_orders_look_random_and_unrelated(length):
-    places = np.arange(length)
+    positions = np.arange(length)
     orders = [
         _order(epoch * length, length, length, seed) for seed in (0, 1, 2) for epoch in (0, 1, 2)
     ]
     root = math.sqrt(length)
     for order in orders:
-        # Means of distances that a random order has, within five deviations of theirs.
-        assert abs(np.mean(np.abs(order - places)) / length - 1 / 3) < 5 * 0.25 / root
+        # The mean distances of a random order, within five standard deviations.
+        assert abs(np.mean(np.abs(order - positions)) / length - 1 / 3) < 5 * 0.25 / root
         assert abs(np.mean(np.abs(np.diff(order))) / length - 1 / 3) < 5 * 0.25 / root
-        assert np.sum(order == places) < 12  # One is expected.
+        assert np.sum(order == positions) < 12  # One is expected.
         for lag in (1, 2, math.isqrt(length), math.isqrt(length) + 1):
             assert abs(np.corrcoef(order[lag:], order[:-lag])[0, 1]) < 5 / root
-        # Every part of an epoch has a fair share of every part of the items.
-        cells = np.bincount(8 * (8 * places // length) + 8 * order // length, minlength=64)
+        # Every part of an epoch holds items from every part equally.
+        cells = np.bincount(8 * (8 * positions // length) + 8 * order // length, minlength=64)
         assert np.all(np.abs(cells - length / 64) < 5 * math.sqrt(length / 64))
-    correlations = np.corrcoef([places, *orders])[np.triu_indices(len(orders) + 1, 1)]
+    correlations = np.corrcoef([positions, *orders])[np.triu_indices(len(orders) + 1, 1)]
     assert np.abs(correlations).max() < 5 / root
     for number, order in enumerate(orders):
         assert all(np.sum(order == other) < 12 for other in orders[:number])

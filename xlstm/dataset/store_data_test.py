@@ -38,7 +38,7 @@ def test_fields_of_a_batch(store):
     np.testing.assert_array_equal(batch.targets[:, :-1], batch.inputs[:, 1:])
     np.testing.assert_array_equal(batch.reset, batch.inputs == store.meta.eod_id)
     assert batch.targets_mask.all() and batch.reset.any()
-    # Where no document begins, the text goes on with the same letter.
+    # Where no document starts, the same letter continues.
     goes_on = (batch.inputs != 0) & (batch.targets != 0)
     np.testing.assert_array_equal(batch.inputs[goes_on], batch.targets[goes_on])
 
@@ -97,7 +97,7 @@ def test_every_epoch_shows_every_window_once_in_a_new_order(store):
 
 
 def test_a_length_at_which_grain_leaves_the_last_window_out(tmp_path):
-    """With 4^8 + 1 windows an epoch of Grain's has another one twice."""
+    """With 4^8 + 1 windows, an epoch of Grain's shuffle repeats another window."""
     size = 4**8 + 1
     tall = write_store(tmp_path / "tall", ["x" * (size - 1) + "z"])
     config = config_for(tall, context_length=1, batch_size=size, validation_fraction=0.0)
@@ -125,13 +125,13 @@ def test_stores_of_the_same_size_have_orders_of_their_own(store, tmp_path):
 
 
 def test_the_order_of_runs_that_began_before(store, tmp_path):
-    """It is Grain's, and stays as it was."""
+    """It is Grain's order, and it never changes."""
     other = write_letter_store(tmp_path / "other", first=61, documents=30)
     config = config_for(store, other, shuffle="grain", batch_size=1, seed=3)
     rows, orders, sizes = [], [], []
-    for place, each in enumerate((store, other)):
+    for index, each in enumerate((store, other)):
         windows = Windows(each, ~split_documents(each.meta.num_documents, 0.2), 16)
-        seed = int(np.random.SeedSequence([3, place]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([3, index]).generate_state(1)[0])
         numbers = grain.MapDataset.range(len(rows), len(rows) + len(windows))
         orders.append(numbers.shuffle(seed=seed).repeat(100))
         sizes.append(windows.num_tokens)
@@ -246,6 +246,6 @@ def test_origins(store, tmp_path, step):
         ]
         text = b"".join(documents)
         begin = text.find(row)
-        # It begins in the first of them and ends in the last.
+        # It starts in the first of them and ends in the last.
         assert 0 <= begin < len(documents[0])
         assert len(text) - len(documents[-1]) < begin + len(row) <= len(text)

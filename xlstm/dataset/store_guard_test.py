@@ -19,7 +19,7 @@ PATIENCE = 300  # Seconds until a test that waits in vain fails; a busy machine 
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
-    """Looks often, and remembers in a cache of each test's own."""
+    """Makes guards look often, and gives each test its own cache."""
     monkeypatch.setattr(store_guard, "_SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.setattr(store_guard, "_YOUNG_NS", -1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -27,7 +27,7 @@ def quick(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def looks(monkeypatch):
-    """The paths of the stores that a guard's thread has looked at, in turn."""
+    """Returns the list of the paths of stores that a guard's thread has looked at, in order."""
     paths, look_at = [], StoreGuard._look_at
 
     def look(guard, store):
@@ -46,7 +46,7 @@ def large(monkeypatch):
 
 @pytest.fixture
 def verified(monkeypatch):
-    """The paths of the stores that were verified, in turn."""
+    """Returns the list of the paths of verified stores, in order."""
     paths, verify_store = [], store_guard.verify_store
 
     def verify(store, *args):
@@ -63,7 +63,7 @@ def store(tmp_path):
 
 
 def change_byte(path, offset=501):
-    """Exchanges a letter for another one, in place."""
+    """Replaces a letter by another one, in place."""
     with open(os.path.join(path, "tokens.bin"), "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -72,7 +72,7 @@ def change_byte(path, offset=501):
 
 
 def guard(*stores, said=None, everything=False):
-    """A guard that has begun its work."""
+    """Returns a guard after `verify_first`."""
     watching = StoreGuard(stores, [].append if said is None else said.append)
     watching.verify_first(everything)
     return watching
@@ -86,7 +86,7 @@ def wait_until(condition):
 
 
 def wait_for_looks(looks, *stores):
-    """Waits until each store has been looked at from now on."""
+    """Waits until a guard's thread has looked at each store once more."""
     before = len(looks)
     wait_until(lambda: {store.path for store in stores} <= set(looks[before:]))
 
@@ -107,13 +107,13 @@ def test_small_stores_are_verified_at_once_and_then_known(store, verified):
     guard(store, everything=True)
     assert verified == ["store", "store"]
     change_byte(store.path)
-    for _ in range(2):  # What is damaged is not remembered.
+    for _ in range(2):  # A damaged store is not recorded.
         with pytest.raises(ValueError, match="store is damaged: the SHA-256 of tokens.bin"):
             guard(TokenStore.open(store.path))
 
 
 def test_a_known_store_is_verified_anew_if_asked(store, monkeypatch):
-    """Even where a change does not show, as on a failing disk."""
+    """A failing disk changes bytes without changing the identity."""
     guard(store)
     change_byte(store.path)
     monkeypatch.setattr(store_guard, "was_verified", lambda identity: True)
@@ -217,7 +217,7 @@ def test_a_store_that_shrinks_in_use(store, name):
 
 
 def test_reading_tells_that_a_file_has_shrunk(store):
-    """Without anybody who looks: from the threads that read ahead."""
+    """The threads that read ahead notice it even without a guard."""
     batches = train_batches(config_for(store), [store])
     next(batches)
     os.truncate(os.path.join(store.path, "tokens.bin"), 100)
@@ -280,7 +280,7 @@ def test_damage_found_at_the_last_moment(large, store, is_raised):
     with pytest.raises(KeyError if is_raised else ValueError, match="a" if is_raised else "SHA"):
         with guard(store):
             wait_until(lambda: store.problem)
-            if is_raised:  # What ends the work comes first.
+            if is_raised:  # The error of the work takes precedence.
                 raise KeyError("a")
 
 

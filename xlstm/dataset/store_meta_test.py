@@ -10,7 +10,7 @@ FILE = {"bytes": 3, "sha256": "0" * 64}
 
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory):
-    """What a good `meta.json` says."""
+    """Returns the fields of a valid `meta.json`."""
     path = tmp_path_factory.mktemp("meta") / "store"
     write_store(path, ["hello", "world"])
     return json.loads((path / "meta.json").read_text())
@@ -75,7 +75,7 @@ def test_fields_that_cannot_be(fields, changes, problem):
         ("../secret", FILE, "files have '../secret', which is not part of the format"),
         ("/etc/passwd", FILE, "files have '/etc/passwd'"),
         ("\x1b[31m", FILE, r"files have '\\x1b\[31m'"),
-        ("tokenizer.json", FILE, "files have 'tokenizer.json'"),  # The tokenizer is another.
+        ("tokenizer.json", FILE, "files have 'tokenizer.json'"),  # The tokenizer is "byte".
         ("text_bytes.bin", FILE, "text_bytes.bin ends with an incomplete entry"),
         ("tokens.bin", {"bytes": -12, "sha256": "0" * 64}, "entry of tokens.bin has -12 bytes"),
         ("tokens.bin", {"bytes": 12.0, "sha256": "0" * 64}, "entry of tokens.bin has 12.0 bytes"),

@@ -17,7 +17,7 @@ _NAMES = (
 
 
 def _examples(name, lengths, count=40):
-    """Words of the inputs and of the answers of random examples."""
+    """Returns the words of the inputs and answers of random examples."""
     task, rng = create_task(name), np.random.default_rng(0)
     for length in lengths:
         for _ in range(count):
@@ -55,10 +55,10 @@ def test_majority():
 @pytest.mark.parametrize("name, size", [("cycle_nav", 5), ("cycle_nav:3", 3)])
 def test_cycle_nav(name, size):
     for x, answer in _with_one_answer(name):
-        place = 0
+        position = 0
         for word in x:
-            place = (place + {"back": -1, "stay": 0, "forward": 1}[word]) % size
-        assert answer == str(place)
+            position = (position + {"back": -1, "stay": 0, "forward": 1}[word]) % size
+        assert answer == str(position)
 
 
 @pytest.mark.parametrize("name, size", [("mod_arithmetic", 5), ("mod_arithmetic:7", 7)])
@@ -66,7 +66,7 @@ def test_mod_arithmetic(name, size):
     for x, answer in _with_one_answer(name):
         text = " ".join(x)
         assert re.fullmatch(r"([+-] )?\d( [-+*] \d)*", text)
-        assert answer == str(eval(text) % size)  # The words are Python.
+        assert answer == str(eval(text) % size)  # The words are a Python expression.
 
 
 def test_recall():

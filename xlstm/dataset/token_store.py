@@ -183,7 +183,7 @@ def check_same_tokenizer(stores: Sequence[TokenStore]) -> None:
 
 
 def _names(meta: StoreMeta) -> tuple[str, str]:
-    """Returns names that only stores of the same tokenizer share, though not all of them do."""
+    """Returns names that are equal only for the same tokenizer, but may differ even then."""
     return meta.fingerprint, meta.bos_token
 
 

@@ -25,7 +25,7 @@ from xlstm.files import FolderExistsError
 
 @dataclasses.dataclass(frozen=True)
 class Numbered(DocumentBlock):
-    """A block whose document is its number; the first ones take longest."""
+    """A block whose document is its number; the first blocks are slow."""
 
     number: int = 0
 
@@ -50,7 +50,7 @@ class PartlyMalformed(DocumentBlock):
 
 @pytest.fixture
 def words(tmp_path):
-    """A tokenizer that is a file."""
+    """Returns a tokenizer with a definition."""
     return load_tokenizer(write_tokenizer_json(tmp_path / "tokenizer.json", ["<a>", "</s>"]))
 
 
@@ -101,7 +101,7 @@ BYTES = ByteTokenizer()
 
 
 def run_python(code, *arguments):
-    """Runs code in another process that finds the same modules."""
+    """Runs code in another process with the same modules."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
@@ -188,7 +188,7 @@ def test_a_killed_writer_leaves_no_store(tmp_path):
 
 
 def test_a_full_disk_leaves_no_store(tmp_path):
-    # A limit on the size of files fails in the same calls as a full disk.
+    # Writing beyond a size limit fails in the same calls as a full disk.
     code = """
         import resource, sys
         from xlstm.dataset.testing import write_store

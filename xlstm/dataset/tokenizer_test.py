@@ -42,7 +42,7 @@ def test_a_vocabulary_of_words(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.decode([0, 2, 1]) == "hello wörld"
-    # The marker is what stands for unknown words: a text cannot have it.
+    # The marker is the unknown token, which no text may encode to.
     with pytest.raises(ValueError, match="no token for 'o'"):
         tokenizer.encode("hello other")
 
@@ -114,7 +114,7 @@ def test_eod_as_a_public_model_names_it(tmp_path):
 
 
 def write_family(folder, name="byte_fallback_bpe", change=lambda definition: None, **files):
-    """Writes a tokenizer with `<s>` (id 1), `</s>` (2) and `<pad>` (3), and files beside it."""
+    """Writes a tokenizer with `<s>` (id 1), `</s>` (2) and `<pad>` (3), and files next to it."""
     definition = json.loads(tokenizer_families()[name])
     change(definition)
     (folder / "tokenizer.json").write_text(json.dumps(definition))

@@ -11,7 +11,7 @@ from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.dataset.windows import ConcatenatedWindows, Windows, validation_documents
 
-HELD_OUT = ""  # The name of the set of documents held out of the training stores.
+HELD_OUT = ""  # The name of the set of documents held out from the training stores.
 
 
 class ValidationSet:
@@ -21,7 +21,7 @@ class ValidationSet:
     on the seed of the run nor on the weights of its stores.
 
     Attributes:
-        name: The name of the set; empty for documents held out of the training stores.
+        name: The name of the set; empty for documents held out from the training stores.
         stores: The stores that hold its documents.
         tokenizer: The tokenizer that they were encoded with.
     """
@@ -115,7 +115,7 @@ def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> li
         stores: The result of `open_stores`; may be empty if `validation_fraction` is 0.
 
     Returns:
-        One set of the documents held out of `stores`, unless `validation_fraction` is 0; then one
+        One set of the documents held out from `stores`, unless `validation_fraction` is 0; then one
         set for each of `validation_stores`, with all of its documents.
 
     Raises:

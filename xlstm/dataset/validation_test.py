@@ -35,7 +35,7 @@ def held_out(config, *stores):
 
 
 def named(path, **fields):
-    """The set of a whole store alone."""
+    """Returns the validation set of a whole store."""
     config = DataConfig(validation_stores=(f"named={path}",), validation_fraction=0.0, **fields)
     (validation_set,) = open_validation_sets(config, [])
     return validation_set
@@ -59,7 +59,7 @@ def test_no_document_is_both_trained_and_validated_on(store):
         training = seen_tokens(next(batches) for _ in range(60))
         assert len(validation) == 12
         assert not training & validation
-        # All of the others, but perhaps one in the part behind the last window.
+        # All others, except perhaps one after the last window.
         assert len(training) >= 47
         if seed == 0:
             first = validation
@@ -73,7 +73,7 @@ def test_nothing_is_dropped_or_repeated(store):
     targets = np.concatenate([batch.targets[batch.targets_mask] for batch in batches])
     validation = seen_tokens(batches)
     expected = store.tokens[:][np.isin(store.tokens[:], list(validation))]
-    # Every token of these documents and their markers, but for the very first.
+    # Every token of these documents and their markers, except the first one.
     assert targets.size == expected.size + len(validation) - 1
     np.testing.assert_array_equal(np.sort(targets[targets != 0]), np.sort(expected))
     assert sum((~batch.targets_mask).sum() for batch in batches) > 0
@@ -123,7 +123,7 @@ def test_bytes_of_a_whole_store(tmp_path, kind, has_bos):
     store = write_store(tmp_path / "store", texts, tokenizer)
     expected = sum(len(text.encode()) for text in texts)
     assert store.meta.text_bytes == expected
-    # Rows that cut characters in two change nothing.
+    # Rows may split characters.
     for context_length, batch_size in ((1, 7), (5, 2), (16, 3), (64, 3), (1000, 4)):
         sizes = {"context_length": context_length, "batch_size": batch_size}
         assert named(store.path, **sizes).num_bytes() == expected
@@ -180,5 +180,5 @@ def test_short_text(store):
 def test_all_is_trained_on_where_nothing_is_held_out(store):
     config = config_for(store, validation_fraction=0.0)
     batches = train_batches(config, [store])
-    # Perhaps one document lies behind the last window.
+    # One document may be after the last window.
     assert len(seen_tokens(next(batches) for _ in range(60))) >= 59

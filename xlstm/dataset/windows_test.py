@@ -10,7 +10,7 @@ from xlstm.dataset.windows import ConcatenatedWindows, Windows, split_documents
 
 
 def one_after_another(store, chosen):
-    """The tokens of the chosen documents, the plain way."""
+    """Returns the tokens of the selected documents, computed in a simple way."""
     edges = store.documents
     pieces = [store.tokens[edges[i] : edges[i + 1]] for i in np.flatnonzero(chosen)]
     return np.concatenate([np.empty(0, np.int32), *pieces])
