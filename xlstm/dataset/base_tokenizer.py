@@ -211,7 +211,7 @@ def list_characters(characters: str) -> str:
 def read_definition(path: str) -> bytes:
     """Returns the content of a `tokenizer.json`; raises ValueError if it cannot be read."""
     if not os.path.exists(path):
-        raise ValueError(f"no tokenizer {path!r}: expected 'byte' or the path of a tokenizer.json")
+        raise ValueError(f"no tokenizer {path!r}: give 'byte' or the path of a tokenizer.json")
     try:
         return read_file(path)
     except OSError as error:
