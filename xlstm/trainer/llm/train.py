@@ -1,8 +1,8 @@
 """Trains a language model."""
 
 from xlstm.common_types import TrainState
-from xlstm.inference.generate import WritingOptions, encode_prompt, write_texts
-from xlstm.inference.load_model import LoadedModel, without_stages
+from xlstm.inference.generate import GenerationConfig, encode_prompt, generate_text
+from xlstm.inference.loaded_model import LoadedModel, reshard_for_inference
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.open_run import OpenRun, evaluated_params, open_run
@@ -59,9 +59,9 @@ def train_language_model(
 def _sample(config: RunConfig, run: OpenRun, state: TrainState) -> str:
     """Text that the model writes, as `config.logger` says, up to the end of the document."""
     logger, tokenizer = config.logger, run.tokenizer
-    params = without_stages(evaluated_params(state), run.mesh)
+    params = reshard_for_inference(evaluated_params(state), run.mesh)
     model = LoadedModel(config.language_model, params, run.mesh, tokenizer)
     sampling = SamplingConfig(logger.sample_temperature, vocab_size=tokenizer.vocab_size)
-    options = WritingOptions(logger.sample_tokens, sampling, seed=config.trainer.seed)
-    (written,), _ = write_texts(model, [encode_prompt(model, logger.sample_prompt)], options)
+    options = GenerationConfig(logger.sample_tokens, sampling, seed=config.trainer.seed)
+    (written,), _ = generate_text(model, [encode_prompt(model, logger.sample_prompt)], options)
     return logger.sample_prompt + written.text
