@@ -5,7 +5,7 @@ from xlstm.inference.loaded_model import LoadedModel, reshard_for_inference
 from xlstm.trainer.checkpoints.read_params import read_fingerprint, read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_model
-from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.language_model import abstract_params
 from xlstm.trainer.llm.run_tokenizer import read_eos_ids, read_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 
@@ -27,7 +27,7 @@ def load_model(config: RunConfig, workdir: Workdir, step: int) -> LoadedModel:
     check_model(config.model, mesh)
     tokenizer = read_tokenizer(workdir, read_run_info(workdir.checkpoints, step))
     eos_ids = read_eos_ids(workdir, config.model.vocab_size)
-    state, _, _ = create_language_model_run(config, mesh, abstract=True)
-    params = reshard_for_inference(read_params(workdir.checkpoints, step, state.params), mesh)
+    like, _ = abstract_params(config, mesh)
+    params = reshard_for_inference(read_params(workdir.checkpoints, step, like), mesh)
     fingerprint = read_fingerprint(workdir.checkpoints, step)
     return LoadedModel(config.language_model, params, mesh, tokenizer, fingerprint, eos_ids)

@@ -17,9 +17,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendCon
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import convert, evaluate
-from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
-from xlstm.trainer.llm.open_run import open_run
+from xlstm.trainer.base.trainer import fit
+from xlstm.trainer.llm.train import open_training
 
 # Files of a Hugging Face model besides its tokenizer, configuration and tensors.
 _FILES = {
@@ -79,7 +80,7 @@ def _error(process):
 
 def _fine_tuning(folder):
     """Returns the configuration of `train --config=finetune:imported`, on the folder's data."""
-    config = to_run_config(load_config(config_path(f"finetune:{folder / 'imported'}", "")))
+    config = to_run_config(load_config(f"finetune:{folder / 'imported'}"))
     data = dataclasses.replace(
         config.data,
         stores=(str(folder / "mine"),),
@@ -119,8 +120,16 @@ def test_from_a_hugging_face_model_to_another_one(folder):
 
     words = "--checkpoint=imported", "--data=wiki=wiki", "--json=found.json", "--context_length=16"
     evaluation = _start(evaluate, folder, *words)
-    with open_run(_fine_tuning(folder), str(folder / "tuned")) as run:
-        run.fit(run.state, 0, 0)  # Evaluates before the first step.
+    with open_training(_fine_tuning(folder), str(folder / "tuned")) as run:
+        fit(  # Evaluates before the first step.
+            run.state,
+            run.batches_from,
+            run.train_step,
+            start_step=0,
+            num_steps=0,
+            callbacks=run.callbacks,
+            clock=run.clock,
+        )
         run.checkpointer.save(1, run.state)
     _finish(evaluation)
     found = json.loads((folder / "found.json").read_text())

@@ -21,9 +21,10 @@ from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.find_checkpoint import find_checkpoint
 from xlstm.trainer.llm.language_model import start_from
 from xlstm.trainer.llm.prepare_run import prepare_run
-from xlstm.trainer.llm.workdir import Workdir, find_checkpoint, write_config
+from xlstm.trainer.llm.workdir import Workdir, write_config
 
 _SHAPES = {"head": (4, 8), "stack": (4, 8)}
 

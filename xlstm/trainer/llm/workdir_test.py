@@ -6,14 +6,12 @@ import pytest
 
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, Saved
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.find_checkpoint import find_checkpoint, split_checkpoint_path
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
-    find_checkpoint,
-    kept_defaults,
+    kept_fields,
     own_workdir,
-    split_checkpoint_path,
-    with_fields,
     with_new_fields,
     write_config,
 )
@@ -192,16 +190,16 @@ def begun_before(claimed):
 
 
 def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
-    kept = kept_defaults(begun_before, RunConfig())
+    kept = kept_fields(begun_before, RunConfig())
     assert kept == _FORMER
-    config = with_fields(RunConfig(), kept)
+    config = RunConfig().with_fields(kept)
     assert (config.data.shuffle, config.model.matmul_precision) == ("grain", "default")
     assert config.optimizer.weight_decay_exclude == _FORMER_EXCLUDE
     _claim(begun_before, config)
     # Now its folder has both, and the same command goes on again.
     saved = _saved(begun_before)["config"]
     assert saved["data"]["shuffle"] == "grain"
-    assert kept_defaults(begun_before, RunConfig()) == kept
+    assert kept_fields(begun_before, RunConfig()) == kept
 
 
 @pytest.mark.parametrize(
@@ -220,9 +218,9 @@ def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
 )
 def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, value, named):
     config = _changed(**{section: {field: value}})
-    kept = kept_defaults(begun_before, config)
+    kept = kept_fields(begun_before, config)
     assert kept.keys() == _FORMER.keys() - {f"{section}.{field}"}
-    config = with_fields(config, kept)
+    config = config.with_fields(kept)
     if named is None:
         _claim(begun_before, config)
         return
@@ -232,11 +230,11 @@ def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, v
 
 
 def test_a_run_of_today_keeps_nothing(claimed, tmp_path):
-    assert kept_defaults(claimed, RunConfig()) == {}
-    assert kept_defaults(Workdir(str(tmp_path / "new")), RunConfig()) == {}
+    assert kept_fields(claimed, RunConfig()) == {}
+    assert kept_fields(Workdir(str(tmp_path / "new")), RunConfig()) == {}
     with open(claimed.config, "w", encoding="utf-8") as file:
         file.write("{")
-    assert kept_defaults(claimed, RunConfig()) == {}
+    assert kept_fields(claimed, RunConfig()) == {}
 
 
 def test_what_the_absence_of_a_field_meant(claimed):
