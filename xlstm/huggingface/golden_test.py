@@ -1,4 +1,4 @@
-"""Logits and a greedy continuation equal those that `transformers` computed for a checkpoint."""
+"""Tests of logits and a greedy continuation against those that `transformers` computed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def model_config():
 
 @pytest.fixture(scope="module")
 def params(model_config):
-    """The parameters by our names; uses every tensor of the file."""
+    """The parameters by our names, from all tensors of the file."""
     arrays = load_file(os.path.join(FOLDER, "model.safetensors"))
     shapes = parameter_shapes(model_config)
     slices = {path: [] for path in shapes}

@@ -28,7 +28,7 @@ def test_pieces_make_up_the_text(tokenizer, size):
     chunks = _chunks(CompletionDetokenizer(tokenizer, [], []), ids, size)
     assert "".join(chunks) == text
     if size < len(ids):
-        assert len([chunk for chunk in chunks if chunk]) > 3  # It does not wait for the end.
+        assert len([chunk for chunk in chunks if chunk]) > 3  # Does not wait for the end.
 
 
 def test_a_piece_never_has_half_a_character():

@@ -127,7 +127,7 @@ def test_a_long_prompt_in_pieces_is_the_prompt(monkeypatch):
 
 def test_a_row_that_is_done_is_left_as_it_is():
     free = np.asarray(decoded(prefilled(PROMPTS, LENGTHS))[1])
-    stop_id = int(free[1, 4])  # Ends one row there, others perhaps elsewhere.
+    stop_id = int(free[1, 4])  # Ends this row there, and perhaps others.
     ends = [(list(row).index(stop_id) if stop_id in row else 11) + 1 for row in free]
     assert min(ends) <= 5 and len(set(ends)) > 1
     decode_state, tokens = decoded(prefilled(PROMPTS, LENGTHS), stop_ids=(stop_id,))

@@ -143,7 +143,7 @@ def generate_text(
     Raises:
         ValueError: If a prompt is empty or has an id outside of the vocabulary.
     """
-    _check_prompts(model, prompts, state)
+    check_prompts(model, prompts, may_be_empty=state is not None)
     rows = range(len(prompts))
     # The inputs of each program always have the same shardings, so that it is compiled once.
     shardings = decode_state_shardings(model.config, len(prompts), model.mesh)
@@ -214,9 +214,10 @@ def _create_detokenizers(
     ]
 
 
-def _check_prompts(
-    model: LoadedModel, prompts: Sequence[Sequence[int]], state: GenerationState | None
+def check_prompts(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], *, may_be_empty: bool = False
 ) -> None:
+    """Raises ValueError if a prompt is empty or has an id outside of the vocabulary."""
     vocab_size = (model.tokenizer or model.config.model).vocab_size
     for index, prompt in enumerate(prompts):
         unknown = [token for token in prompt if not 0 <= token < vocab_size]
@@ -225,7 +226,7 @@ def _check_prompts(
                 f"prompt {index} has the token id {unknown[0]}: expected ids from 0 to"
                 f" {vocab_size - 1}"
             )
-        if not prompt and state is None:
+        if not prompt and not may_be_empty:
             raise ValueError(f"prompt {index} is empty: expected at least one token")
 
 

@@ -36,7 +36,7 @@ def boxed_params():
     params = jax.tree.map(jnp.zeros_like, params["params"])
     params["out_norm"]["scale"] = jax.tree.map(jnp.ones_like, params["out_norm"]["scale"])
     followers = [(EOD, ord("a")), (ord("a"), ord("b")), (ord("b"), EOD)]
-    table = jnp.zeros((256, 8)).at[:, 7].set(1.0)  # Any other token is followed by `a`.
+    table = jnp.zeros((256, 8)).at[:, 7].set(1.0)  # `a` follows any other token.
     head = jnp.zeros((8, 256)).at[7, ord("a")].set(1.0)
     for index, (token, follower) in enumerate(followers):
         table = table.at[token].set(jnp.zeros(8).at[index].set(1.0))
@@ -162,7 +162,7 @@ def test_files_that_are_no_saved_state(model, tmp_path):
     _, state = generate_text(model, [[EOD]], options(1))
     path = str(tmp_path / "state")
     save_state(path, state, dataclasses.replace(model, fingerprint="other"))
-    with pytest.raises(ValueError, match="saved with another checkpoint .*other"):
+    with pytest.raises(ValueError, match="saved with another checkpoint: .* is other, expected"):
         load_state(path, model)
     decode_state = state.decode_state
     changed = decode_state._replace(seen=decode_state.seen[:, :7])

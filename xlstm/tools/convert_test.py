@@ -175,7 +175,10 @@ def test_the_end_marker_may_be_decided(folder):
         ({"from_hf": "a", "to_hf": "b"}, "expected two folders"),
         ({"from_hf": "a", "to": "b", "from": "c"}, "expected two folders"),
         ({"from_hf": "/no/model", "to": "/b"}, "/no/model/config.json is missing"),
-        ({"from": "/no/run", "to_hf": "/b"}, "/no/run: there is no whole checkpoint of a run"),
+        (
+            {"from": "/no/run", "to_hf": "/b"},
+            "/no/run does not exist: expected",
+        ),
         ({"from": "a", "to_hf": "b", "max_shard_size": "5"}, "max_shard_size=5: expected a size"),
         ({"from": "a", "to_hf": "b", "max_shard_size": "0GB"}, "max_shard_size=0GB: expected"),
         (

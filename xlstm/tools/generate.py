@@ -29,11 +29,16 @@ from xlstm.inference.generate import (
     encode_prompt,
     generate_text,
 )
-from xlstm.inference.load_model import load_model
+from xlstm.inference.load_model import load_run
 from xlstm.inference.loaded_model import LoadedModel
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.inference.state_file import load_state, save_state
-from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
+from xlstm.tools.checkpoint_flags import (
+    checkpoint_path,
+    mesh_sizes,
+    note_nonfinite,
+    note_once,
+)
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
 from xlstm.trainer.base.multihost import from_first_process
@@ -300,7 +305,7 @@ def main(argv: list[str]) -> None:
     initialize_devices()
     with ending_together():
         texts = from_first_process(_read_prompts)
-        model = use_checkpoint(path, load_model)
+        model = load_run(path, mesh=mesh_sizes(), report=note_once)
         note_nonfinite(model.params)
         state = load_state(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
         prompts = _encode_prompts(model, texts, state)
