@@ -157,10 +157,10 @@ def test_what_no_run_begins_from(runs, stores, tmp_path, store, path, message):
 def test_a_run_that_has_begun_needs_its_source_no_more(runs, stores, tmp_path):
     begun = Workdir(str(tmp_path / "begun"))
     source = shutil.copytree(runs / "plain", tmp_path / "source")
-    config, run = _prepare(stores["byte"], begun.path, str(source))
+    _, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source
     os.makedirs(os.path.join(begun.checkpoints, "50"))
-    write_config(begun, config, run.data.checksums)
+    write_config(begun, run.config, run.data.checksums)
     shutil.rmtree(source)
     _, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source is None

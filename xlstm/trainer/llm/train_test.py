@@ -293,7 +293,7 @@ def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch,
     assert re.search(r"stopped after step \d+, .*the last one is that of step 5", said)
     monkeypatch.undo()
     train_language_model(config, str(tmp_path))
-    assert "going on from step 5" in capsys.readouterr().out
+    assert "resuming from step 5" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store):

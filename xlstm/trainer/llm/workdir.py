@@ -213,8 +213,9 @@ def kept_fields(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
             for name in _FORMER_DEFAULTS
             if before[name] == former[name] and now[name] == today[name]
         }
-        if not now["schedule.decay_steps"] and isinstance(before["schedule.decay_steps"], int):
-            kept["schedule.decay_steps"] = before["schedule.decay_steps"]
+        decay_steps = before["schedule.decay_steps"]
+        if not now["schedule.decay_steps"] and isinstance(decay_steps, int) and decay_steps > 0:
+            kept["schedule.decay_steps"] = decay_steps
         return kept
 
     kept = from_first_process(find)
