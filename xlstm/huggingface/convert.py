@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
@@ -103,6 +103,58 @@ def import_model(
         OSError: If a file cannot be read or written.
     """
     check_storage_path(target)
+    model = _check_source(source, eod_token)
+    config, tokenizer, notes = model.config, model.tokenizer, model.notes
+    tensors = hf_tensors(model.shapes)
+    with new_folder(target) as folder:
+        workdir = Workdir(folder)
+        copy_files(source, folder, TOKENIZER_FILES)
+        write_json(os.path.join(folder, _GENERATION_FILE), model.generation)
+        reader = _TensorReader(functools.partial(_read_tensor, model.files), tensors, report)
+        parts = {
+            f"params.{name}": _array_parts(
+                reader.read, shape, [x for x in tensors if x.parameter == name]
+            )
+            for name, shape in model.shapes.items()
+        }
+        checkpoints = CheckpointFolder(workdir.checkpoints)
+        checkpoints.begin(0)
+        with reported(f"the parameters cannot be written to {target}"):
+            write_parts(os.path.join(checkpoints.unfinished(0), ITEM), parts)
+        notes += reader.check(source, refuse_nonfinite)
+        if tokenizer and tokenizer.definition is not None:
+            write_markers(workdir, tokenizer)
+        mesh = dict.fromkeys(MESH_AXES, 1)
+        checkpoints.complete(0, run_info(config, [], tokenizer, code_version(), mesh), Saved())
+        write_config(workdir, config, corpora=[])
+    num_parameters = sum(tensor.size for tensor in tensors)
+    if tokenizer and tokenizer.definition is not None and not eod_token:
+        notes += find_markers(tokenizer.name, tokenizer.definition).disagreements
+    return ConversionSummary(num_parameters, 4 * num_parameters, notes=notes)
+
+
+class _SourceModel(NamedTuple):
+    """A model in the Hugging Face format that has passed all checks, except of its numbers.
+
+    Attributes:
+        config: The configuration of the run that it becomes.
+        shapes: The shapes of our parameters, by their paths.
+        files: The file of each tensor, by the tensor's name.
+        tokenizer: Its tokenizer, if it has one.
+        generation: The content of its `generation_config.json`, with all ids of special tokens.
+        notes: What the user should know, one line each.
+    """
+
+    config: RunConfig
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, safe_open]
+    tokenizer: Tokenizer | None
+    generation: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def _check_source(source: str, eod_token: str | None) -> _SourceModel:
+    """Opens and checks a model in the Hugging Face format; arguments as for `import_model`."""
     path = inner_path(source, _CONFIG_FILE)
     hf_config = read_json(path)
     files = open_tensors(source)
@@ -112,9 +164,8 @@ def import_model(
         raise ValueError(f"{path}: {error}") from error
     notes = describe_ignored_fields(hf_config)
     shapes = parameter_shapes(model)
-    tensors = hf_tensors(shapes)
     try:
-        check_tensors(source, tensors, files)
+        check_tensors(source, hf_tensors(shapes), files)
     except ValueError as error:
         raise ValueError("; ".join([str(error), *notes])) from error
     generation = _token_ids(hf_config) | _read_generation_config(source)
@@ -131,31 +182,7 @@ def import_model(
         )
     # The run has no data to hold out for validation.
     config = RunConfig(model=model, backend=backend, data=DataConfig(validation_fraction=0.0))
-    with new_folder(target) as folder:
-        workdir = Workdir(folder)
-        copy_files(source, folder, TOKENIZER_FILES)
-        write_json(os.path.join(folder, _GENERATION_FILE), generation)
-        reader = _TensorReader(functools.partial(_read_tensor, files), tensors, report)
-        parts = {
-            f"params.{name}": _array_parts(
-                reader.read, shape, [x for x in tensors if x.parameter == name]
-            )
-            for name, shape in shapes.items()
-        }
-        checkpoints = CheckpointFolder(workdir.checkpoints)
-        checkpoints.begin(0)
-        with reported(f"the parameters cannot be written to {target}"):
-            write_parts(os.path.join(checkpoints.unfinished(0), ITEM), parts)
-        notes += reader.check(source, refuse_nonfinite)
-        if tokenizer and tokenizer.definition is not None:
-            write_markers(workdir, tokenizer)
-        mesh = dict.fromkeys(MESH_AXES, 1)
-        checkpoints.complete(0, run_info(config, [], tokenizer, code_version(), mesh), Saved())
-        write_config(workdir, config, corpora=[])
-    num_parameters = sum(tensor.size for tensor in tensors)
-    if tokenizer and tokenizer.definition is not None and not eod_token:
-        notes += find_markers(tokenizer.name, tokenizer.definition).disagreements
-    return ConversionSummary(num_parameters, 4 * num_parameters, notes=notes)
+    return _SourceModel(config, shapes, files, tokenizer, generation, notes)
 
 
 def export_model(

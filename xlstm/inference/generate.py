@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from xlstm.dataset.detokenizer import DetokenizerState
+from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.inference.completion_detokenizer import CompletionDetokenizer
 from xlstm.inference.decode import (
     PAD_ID,
@@ -156,7 +157,7 @@ def generate_text(
     decode_state = jax.device_put(decode_state, shardings)
     keys = row_keys(jax.random.PRNGKey(config.seed), [first_index + row for row in rows])
     completions = [Completion() for _ in rows]
-    tokenizer, detokenizers = model.tokenizer, _create_detokenizers(model, prompts, config, state)
+    detokenizers = _create_detokenizers(model, prompts, config, state)
     # The model must not process a token after a stop string, which only the host can find.
     size = 1 if config.token_by_token or config.stop_strings else _TOKENS_PER_CALL
     for start in range(0, config.max_tokens, size):
@@ -170,25 +171,11 @@ def generate_text(
             max_tokens=size,
             stop_ids=model.stop_ids,
         )
-        done, chunks = to_host(decode_state.done), []
-        for row, ids in enumerate(to_host(tokens)):
-            ids = ids[ids != PAD_ID].tolist()
-            if not ids:
-                continue
-            # The token that ends a text is not part of it, even if it is not a special token.
-            text = detokenizers[row].add(ids[:-1] if done[row] else ids) if detokenizers else ""
-            completions[row].ids += ids
-            if done[row]:
-                completions[row].reason = "end"
-                completions[row].end_token = tokenizer.token(ids[-1]) if tokenizer else ids[-1]
-            elif detokenizers and detokenizers[row].is_stopped:
-                completions[row].reason = "stop"
-            completions[row].text += text
-            chunks.append(TextChunk(row, ids, text))
-        on_chunks(chunks)
-        if all(completion.reason != "length" for completion in completions):
-            break
+        ended = to_host(decode_state.done)
+        on_chunks(_append(completions, to_host(tokens), ended, model.tokenizer, detokenizers))
         done = np.array([completion.reason != "length" for completion in completions])
+        if done.all():
+            break
         decode_state = jax.device_put(decode_state._replace(done=done), shardings)
     for row, detokenizer in enumerate(detokenizers):
         rest = detokenizer.finish(is_continued=is_continued)
@@ -196,6 +183,43 @@ def generate_text(
         on_chunks([TextChunk(row, [], rest)])
     states = [detokenizer.state for detokenizer in detokenizers]
     return completions, GenerationState(decode_state, states)
+
+
+def _append(
+    completions: Sequence[Completion],
+    tokens: np.ndarray,
+    ended: np.ndarray,
+    tokenizer: Tokenizer | None,
+    detokenizers: Sequence[CompletionDetokenizer],
+) -> list[TextChunk]:
+    """Appends new tokens to the completions of a batch.
+
+    Args:
+        completions: The completion of each row; modified.
+        tokens: What `decode` returned, int32 `(B, max_tokens)`.
+        ended: Which rows end with the last of their tokens, or ended before, bool `(B,)`.
+        tokenizer: The tokenizer, or None.
+        detokenizers: The detokenizer of each row; empty without a tokenizer.
+
+    Returns:
+        The chunk of each row that has new tokens.
+    """
+    chunks = []
+    for row, ids in enumerate(tokens):
+        ids, completion = ids[ids != PAD_ID].tolist(), completions[row]
+        if not ids:
+            continue
+        # The token that ends a text is not part of it, even if it is not a special token.
+        text = detokenizers[row].add(ids[:-1] if ended[row] else ids) if detokenizers else ""
+        completion.ids += ids
+        completion.text += text
+        if ended[row]:
+            completion.reason = "end"
+            completion.end_token = tokenizer.token(ids[-1]) if tokenizer else ids[-1]
+        elif detokenizers and detokenizers[row].is_stopped:
+            completion.reason = "stop"
+        chunks.append(TextChunk(row, ids, text))
+    return chunks
 
 
 def _create_detokenizers(
