@@ -29,7 +29,7 @@ def _jax_is_set_to_nothing():
 
 
 def programs(config):
-    """The products of the programs that prefill and decode."""
+    """Returns the products of the programs that prefill and decode."""
     params = abstract_params(config)
     state = jax.eval_shape(functools.partial(initial_state, config, 2))
     decode_state = jax.eval_shape(functools.partial(init_decode_state, config, 2))
@@ -52,5 +52,5 @@ def test_float32_is_multiplied_in_float32(block, backend):
 @of_all_cases
 def test_bfloat16_is_multiplied_in_bfloat16_and_what_is_float32_there_in_float32(block, backend):
     count = assert_bfloat16_products(programs(config_of(block, backend, dtype="bfloat16")))
-    # sLSTM blocks have none.
+    # sLSTM blocks have no such products.
     assert bool(count) == (block != "slstm")

@@ -25,7 +25,7 @@ def _jax_is_set_to_nothing():
 
 
 def gradient(config):
-    """The training step's products; those of the gates' statistics are among them."""
+    """Returns the products of the training step, including those of the gates' statistics."""
 
     def loss(params, *batch):
         outputs, _ = xLSTMLMModel(config).apply(
@@ -39,11 +39,11 @@ def gradient(config):
 
 
 def programs(config):
-    """The products of the programs that train and evaluate a model."""
+    """Returns the products of the programs that train and evaluate a model."""
     model, params = xLSTMLMModel(config), abstract_params(config)
 
     def evaluate(params, *batch):
-        return model.apply({"params": params}, *batch, method="count_predicted")
+        return model.apply({"params": params}, *batch, method="eval_sums")
 
     def head(params, x):
         return model.apply({"params": params}, x, method="_logits")
@@ -58,7 +58,7 @@ def programs(config):
 
 
 def sums_gates(product):
-    """Whether a product is a sum over pairs of tokens, which is always exact."""
+    """Returns whether a product is a sum over pairs of tokens, which is always exact."""
     return product.operands[1] in ("4x4xf32", "12x12xf32")
 
 
@@ -70,7 +70,7 @@ def test_float32_is_multiplied_in_float32(block, backend):
 @of_all_cases
 def test_bfloat16_is_multiplied_in_bfloat16_and_what_is_float32_there_in_float32(block, backend):
     count = assert_bfloat16_products(programs(config_of(block, backend, dtype="bfloat16")))
-    # sLSTM blocks have none.
+    # sLSTM blocks have no such products.
     assert bool(count) == (block != "slstm")
 
 

@@ -65,7 +65,7 @@ def assert_bfloat16_products(programs: Mapping[str, Sequence[LoweredProduct]]) -
     for name, products in programs.items():
         assert any(product.operands[0].endswith("bf16") for product in products), name
         for product in products:
-            # In the gradient of a head's gate, which sees 32 channels, one factor is float32.
+            # The gradient of a gate of a head, which depends on 32 channels, has a float32 factor.
             is_gate = product.operands[1] == "32x2xbf16"
             precision = "HIGHEST" if product.has_float32 or is_gate else "DEFAULT"
             assert product.precisions == (precision, precision), (name, product)
