@@ -32,7 +32,7 @@ CONFIG = RunConfig(
     model=ModelConfig(
         embedding_dim=16, num_blocks=2, num_heads=2, ffn_round_up_to_multiple_of=8, vocab_size=256
     ),
-    mesh=MeshConfig(dp=1, fsdp=2, tp=2, fsdp_min_weight_size=64),
+    mesh=MeshConfig(fsdp=2, tp=2, fsdp_min_weight_size=64),
     data=DataConfig(context_length=16, batch_size=8, validation_fraction=0.0),
     schedule=ScheduleConfig(warmup_steps=1, decay="constant", decay_steps=2, peak_lr=1e-2),
     trainer=TrainerConfig(num_steps=3),
@@ -43,7 +43,7 @@ TEXT = "x1 = 1\nx"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a run that was trained on a mesh of four devices."""
+    """The folder of a run that was trained on a mesh of four devices, or of eight."""
     folder = tmp_path_factory.mktemp("trained")
     write_store(folder / "store", [f"x{i} = {i}\n" * 40 for i in range(40)])
     data = dataclasses.replace(CONFIG.data, stores=(str(folder / "store"),))
@@ -80,7 +80,7 @@ def test_a_run_of_four_devices_on_one_and_on_other_meshes(trained):
     assert logits.shape == (1 + len(TEXT), 256)  # With the begin-of-document id.
     assert 0 < len(text) <= 9
     for mesh in ({}, {"tp": 2, "fsdp": 2}, {"pp": 2, "tp": -1, "dp": 1}):
-        other = load_run(f"{trained}/checkpoints/3", mesh=mesh)
+        other = load_run(f"{trained}/checkpoints/3", mesh=mesh, devices=jax.devices()[:4])
         assert other.mesh.size == 4 and other.fingerprint == run.fingerprint
         np.testing.assert_allclose(other.logits(TEXT), logits, atol=1e-4)
         assert other.generate(TEXT, max_tokens=9, temperature=0) == text
@@ -89,7 +89,7 @@ def test_a_run_of_four_devices_on_one_and_on_other_meshes(trained):
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}])
 def test_a_run_of_one_device_on_four(of_one_device, mesh):
     folder, params = of_one_device
-    run = load_run(folder, mesh=mesh)
+    run = load_run(folder, mesh=mesh, devices=jax.devices()[:4])
     assert run.mesh.size == 4
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.params), params)
     tokens = np.array([[0, 97, 98], [0, 99, 100], [0, 97, 97], [0, 9, 9]])
