@@ -84,7 +84,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
     cases = {
         "is missing": [],
         "store has no complete checkpoint: expected the folder of a run": ["--checkpoint=store"],
-        "7 does not exist: expected the folder of a run": ["--checkpoint=run/checkpoints/7"],
+        "7 does not exist: the run has the checkpoints": ["--checkpoint=run/checkpoints/7"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
         "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],

@@ -71,15 +71,18 @@ def find_checkpoint(
         if newest != confirmed:
             report(f"{unsure}: the checkpoint of step {confirmed} is used")
     if wanted not in steps:
-        raise ValueError(_describe_missing(path, wanted))
+        raise ValueError(_describe_missing(path, wanted, steps))
     checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
     for used in (workdir.config, workdir.tokenizer, checkpoint):
         check_inside(workdir.path, used)
     return workdir, wanted
 
 
-def _describe_missing(path: str, step: int | None) -> str:
+def _describe_missing(path: str, step: int | None, steps: list[int]) -> str:
+    """Returns the message that a path is no checkpoint, and which ones its run has."""
     expected = "expected the folder of a run or of one of its checkpoints"
+    if steps:
+        expected = f"the run has the checkpoints {', '.join(map(str, sorted(steps)))}"
     if not os.path.exists(path):
         return f"{path} does not exist: {expected}"
     if step is None:
