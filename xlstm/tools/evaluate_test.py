@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.testing.patience import PATIENCE
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import evaluate
 from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
@@ -85,13 +85,13 @@ def test_bad_input_is_one_line_and_status_2(folder):
     tokens.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     cases = {
         "is missing": [],
-        "store: there is no whole checkpoint of a run": ["--checkpoint=store"],
-        "7: there is no whole checkpoint of a run": ["--checkpoint=run/checkpoints/7"],
+        "store has no complete checkpoint: expected the folder of a run": ["--checkpoint=store"],
+        "7 does not exist: the run has the checkpoints": ["--checkpoint=run/checkpoints/7"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
         "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],
         "encoded with another tokenizer": ["--checkpoint=run", "--data=foreign"],
-        "write sizes as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
+        "expected sizes, such as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
         "is larger than the validation sets": ["--checkpoint=run", "--batch_size=2000000"],
     }
     texts = list(cases)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from xlstm.testing.patience import PATIENCE
 from xlstm.dataset.testing import write_store
+from xlstm.testing.patience import PATIENCE
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing import diverging_train

@@ -6,9 +6,9 @@ import random
 import matplotlib.image
 import pytest
 
+from xlstm.dataset.testing import write_store
 from xlstm.testing.patience import PATIENCE
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-from xlstm.dataset.testing import write_store
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.callbacks.metrics import SPEEDS
