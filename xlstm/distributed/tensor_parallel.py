@@ -246,9 +246,7 @@ def cross_entropy(
     return jnp.log(sums[..., 0]) - sums[..., 1]
 
 
-def is_predicted(
-    logits: jax.Array, targets: jax.Array, axis_names: str | Sequence[str]
-) -> jax.Array:
+def is_correct(logits: jax.Array, targets: jax.Array, axis_names: str | Sequence[str]) -> jax.Array:
     """Whether a target's logit is larger than all others, when the vocabulary is divided.
 
     Args:

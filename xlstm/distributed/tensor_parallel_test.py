@@ -15,7 +15,7 @@ from xlstm.distributed.tensor_parallel import (
     embed_tokens,
     features_to_tokens,
     gather_tokens,
-    is_predicted,
+    is_correct,
     own_tokens,
     row_parallel,
     scatter_features,
@@ -284,7 +284,7 @@ def test_tokens_are_exchanged_for_features(x):
 def test_a_target_is_predicted_if_its_logit_is_the_largest(axes):
     logits = jnp.round(normal(3, B, T, V))  # Two often share the first place.
     targets = jnp.argmax(logits, axis=-1).at[:, ::4].add(1) % V
-    fn = shard(lambda x, y: is_predicted(x, y, axes), (P(None, None, axes), P()), P(None, axes))
+    fn = shard(lambda x, y: is_correct(x, y, axes), (P(None, None, axes), P()), P(None, axes))
     first, second = np.sort(logits, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
     of_target = np.take_along_axis(np.asarray(logits), np.asarray(targets)[..., None], -1)[..., 0]
     expected = (of_target == first) & (first > second)

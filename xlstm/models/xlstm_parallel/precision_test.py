@@ -65,7 +65,7 @@ def programs(config):
     one_each = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def evaluate(params, *batch):
-        return model.apply({"params": params}, *batch, method="count_predicted")
+        return model.apply({"params": params}, *batch, method="eval_sums")
 
     def head(params, x):
         return model.apply({"params": params}, x, method="_logits")

@@ -12,7 +12,7 @@ from xlstm.distributed.pipeline_parallel import execute_pipeline
 from xlstm.distributed.tensor_parallel import (
     cross_entropy,
     gather_tokens,
-    is_predicted,
+    is_correct,
     own_tokens,
 )
 from xlstm.models.shared.dropout import dropout, token_keys
@@ -146,7 +146,7 @@ class xLSTMLMModel(nn.Module):
         mask = own_tokens(targets_mask, VOCAB_AXES)
         return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
 
-    def count_predicted(
+    def eval_sums(
         self,
         tokens: jax.Array,
         targets: jax.Array,
@@ -162,7 +162,7 @@ class xLSTMLMModel(nn.Module):
         """
         logits = self._logits(self._run_stages(Stream(self.embeddings(tokens), reset)))
         nll = cross_entropy(logits, targets, VOCAB_AXES)
-        is_right = is_predicted(logits, targets, VOCAB_AXES)
+        is_right = is_correct(logits, targets, VOCAB_AXES)
         mask = own_tokens(targets_mask, VOCAB_AXES)
         sums = jnp.where(mask, nll, 0), is_right & mask, mask
         return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)

@@ -29,12 +29,12 @@ def next_token_nll(
     return _apply(params, apply_fn, batch, dropout_keys)
 
 
-def count_predicted(
+def eval_sums(
     params: PyTree, apply_fn: Callable, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.count_predicted`."""
+    """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.eval_sums`."""
     tokens = batch.inputs, batch.targets, batch.targets_mask, batch.reset
-    return apply_fn({"params": params}, *tokens, method="count_predicted")
+    return apply_fn({"params": params}, *tokens, method="eval_sums")
 
 
 def _apply(
