@@ -12,16 +12,16 @@ _DECAYS = ("cosine", "exponential", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, a decay, and perhaps a linear cooldown to 0."""
+    """A linear warm-up, a decay, and an optional linear cooldown to 0."""
 
     peak_lr: float = 1e-3  # Learning rate at the end of the warm-up.
-    warmup_steps: int = 100  # Steps of the linear warm-up from 0.
+    warmup_steps: int = 100  # Raise the learning rate linearly from 0 over this many steps.
     decay: str = "cosine"  # Shape after the warm-up: cosine, exponential or constant.
-    decay_steps: int = 1000  # Step, the warm-up's counted too, at which the decay has come down.
-    final_lr_factor: float = 0.1  # Cosine, exponential: what is left at decay_steps, as a fraction
-    # of the peak.
-    cooldown_steps: int = 0  # Steps from decay_steps on of a linear way to 0; without any, the
-    # learning rate stays as it is.
+    decay_steps: int = 1000  # Step at which the decay ends, counted from the start of the warm-up.
+    final_lr_factor: float = 0.1  # Learning rate at decay_steps, as a fraction of peak_lr (cosine,
+    # exponential).
+    cooldown_steps: int = 0  # Lower the learning rate linearly to 0 over this many steps after
+    # decay_steps; 0 keeps it constant instead.
 
     def __post_init__(self):
         check_finite("schedule.", self)
@@ -42,8 +42,8 @@ class ScheduleConfig:
             )
         if self.decay == "exponential" and self.final_lr_factor == 0:
             raise ValueError(
-                "schedule.final_lr_factor=0.0: an exponential decay never gets to 0; it must be"
-                " positive, and schedule.cooldown_steps lead to 0"
+                "schedule.final_lr_factor=0.0: it must be positive, since an exponential decay"
+                " never reaches 0; use schedule.cooldown_steps for that"
             )
         if self.cooldown_steps < 0:
             raise ValueError(
@@ -52,16 +52,16 @@ class ScheduleConfig:
 
 
 def create_schedule(config: ScheduleConfig) -> optax.Schedule:
-    """Makes the learning rate: a warm-up, then a decay, then perhaps a cooldown.
+    """Creates the learning rate schedule: a warm-up, a decay, and an optional cooldown.
 
-    A constant "decay" with a cooldown is known as warm-up-stable-decay (Hu et al., "MiniCPM", 2024,
-    section 4), an exponential one with a cooldown is that of xLSTM-7B (Beck et al., 2025).
+    A constant "decay" with a cooldown is the warmup-stable-decay schedule (Hu et al., "MiniCPM",
+    2024, section 4). xLSTM-7B (Beck et al., 2025) uses an exponential decay with a cooldown.
 
     Args:
-        config: Options.
+        config: The options.
 
     Returns:
-        The learning rate as a function of the step, which counts from 0; of an array of steps too.
+        The learning rate as a function of the step, from 0, or of an array of steps.
     """
     peak, final = config.peak_lr, config.peak_lr * config.final_lr_factor
     num_steps = config.decay_steps - config.warmup_steps
@@ -77,7 +77,9 @@ def create_schedule(config: ScheduleConfig) -> optax.Schedule:
     linear = optax.linear_schedule(final, 0.0, config.cooldown_steps)
 
     def cooldown(step):
-        return jnp.maximum(linear(step), 0.0)  # Compiled, its end may be a rounding error below 0.
+        return jnp.maximum(
+            linear(step), 0.0
+        )  # A compiled `linear` may end a rounding error below 0.
 
     return optax.join_schedules(
         [warmup, decay, cooldown], [config.warmup_steps, config.decay_steps]
