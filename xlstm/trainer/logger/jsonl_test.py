@@ -83,7 +83,7 @@ def test_numbers_survive_exactly(tmp_path):
 def test_a_line_that_is_no_row_is_an_error(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is no row of metrics"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is not a row of metrics"):
         read_rows(str(path))
 
 
@@ -94,7 +94,7 @@ _NO_STEPS = ['"text"', "1.5", "null", "[1]", "1e3", "NaN", "-1", "9" * 30, "9" *
 def test_a_step_is_a_number_of_steps(tmp_path, step):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{{"step": {step}, "loss": "\x1b[2J"}}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no row of metrics: ") as caught:
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a row of metrics: ") as caught:
         read_rows(str(path))
     message = str(caught.value).removeprefix(str(path))  # As long as the folder's name is.
     assert len(message) < 150 and "\x1b" not in message
