@@ -115,7 +115,7 @@ def test_a_loss_that_climbs_slowly_is_not_sound_until_it_is_back():
     losses += [3 + 0.01 * step for step in range(400)]
     faults = _judge(soundness, *[{"loss": loss} for loss in losses])
     first = next(index for index, fault in enumerate(faults) if fault)
-    assert faults[first] == "its loss has climbed to 5.13, and was 3.125 before"
+    assert faults[first] == "its loss has climbed to 5.13 from 3.125"
     assert all(faults[first:]) and not soundness.confirms()
     assert _judge(soundness, *[{"loss": 5.0}] * 4) == [None] * 4
     assert soundness.confirms()
@@ -133,7 +133,7 @@ def test_an_update_far_above_the_last_ones_is_not_sound():
     _judge(soundness, *[{}] * 20, {"update_norm": 0.9}, {"update_norm": 0.9, "skipped": 1.0})
     assert soundness.confirms()
     (fault,) = _judge(soundness, {"update_norm": 4.0})
-    assert fault.startswith("the norm of its update, 4, is far above 0.1")
+    assert fault.startswith("the norm of its update, 4, is far above the usual 0.1")
     assert not soundness.confirms()
 
 
