@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.trainer import Callback, RollBack, Stop, TrainerConfig, fit, to_row
+from xlstm.trainer.base.trainer import Callback, RollBack, Stop, TrainerConfig, fit, to_scalars
 
 
 class _Recorder(Callback):
@@ -149,7 +149,7 @@ def test_a_roll_back_goes_on_behind_the_step(due):
 
 
 def test_metrics_become_numbers():
-    row = to_row({"loss": (12.0, 8.0), "lr": 1})
+    row = to_scalars({"loss": (12.0, 8.0), "lr": 1})
     assert row == {"loss": 1.5, "lr": 1.0}
     assert all(type(value) is float for value in row.values())
 
