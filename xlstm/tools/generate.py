@@ -35,7 +35,7 @@ from xlstm.inference.state_file import load_progress, save_progress
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import ending_together, initialize_devices
-from xlstm.trainer.base.multihost import from_first_process
+from xlstm.trainer.base.multihost import broadcast_from_process_0
 from xlstm.visible_text import visible_lines
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
@@ -87,7 +87,7 @@ def split_prompts(content: bytes, name: str) -> list[str]:
 
     Raises:
         OSError: The file is empty or not UTF-8. (It is no ValueError, since all processes have to
-            hear of it: see `from_first_process`.)
+            hear of it: see `broadcast_from_process_0`.)
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
         raise OSError(f"{name} looks like UTF-16: convert it to UTF-8, a prompt a line")
@@ -276,7 +276,7 @@ def main(argv: list[str]) -> None:
     save_path = output_path("save_state", _SAVE_STATE.value)
     initialize_devices()
     with ending_together():
-        texts = from_first_process(_read_prompts)
+        texts = broadcast_from_process_0(_read_prompts)
         model = use_checkpoint(path, load_model)
         note_nonfinite(model.params)
         before = (

@@ -63,7 +63,7 @@ class _BareLoops(Callback):
 
     def on_step(self, step: int, state: TrainState) -> None:
         jax.block_until_ready(state)
-        self._opened.checkpointer.wait()
+        self._opened.checkpointer.wait_until_finished()
         if step > _STEPS:  # What is before compiles.
             self.trained.append((time.perf_counter() - self._begin) / _STEPS)
         begin = time.perf_counter()

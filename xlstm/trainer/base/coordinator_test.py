@@ -18,18 +18,18 @@ class _Exchange:
     def num_processes(self):
         return self._num_processes
 
-    def tell(self, topic, text):
+    def publish(self, topic, text):
         self.texts[topic][self._local.process] = text
 
-    def told_by_all(self, topic):
+    def published_by_all(self, topic):
         return dict(self.texts[topic])
 
-    def told_by(self, topic, process):
+    def published_by(self, topic, process):
         self.read.append(process)
         return self.texts[topic][process]
 
-    def wait_until_told(self, topic, seconds):
-        self._barrier.wait(timeout=10)
+    def wait_until_published(self, topic, seconds):
+        self._barrier.wait(timeout=100)
 
     def check(self, all_facts):
         """What each process hears that has these facts; None for no error."""
@@ -53,7 +53,13 @@ class _Exchange:
 @pytest.fixture
 def exchange(monkeypatch):
     exchange = _Exchange(3)
-    for name in ("num_processes", "tell", "told_by_all", "told_by", "wait_until_told"):
+    for name in (
+        "num_processes",
+        "publish",
+        "published_by_all",
+        "published_by",
+        "wait_until_published",
+    ):
         monkeypatch.setattr(coordinator, name, getattr(exchange, name))
     # Threads share what every process has of its own.
     monkeypatch.setattr(coordinator, "_uses", collections.defaultdict(_SameNumber))

@@ -177,16 +177,16 @@ def test_a_checkpoint_says_whether_the_steps_before_it_were_sound(tmp_path, requ
         for step, loss in enumerate([1.0, 1.0, 9.0, 1.0, 1.0, 1.0], start=1):
             soundness.judge(good | {"loss": loss, "skipped": 0.0})
             callback.on_step(step, _state(step))
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         assert checkpointer.confirmed_step() == 6
         assert checkpointer.soundness(6) == soundness.to_dict()
-    saved = CheckpointFolder(str(tmp_path)).saved()
+    saved = CheckpointFolder(str(tmp_path)).metadata()
     assert [step for step in saved if saved[step].confirmed] == [1, 2, 6]
 
 
 def test_a_failure_in_the_background_is_told_at_the_next_step(requests):
     class Failing:
-        def check(self):
+        def check_for_errors(self):
             raise OSError("disk full")
 
     callback = CheckpointCallback(Failing(), Clock(), requests, _soundness(), interval=5)

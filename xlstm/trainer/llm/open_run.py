@@ -17,11 +17,11 @@ from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.clock import watchdog
-from xlstm.trainer.base.multihost import wait_for_all
+from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.signals import on_stop_signal
 from xlstm.trainer.base.throughput import measure_matmul_rate
-from xlstm.trainer.base.trainer import Callback, fit, to_row
+from xlstm.trainer.base.trainer import Callback, fit, to_scalars
 from xlstm.trainer.callbacks.bad_steps import BadStepsCallback
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
 from xlstm.trainer.callbacks.evaluate import EvaluateCallback
@@ -110,7 +110,7 @@ def open_run(
     config, tokenizer = run.config, run.data.tokenizer
     guard = StoreGuard(run.stores, run.say)
     guard.verify_first(verify_data)
-    wait_for_all("stores")
+    sync_processes("stores")
     state, specs, train_step = create_language_model_run(config, run.mesh)
     if run.source:
         begin = functools.partial(_start_from, run, state)
@@ -147,7 +147,7 @@ def open_run(
                 num_steps=num_steps,
                 callbacks=[*callbacks, *more_callbacks],
                 clock=run.clock,
-                to_row=_to_row,
+                to_scalars=_to_row,
             )
 
         yield OpenRun(
@@ -199,7 +199,7 @@ def _open_checkpointer(run: PreparedRun) -> Checkpointer:
     return Checkpointer(
         run.workdir.checkpoints,
         max_to_keep=trainer.max_checkpoints,
-        keep_interval=trainer.keep_checkpoint_interval,
+        keep_period=trainer.keep_checkpoint_interval,
         keep_best=trainer.keep_best_checkpoint,
         only_confirmed=trainer.confirm_steps > 0,
         run_info=run_info(
@@ -246,9 +246,9 @@ def _batches_from(run: PreparedRun, step: int) -> Iterator[Batch]:
 
 
 def _to_row(metrics: Metrics) -> dict[str, float]:
-    """See `to_row`; the statistics of the gates are numbers of every block."""
+    """See `to_scalars`; the statistics of the gates are numbers of every block."""
     numbers = {name: value for name, value in metrics.items() if name != "gates"}
-    return to_row(numbers) | gate_row(metrics.get("gates", {}))
+    return to_scalars(numbers) | gate_row(metrics.get("gates", {}))
 
 
 def evaluated_params(state: TrainState) -> PyTree:
@@ -321,7 +321,7 @@ def _create_callbacks(
 
 def _confirmed_step(checkpointer: Checkpointer) -> int | None:
     """The last confirmed checkpoint, once what is being written is whole."""
-    checkpointer.wait()
+    checkpointer.wait_until_finished()
     return checkpointer.confirmed_step()
 
 

@@ -18,9 +18,9 @@ from xlstm.dataset.tokenizer import (
     Tokenizer,
 )
 from xlstm.files import check_inside, read_json, write_atomically
-from xlstm.trainer.base.multihost import check_shared_folder, from_first_process
+from xlstm.trainer.base.multihost import broadcast_from_process_0, check_shared_folder
 from xlstm.trainer.base.trainer import TrainerConfig
-from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step, step_of_name
+from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step, parse_step
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
 
@@ -123,7 +123,7 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
     if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
         return Workdir(path), None
     parent, name = os.path.split(os.path.normpath(path))
-    step = step_of_name(name)
+    step = parse_step(name)
     if step is not None and os.path.basename(parent) == "checkpoints":
         return Workdir(os.path.dirname(parent)), step
     return Workdir(path), None
@@ -148,14 +148,14 @@ def find_checkpoint(
     folder = CheckpointFolder(workdir.checkpoints)
 
     def find() -> tuple[list[int], int | None]:
-        saved = folder.saved()
+        saved = folder.metadata()
         return list(saved), confirmed_step(saved)
 
     # The run may be going on: all processes must choose the same.
-    steps, confirmed = from_first_process(find)
+    steps, confirmed = broadcast_from_process_0(find)
     if wanted is None and steps:
         newest, wanted = max(steps), confirmed
-        unsure = f"{folder.of_step(newest)} is not confirmed, since steps before it were not sound"
+        unsure = f"{folder.step_dir(newest)} is not confirmed, since steps before it were not sound"
         if confirmed is None:
             raise ValueError(
                 f"{path}: there is no confirmed checkpoint. {unsure}: name it to use it as it is"
@@ -164,7 +164,7 @@ def find_checkpoint(
             report(f"{unsure}: the checkpoint of step {confirmed} is used")
     if wanted not in steps:
         raise ValueError(f"{path}: there is no whole checkpoint of a run")
-    checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
+    checkpoint = CheckpointFolder(workdir.checkpoints).step_dir(wanted)
     for used in (workdir.config, workdir.tokenizer, checkpoint):
         check_inside(workdir.path, used)
     return workdir, wanted
@@ -251,7 +251,7 @@ def kept_defaults(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
             if before[name] == former[name] and now[name] == today[name]
         ]
 
-    return {name: _FORMER_DEFAULTS[name] for name in from_first_process(find_names)}
+    return {name: _FORMER_DEFAULTS[name] for name in broadcast_from_process_0(find_names)}
 
 
 def _read_config(workdir: Workdir) -> tuple[dict[str, Any], list[str]]:
@@ -372,6 +372,6 @@ def own_workdir(workdir: Workdir) -> Iterator[None]:
             except BlockingIOError:
                 raise OSError(f"another process is training in {workdir.path}") from None
 
-        from_first_process(own)
+        broadcast_from_process_0(own)
         check_shared_folder(workdir.path)
         yield

@@ -153,8 +153,8 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Jordan et al., "Muon", 2024, scaled as in Liu et al., "Muon is Scalable", 2025, section 2.2.
 
-    This scale gives a direction a root mean square of about 0.2, as for AdamW, so both work with the
-    same learning rate and weight decay. Parameters that are not matrices use AdamW.
+    This scale gives a direction a root mean square of about 0.2, as for AdamW, so the same learning
+    rate and weight decay work for both. Parameters that are not matrices use AdamW.
     """
     muon = optax.chain(
         optax.contrib.scale_by_muon(
