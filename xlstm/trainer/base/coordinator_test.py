@@ -8,7 +8,7 @@ from xlstm.trainer.base.coordinator import check_agreement, describe_difference
 
 
 class _Exchange:
-    """Threads that stand for processes."""
+    """A coordinator between threads that simulate processes."""
 
     def __init__(self, num_processes):
         self.texts, self.read = collections.defaultdict(dict), []
@@ -32,7 +32,7 @@ class _Exchange:
         self._barrier.wait(timeout=100)
 
     def check(self, all_facts):
-        """What each process hears that has these facts; None for no error."""
+        """Returns the error of each process, given the facts of each; None for no error."""
         heard = {}
 
         def run(process, facts):
@@ -61,7 +61,7 @@ def exchange(monkeypatch):
         "wait_until_published",
     ):
         monkeypatch.setattr(coordinator, name, getattr(exchange, name))
-    # Threads share what every process has of its own.
+    # All threads share this counter, of which every process has its own.
     monkeypatch.setattr(coordinator, "_uses", collections.defaultdict(_SameNumber))
     return exchange
 

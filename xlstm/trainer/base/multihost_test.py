@@ -1,4 +1,4 @@
-"""Tests of what processes do together."""
+"""Tests of the coordination of processes."""
 
 import json
 import os
@@ -140,7 +140,7 @@ print(json.dumps(found))
 
 
 def _check_in_two_processes(*folders_of_each):
-    """What each process finds out about each of its folders."""
+    """Returns the result of `check_shared_folder` in each process for each of its folders."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
@@ -171,7 +171,7 @@ def test_two_names_of_a_folder_are_one_and_two_folders_are_not(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to("runs")
     left = tmp_path / "runs" / ".seen_by_all_processes.0"
-    left.touch()  # By a process that was killed.
+    left.touch()  # As a killed process leaves it.
     folders = [[tmp_path / "runs", tmp_path / "runs"], [tmp_path / "link", tmp_path / "other"]]
     for index, found in enumerate(_check_in_two_processes(*folders)):
         message = "process 1 of 2 does not see a file that process 0 created in {}: the run's "

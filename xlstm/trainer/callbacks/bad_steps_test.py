@@ -13,7 +13,7 @@ _SPIKE = _GOOD | {"loss": 8.0}
 
 
 class _Run:
-    """A callback, and what it did."""
+    """A callback, and a record of what it did."""
 
     def __init__(self, policy, max_skipped_steps=3, confirmed_step=40):
         self.dumped, self.reports = [], []

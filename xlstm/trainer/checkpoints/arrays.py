@@ -93,7 +93,7 @@ def _is_ema(name: str) -> bool:
 
 
 def _params_first(name: str) -> tuple[bool, str]:
-    """Sort key: another model also has another optimizer state, so the model is named."""
+    """Returns a sort key; another model also has another optimizer state, so name the model."""
     return not name.startswith("params."), name
 
 

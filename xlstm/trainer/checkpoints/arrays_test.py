@@ -29,7 +29,7 @@ _EXPECTED = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in _S
 
 @pytest.fixture
 def path(tmp_path):
-    """An array of four parts, the second of which is zeros, and a small one of one."""
+    """An array of four chunks, the second of which is zeros, and a small one of one chunk."""
     parts = (np.full((1, 20, 20), abs(i - 1), np.float32) for i in range(4))
     arrays = {
         "stack": StreamedArray(_SHAPES["stack"], 4, parts),
@@ -105,7 +105,7 @@ def test_a_manifest_that_is_missing_or_other_bytes(path, name, is_there):
 
 
 def test_a_tree_of_several_levels(path):
-    """As there is for a very large number of arrays."""
+    """As OCDBT creates for very many arrays."""
     database = _database(path)
     entries = {key: database[key] for key in database.list().result()}
     os.remove(os.path.join(path, "manifest.ocdbt"))

@@ -51,7 +51,7 @@ def _created(seed, optimizer, with_ema, **sizes):
 
 
 def _create(seed=0, optimizer=_OPTIMIZER, with_ema=False, **sizes):
-    """A state that may be consumed."""
+    """Returns a state that may be consumed."""
     return jax.tree.map(jnp.copy, _created(seed, optimizer, with_ema, **sizes))
 
 
@@ -69,12 +69,12 @@ def _step(state):
     )
 
 
-# Donation lets a step write over the arrays of the state before it, as in training.
+# With donation a step overwrites the arrays of the state before it, as in training.
 _donating_step = jax.jit(_step, donate_argnums=0)
 
 
 def _arrays(state):
-    """Copies of a state's arrays, with the boxes' names."""
+    """Copies a state's arrays to the host, in their boxes."""
     return jax.tree.map(np.array, jax.device_get(state))
 
 
@@ -86,7 +86,7 @@ def _assert_same(found, expected):
 
 
 def _write(directory, *steps, val_losses=None, **options):
-    """Writes checkpoints of a short training; returns the arrays at each."""
+    """Writes checkpoints of a short training; returns the arrays of each."""
     state, arrays = _create(), {}
     with Checkpointer(str(directory), **options) as checkpointer:
         for step in range(1, max(steps) + 1):
@@ -139,14 +139,14 @@ def like():
 
 def test_everything_comes_back_bit_by_bit(tmp_path, like):
     arrays = _write(tmp_path / "checkpoints", 3)
-    rng = np.array(like.rng)  # `restore` consumes what it is given.
+    rng = np.array(like.rng)  # `restore` consumes `like`.
     with Checkpointer(str(tmp_path / "checkpoints")) as checkpointer:
         assert checkpointer.latest_step() == 3
         found = checkpointer.restore(like)
     _assert_same(found, arrays[3])
     assert (int(found.step), float(found.grad_norm_mean), int(found.skipped_steps)) == (3, 1.5, 6)
     assert np.any(rng != found.rng)
-    # The steps after are those that an unbroken run would have done.
+    # The next step is the same as in an uninterrupted run.
     _assert_same(_donating_step(found), jax.jit(_step)(arrays[3]))
 
 
@@ -159,7 +159,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, like):
             before, state = state, _donating_step(state)
             checkpointer.check_for_errors()
         assert before.params["kernel"].value.is_deleted()
-        _assert_same(checkpointer.restore(like), arrays)  # It waits.
+        _assert_same(checkpointer.restore(like), arrays)  # `restore` waits.
 
 
 def test_any_mesh_reads_what_another_wrote(tmp_path):
@@ -168,7 +168,7 @@ def test_any_mesh_reads_what_another_wrote(tmp_path):
     with Checkpointer(str(tmp_path)) as checkpointer:
         found = checkpointer.restore(other)
     _assert_same(found.replace(params_ema=None), arrays[1])
-    # Optimizer and average lie as the parameters do, and are arrays of their own.
+    # Optimizer and average are sharded like the parameters, and are separate arrays.
     for tree in (found.params, found.params_ema, found.opt_state[0].mu):
         kernel = unboxed(tree)["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape) == (_SIZE, _SIZE // 4)

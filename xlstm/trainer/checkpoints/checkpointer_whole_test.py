@@ -1,4 +1,4 @@
-"""What counts as a whole checkpoint: what can be read, and nothing else."""
+"""Tests that exactly the checkpoints that can be read count as complete."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def _discard_unusable(directory, report=pytest.fail):
 
 
 def _remove_part(arrays, key):
-    """Takes a part of an array out of the manifest, as if a process had written elsewhere."""
+    """Removes a chunk of an array from the store, as if a process had written elsewhere."""
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}
     database = tensorstore.KvStore.open(spec).result()
     database.delete_range(tensorstore.KvStore.KeyRange(key, key + "\0")).result()
@@ -101,7 +101,7 @@ def test_what_cannot_be_read_never_becomes_a_checkpoint(tmp_path, monkeypatch, k
 
 
 def test_a_checkpoint_of_older_code_that_lacks_a_part_is_damaged(tmp_path):
-    """Its checksums are right: they are those of what was written."""
+    """Its checksums are right, since they are computed from the files as written."""
     directory = tmp_path / "checkpoints"
     _write(directory, 1, 2, 3)
     _remove_part(directory / "3" / "state", "params.kernel/0.0")

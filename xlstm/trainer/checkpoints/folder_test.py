@@ -48,7 +48,7 @@ def test_what_is_kept(retention, expected):
     "confirmed, expected",
     [
         ("11111", {4, 5}),
-        ("11110", {3, 4, 5}),  # The newest one is for whoever wants to look at it.
+        ("11110", {3, 4, 5}),  # The latest one is kept for inspection.
         ("11000", {1, 2, 5}),
         ("10000", {1, 5}),
         ("00000", {5}),
@@ -103,7 +103,7 @@ def test_what_is_being_written_does_not_count(folder):
     folder.begin(200)
     folder.begin(300)
     assert folder.steps() == folder.complete_steps() == [9, 10, 100]
-    folder.begin(300)  # Begun again after a failure.
+    folder.begin(300)  # Started again after a failure.
     folder.finalize(300, {}, _Metadata(1.0))
     assert folder.metadata()[300] == _Metadata(1.0)
     assert folder.remove_leftovers() == [200]
@@ -152,7 +152,7 @@ def test_setting_aside(folder, tmp_path):
 
 
 def test_setting_aside_on_another_disk(folder, monkeypatch):
-    """As where the folder of the checkpoints is a link to a larger one."""
+    """As if the folder of the checkpoints were a link to another disk."""
 
     def rename(*paths):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))

@@ -93,7 +93,7 @@ def _open_checkpoint(directory: str, step: int) -> Iterator[tuple[ocp.Checkpoint
 
 
 def _select(path: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters wanted, in their order, under their names in the checkpoint."""
+    """Returns the parameters wanted, in order, under their names in the checkpoint."""
     saved = read_array_metadata(path)
     has_ema = any(name.startswith("params_ema.") for name in saved)
     prefix = "params_ema" if has_ema else "params"
@@ -126,7 +126,7 @@ def read_run_info(directory: str, step: int) -> dict[str, Any]:
 
 
 def read_fingerprint(directory: str, step: int) -> str:
-    """Returns a fingerprint of a checkpoint, different for any other: a hash of its checksums.
+    """Returns a fingerprint that no other checkpoint has: a hash of its file of checksums.
 
     Args:
         directory: The folder of a run's checkpoints.

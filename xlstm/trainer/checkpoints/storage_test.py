@@ -57,7 +57,7 @@ def test_all_other_characters_are_those_of_names(tmp_path, name):
 
 
 def test_a_pattern_takes_nothing_from_other_folders(tmp_path):
-    """The folder `a?` matches `ab`, where another process is writing an array of this name."""
+    """The pattern `a?` matches the folder `ab`, where another process is writing."""
     _write(str(tmp_path / "ab" / "arrays"), 5)
     shutil.move(tmp_path / "ab" / "arrays", tmp_path / "ab" / "arrays.orbax-checkpoint-tmp")
     processes = tmp_path / "ab" / "arrays.orbax-checkpoint-tmp"

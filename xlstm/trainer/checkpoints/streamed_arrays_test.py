@@ -19,7 +19,7 @@ _WHOLE = np.linspace(0, 1, 7, dtype=np.float32)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """Two arrays: one of four parts, each the transpose of what is in memory, and one of one."""
+    """An array of four chunks, each transposed in memory, and one of a single chunk."""
     path = str(tmp_path_factory.mktemp("arrays") / "arrays")
     parts = (np.ascontiguousarray(block.T).T[None] for block in _STACK)
     arrays = {
@@ -34,7 +34,7 @@ def test_they_are_read_in_parts(path):
     arrays = open_streamed_arrays(path, ["whole", "stack"])
     assert arrays.keys() == {"whole", "stack"}
     assert arrays["stack"].shape == (4, 3, 5)
-    # A part is a chunk, so that it is read alone.
+    # Each chunk can be read alone.
     assert arrays["stack"].chunk_layout.read_chunk.shape == (1, 3, 5)
     np.testing.assert_array_equal(arrays["stack"][2].read().result(), _STACK[2])
     np.testing.assert_array_equal(arrays["stack"][3].T.read().result(), _STACK[3].T)
