@@ -8,15 +8,11 @@ from rich.table import Table
 from xlstm.tools.command_line import run
 from xlstm.tools.config import (
     config_name,
-    define_config_flag,
+    define_config_flags,
     field_comments,
     run_config,
-    sections,
-    with_config_paths,
 )
-from xlstm.trainer.llm.config import RunConfig
-
-_CONFIG = define_config_flag()
+from xlstm.trainer.llm.config import RunConfig, sections
 
 
 def config_table(config: RunConfig, title: str) -> Table:
@@ -42,9 +38,9 @@ def main(argv: list[str]) -> None:
     """Prints the config that the flags choose."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = run_config(_CONFIG)
+    config = run_config()
     Console(markup=False, highlight=False).print(config_table(config, config_name()))
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, define_config_flags)

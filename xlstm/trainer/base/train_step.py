@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.distributed.data_parallel import sum_gradients
 from xlstm.distributed.mesh import BATCH_AXES
-from xlstm.distributed.single_gpu import LossFn, accumulate_gradients
+from xlstm.distributed.single_gpu import LossFn, accumulate_gradients_scan
 from xlstm.trainer.base.param_utils import (
     get_grad_norms,
     get_param_norms,
@@ -115,8 +115,8 @@ def _compute_gradients(
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(indices)
     num_targets = lax.psum(count_targets(batch), BATCH_AXES)
     loss_fn = create_loss_fn(num_minibatches, jnp.maximum(num_targets, 1))
-    grads, metrics, _ = accumulate_gradients(
-        state, (batch, keys), rng, num_minibatches, loss_fn, use_scan=True
+    grads, metrics, _ = accumulate_gradients_scan(
+        state, (batch, keys), rng, num_minibatches, loss_fn
     )
     grads = sum_gradients(grads, axis_names)
     metrics = lax.psum(metrics, axis_names)
