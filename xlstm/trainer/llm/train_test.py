@@ -411,5 +411,5 @@ def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
 
     monkeypatch.setattr(callbacks_module, "create_evaluation", create)
     options = {"data": {"validation_fraction": 0.1}, "trainer": {"eval_interval": 4}}
-    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: go on"):
+    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: resume"):
         train_language_model(_config(store, **options), str(tmp_path))
