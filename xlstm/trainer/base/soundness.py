@@ -23,7 +23,7 @@ _EMPTY_RECORD = {
 
 
 class Soundness:
-    """Judge of a run's steps and of its checkpoints.
+    """The criteria for sound steps and confirmed checkpoints, and the record that they need.
 
     A step is sound if its loss, gradient, parameters and update are finite, its loss is no spike
     above the last sound losses and not far above the lowest ones, and its update and its parameters

@@ -74,13 +74,7 @@ def create_train_step(
         out_specs=(state_specs.params, P()),
         check_vma=False,
     )
-    global_norm = jax.shard_map(
-        lambda tree: get_sharded_global_norm(tree)[0],
-        mesh=mesh,
-        in_specs=(state_specs.params,),
-        out_specs=P(),
-        check_vma=False,
-    )
+    global_norm = _create_global_norm(mesh, state_specs.params)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs)
 
     @functools.partial(
@@ -125,6 +119,17 @@ def _compute_gradients(
     if requests is not None:
         metrics["request"] = lax.pmax(requests[0], axis_names)
     return grads, metrics
+
+
+def _create_global_norm(mesh: Mesh, params_specs: PyTree) -> Callable[[PyTree], jax.Array]:
+    """Creates a function that computes the norm of a tree sharded like the parameters."""
+    return jax.shard_map(
+        lambda tree: get_sharded_global_norm(tree)[0],
+        mesh=mesh,
+        in_specs=(params_specs,),
+        out_specs=P(),
+        check_vma=False,
+    )
 
 
 def update_state(

@@ -11,7 +11,7 @@ _NUMBERS = ("loss", "grad_norm", "param_norm", "update_norm")
 
 
 class BadStepsCallback(Callback):
-    """Judge of every step that applies `trainer.nan_policy` after one that is not finite.
+    """A callback that judges every step, and applies `trainer.nan_policy` to non-finite ones.
 
     A step with a non-finite gradient or loss has left parameters and optimizer unchanged. The
     policy decides what follows:

@@ -13,7 +13,7 @@ from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 
 
 class CheckpointCallback(Callback):
-    """Writer of checkpoints at intervals of steps or minutes, on request, and at the end."""
+    """A callback that writes checkpoints at intervals, on request, and at the end."""
 
     def __init__(
         self,

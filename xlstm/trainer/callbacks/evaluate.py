@@ -9,7 +9,7 @@ from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 
 
 class EvaluateCallback(Callback):
-    """Evaluation before the first step, at intervals of steps, and at the end."""
+    """A callback that evaluates before the first step, at intervals, and at the end."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from xlstm.trainer.base.trainer import Callback
 
 
 class ProfileCallback(Callback):
-    """Profiler of chosen steps; TensorBoard and Perfetto show the traces."""
+    """A callback that traces steps with JAX's profiler, for TensorBoard or Perfetto."""
 
     def __init__(self, directory: str, steps: tuple[int, ...]):
         """Creates the callback.

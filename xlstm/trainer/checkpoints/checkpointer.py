@@ -40,7 +40,7 @@ _UNCONFIRMED, _DAMAGED = "unconfirmed_checkpoints", "damaged_checkpoints"
 
 
 class Checkpointer:
-    """Writer of checkpoints in the background, and reader of complete ones.
+    """A checkpointer that writes in the background and restores complete checkpoints.
 
     A checkpoint counts once the checksums of all its files are written. Only then are older ones
     removed, and never the latest confirmed one. After a failure in the background every method

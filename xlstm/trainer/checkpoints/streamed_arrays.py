@@ -34,7 +34,7 @@ class StreamedArray:
 
 
 class _StreamedArrayHandler(type_handlers.TypeHandler):
-    """Orbax handler that writes arrays chunk by chunk, and opens them without reading."""
+    """An Orbax handler that writes arrays chunk by chunk, and opens them without reading."""
 
     def typestr(self) -> str:
         """Returns the type under which Orbax restores whole arrays."""

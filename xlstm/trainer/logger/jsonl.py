@@ -37,7 +37,7 @@ def read_rows(path: str) -> list[dict[str, float]]:
 
 
 class JsonLinesLogger(Logger):
-    """Logger that appends rows to a metrics file."""
+    """A logger that appends rows to a metrics file."""
 
     def __init__(self, path: str, first_step: int):
         """Opens the file.

@@ -22,7 +22,7 @@ def plot_losses(rows: list[dict[str, float]], path: str) -> None:
 
 
 class LossPlotLogger(Logger):
-    """Logger that plots the losses of a metrics file after every evaluation and at the end.
+    """A logger that plots the losses of a metrics file after every evaluation and at the end.
 
     It warns if it cannot write the plot: the next one will show the same losses.
     """

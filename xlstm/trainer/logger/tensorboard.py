@@ -12,7 +12,7 @@ from xlstm.trainer.logger.base_logger import Logger
 
 
 class TensorBoardLogger(Logger):
-    """Logger that writes every metric as a scalar.
+    """A logger that writes every metric as a scalar.
 
     If the file can no longer be written, it warns and stops: the metrics file has every row.
     """

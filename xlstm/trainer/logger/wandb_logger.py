@@ -31,7 +31,7 @@ def check_wandb() -> None:
 
 
 class WandbLogger(Logger):
-    """Logger that logs every row as a step of a run of Weights & Biases.
+    """A logger that logs every row as a step of a run of Weights & Biases.
 
     However often a run is started, it is one run there, with each step once. A start first sends
     the rows of the metrics file that Weights & Biases lacks. Steps that are done again but were
