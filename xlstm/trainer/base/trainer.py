@@ -27,13 +27,13 @@ class TrainerConfig:
     checkpoint_interval: int = 200  # Write checkpoints at multiples of this step and at the end.
     checkpoint_minutes: float = 0.0  # Also write a checkpoint when the last one is this many
     # minutes old; 0 disables.
-    max_checkpoints: int = 2  # Keep this many of the latest checkpoints.
+    max_checkpoints: int = 2  # Keep this many of the latest confirmed checkpoints.
     keep_checkpoint_interval: int = 0  # Permanently keep checkpoints at multiples of this step; 0
     # disables.
     keep_best_checkpoint: bool = False  # Also keep the checkpoint with the lowest validation loss:
     # on the held-out set or, without one, on the first of data.validation_stores.
     nan_policy: str = "stop"  # After a loss or gradient that is not finite: stop ends the run, skip
-    # leaves the step out, rollback continues after the step from the last confirmed checkpoint.
+    # continues without the step, rollback continues from the last confirmed checkpoint.
     max_skipped_steps: int = 20  # Stop the run after this many skipped steps in a row.
     confirm_steps: int = 10  # Confirm a checkpoint, so that runs resume from it, if this many steps
     # before it (or all) were sound: finite and within the next two limits; 0 confirms all.

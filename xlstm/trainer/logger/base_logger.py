@@ -13,7 +13,7 @@ class LoggerConfig:
 
     interval: int = 10  # Log metrics at multiples of this step.
     tensorboard: bool = True  # Write TensorBoard event files.
-    wandb: bool = False  # Log to Weights & Biases; WANDB_MODE=offline sends nothing.
+    wandb: bool = False  # Log to Weights & Biases; WANDB_MODE=offline only stores the data.
     wandb_project: str = "xlstm"  # Log to this project at Weights & Biases.
     param_norms: bool = False  # Log the norms of every parameter and of its gradient.
     gate_statistics: bool = False  # Log statistics of every block's gates.

@@ -23,18 +23,18 @@ class OptimizerConfig:
     """The optimizer, its constants, and what the training step does around it."""
 
     name: str = "adamw"  # Use this optimizer: adamw, lion, adafactor, muon, sgd or ademamix.
-    beta1: float = 0.9  # Decay of the first moment (AdamW, Muon's AdamW, AdEMAMix), or weight of
-    # the momentum in the direction (Lion).
-    beta2: float = 0.95  # Decay of the second moment (AdamW, Muon's AdamW, AdEMAMix), or of the
-    # momentum (Lion).
-    eps: float = 1e-8  # Constant added to the root of the second moment (AdamW, Muon's AdamW,
+    beta1: float = 0.9  # Decay the first moment by this factor (AdamW, Muon's AdamW, AdEMAMix), or
+    # weigh the momentum in the direction by it (Lion).
+    beta2: float = 0.95  # Decay the second moment by this factor (AdamW, Muon's AdamW, AdEMAMix),
+    # or the momentum (Lion).
+    eps: float = 1e-8  # Add this constant to the root of the second moment (AdamW, Muon's AdamW,
     # AdEMAMix).
-    momentum: float = 0.95  # Decay of the momentum (SGD, Muon).
+    momentum: float = 0.95  # Decay the momentum by this factor (SGD, Muon).
     nesterov: bool = True  # Use Nesterov momentum (SGD, Muon).
-    muon_exclude: tuple[str, ...] = ("embeddings", "lm_head")  # Update matrices whose path matches
-    # one of these regular expressions with AdamW, as all parameters that are not matrices (Muon).
-    beta3: float = 0.9999  # Decay of the slow first moment (AdEMAMix).
-    alpha: float = 8.0  # Weight of the slow first moment (AdEMAMix).
+    muon_exclude: tuple[str, ...] = ("embeddings", "lm_head")  # Use AdamW for matrices whose path
+    # matches one of these regular expressions, and for all parameters that are not matrices (Muon).
+    beta3: float = 0.9999  # Decay the slow first moment by this factor (AdEMAMix).
+    alpha: float = 8.0  # Weigh the slow first moment by this factor (AdEMAMix).
     ademamix_warmup_steps: int = 0  # Raise beta3 from beta1, and alpha from 0, over this many steps
     # (AdEMAMix); the paper uses the whole run. 0 disables.
     weight_decay: float = 0.1  # Decay the parameters by this factor times the learning rate.

@@ -14,13 +14,12 @@ _DECAYS = ("cosine", "exponential", "constant")
 class ScheduleConfig:
     """A linear warm-up, a decay, and an optional linear cooldown to 0."""
 
-    peak_lr: float = 1e-3  # Learning rate at the end of the warm-up.
+    peak_lr: float = 1e-3  # Reach this learning rate at the end of the warm-up.
     warmup_steps: int = 100  # Raise the learning rate linearly from 0 over this many steps.
-    decay: str = "cosine"  # Shape after the warm-up: cosine, exponential or constant.
-    decay_steps: int = 0  # Step, counted from the start of the run, at which the decay ends; 0: the
-    # end of the run less the cooldown (a resumed run keeps the step that it started with).
-    final_lr_factor: float = 0.1  # Learning rate at decay_steps, as a fraction of peak_lr (cosine,
-    # exponential).
+    decay: str = "cosine"  # Use this shape after the warm-up: cosine, exponential or constant.
+    decay_steps: int = 0  # End the decay at this step, counted from the start of the run; 0 ends it
+    # at the end of the run, less the cooldown. A resumed run keeps the step that it started with.
+    final_lr_factor: float = 0.1  # Decay to this fraction of peak_lr (cosine, exponential).
     cooldown_steps: int = 0  # Lower the learning rate linearly to 0 over this many steps after
     # decay_steps; 0 keeps it constant instead.
 
