@@ -50,6 +50,27 @@ def check_storage_path(path: str) -> None:
     raise ValueError(f"checkpoints cannot be stored in {path!r} ({reason}): choose another folder")
 
 
+@contextlib.contextmanager
+def as_os_error(what: str) -> Iterator[None]:
+    """Converts any exception of storage into an OSError that starts with what failed."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # From other processes, not from storage.
+        raise
+    except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
+        raise OSError(f"{what}: {storage_error(error)}") from error
+
+
+def storage_error(error: Exception) -> str:
+    """Returns the operating system's message in an error, or else the start of the error."""
+    text = " ".join(str(error).split()) or repr(error)
+    text = text.partition(" [tensorstore_spec=")[0]
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    return text[:300]
+
+
 def literal_path_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     """Creates an Orbax handler for folders whose path may contain `[`, `*` or `?`.
 
@@ -75,27 +96,6 @@ def _literal(path: Any) -> Any:
             return (self / name for name in glob.glob(pattern, root_dir=self))
 
     return LiteralPath(path)
-
-
-@contextlib.contextmanager
-def as_os_error(what: str) -> Iterator[None]:
-    """Converts any exception of storage into an OSError that starts with what failed."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:  # From other processes, not from storage.
-        raise
-    except Exception as error:  # Orbax and TensorStore raise ValueError, OSError and others.
-        raise OSError(f"{what}: {storage_error(error)}") from error
-
-
-def storage_error(error: Exception) -> str:
-    """Returns the operating system's message in an error, or else the start of the error."""
-    text = " ".join(str(error).split()) or repr(error)
-    text = text.partition(" [tensorstore_spec=")[0]
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return text[:300]
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
