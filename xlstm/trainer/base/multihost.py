@@ -128,6 +128,13 @@ def raise_on_all_processes() -> Iterator[None]:
         raise error
 
 
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns the global value of an array; all processes that hold a shard must call this."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def _unique_name(key: str) -> str:
     """Returns a name that is used once and is the same in all processes."""
     with _lock:
@@ -222,10 +229,3 @@ def _on_every_device(mesh: Mesh, request: Request) -> jax.Array:
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     value = np.full(1, request, np.int32)
     return jax.make_array_from_callback((mesh.size,), sharding, lambda index: value)
-
-
-def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns the global value of an array; all processes that hold a shard must call this."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
