@@ -15,6 +15,7 @@ import tensorstore
 from safetensors import safe_open
 
 from xlstm.dataset.config import DataConfig
+from xlstm.dataset.json_tokenizer import parse_tokenizer
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, find_markers
 from xlstm.distributed.mesh import MESH_AXES
 from xlstm.files import find_file, inner_path, new_folder, read_json
@@ -158,7 +159,8 @@ def import_model(
         write_config(workdir, config, corpora=[])
     num_parameters = sum(tensor.size for tensor in tensors)
     if tokenizer and tokenizer.definition is not None and not eod_token:
-        notes += find_markers(tokenizer.name, tokenizer.definition).disagreements
+        parsed = parse_tokenizer(tokenizer.definition, tokenizer.name)
+        notes += find_markers(tokenizer.name, parsed).disagreements
     return Converted(num_parameters, 4 * num_parameters, notes=notes)
 
 

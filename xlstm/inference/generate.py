@@ -180,7 +180,7 @@ def write_texts(
             written[row].ids += ids
             if done[row]:
                 written[row].reason = "end"
-                written[row].end_token = tokenizer.token(ids[-1]) if tokenizer else ids[-1]
+                written[row].end_token = tokenizer.id_to_token(ids[-1]) if tokenizer else ids[-1]
             elif streams and streams[row].is_stopped:
                 written[row].reason = "stop"
             written[row].text += text

@@ -1,7 +1,6 @@
 """Reading of checkpoints outside of training: parameters, facts about the run, a fingerprint."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from xlstm.common_types import PyTree
+from xlstm.files import file_checksum
 from xlstm.trainer.base.multihost import broadcast_from_process_0, raise_on_all_processes
 from xlstm.trainer.base.param_utils import path_name, reboxed, unboxed
 from xlstm.trainer.checkpoints.arrays import arrays_to_read, read_array_metadata
@@ -138,5 +138,4 @@ def read_fingerprint(directory: str, step: int) -> str:
     """
     path = os.path.join(CheckpointFolder(directory).step_dir(step), CHECKSUMS)
     with _reading(directory, step):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_checksum(path).sha256
