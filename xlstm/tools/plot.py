@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.trainer.logger.curves import Curve, draw_picture, is_point, read_curve, smooth
+from xlstm.trainer.logger.curves import Curve, is_point, plot_curves, read_curve, smooth
 from xlstm.trainer.logger.jsonl import read_rows
 from xlstm.visible_text import visible
 
@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
         for metric in metrics
     }
     if output:
-        draw_picture(panels, output, _SMOOTH.value)
+        plot_curves(panels, output, _SMOOTH.value)
     console = Console(highlight=False, markup=False, emoji=False)
     for metric, curves in panels.items():
         if _SMOOTH.value:

@@ -63,7 +63,7 @@ class _BareLoops(Callback):
 
     def on_step(self, step: int, state: TrainState) -> None:
         jax.block_until_ready(state)
-        self._opened.checkpointer.wait()
+        self._opened.checkpointer.wait_until_finished()
         if step > _STEPS:  # What is before compiles.
             self.trained.append((time.perf_counter() - self._begin) / _STEPS)
         begin = time.perf_counter()
@@ -98,7 +98,7 @@ def measure(opened: TrainingRun, num_steps: int) -> tuple[np.ndarray, np.ndarray
             num_steps=num_steps,
             callbacks=[*opened.callbacks, loops],
             clock=opened.clock,
-            to_row=metrics_to_row,
+            to_scalars=metrics_to_row,
         )
     bare = np.array(loops.bare)
     return (bare[:-1] + bare[1:]) / 2, np.array(loops.trained)

@@ -6,7 +6,7 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.dataset.batch import rows_before
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.throughput import measure_matmul_rate
-from xlstm.trainer.base.trainer import Callback, to_row
+from xlstm.trainer.base.trainer import Callback, to_scalars
 from xlstm.trainer.callbacks.bad_steps import BadStepsCallback
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
 from xlstm.trainer.callbacks.evaluate import EvaluateCallback
@@ -96,7 +96,7 @@ def _metrics_callback(run: PreparedRun, logger: Logger) -> MetricsCallback:
 
 def _confirmed_step(checkpointer: Checkpointer) -> int | None:
     """The last confirmed checkpoint, once what is being written is whole."""
-    checkpointer.wait()
+    checkpointer.wait_until_finished()
     return checkpointer.confirmed_step()
 
 
@@ -106,6 +106,6 @@ def evaluated_params(state: TrainState) -> PyTree:
 
 
 def metrics_to_row(metrics: Metrics) -> dict[str, float]:
-    """Converts a step's metrics to numbers; see `to_row` and, for gates, `gate_row`."""
+    """Converts a step's metrics to numbers; see `to_scalars` and, for gates, `gate_row`."""
     numbers = {name: value for name, value in metrics.items() if name != "gates"}
-    return to_row(numbers) | gate_row(metrics.get("gates", {}))
+    return to_scalars(numbers) | gate_row(metrics.get("gates", {}))

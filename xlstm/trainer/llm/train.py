@@ -12,7 +12,7 @@ from xlstm.common_types import Metrics, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.trainer.base.clock import watchdog
-from xlstm.trainer.base.multihost import wait_for_all
+from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.signals import on_stop_signal
 from xlstm.trainer.base.trainer import Callback, fit
@@ -92,7 +92,7 @@ def train_language_model(
             num_steps=max(config.trainer.num_steps, run.start_step),
             callbacks=run.callbacks,
             clock=run.clock,
-            to_row=metrics_to_row,
+            to_scalars=metrics_to_row,
         )
     if _is_done(run, int(state.step)):
         if sample:
@@ -131,7 +131,7 @@ def open_training(
         run = prepare_run(config, workdir_path, allow_config_change)
         guard = StoreGuard(run.stores, run.say)
         guard.verify_first(verify_data)
-        wait_for_all("stores")
+        sync_processes("stores")
 
         # Model: new parameters, or those of another run.
         state, specs, compiled_step = create_training(run.config, run.mesh)

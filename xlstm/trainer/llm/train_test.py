@@ -212,7 +212,7 @@ def test_a_rollback_takes_no_damaged_checkpoint(tmp_path, store, poisonous, bad_
     newest, discard_unusable = (bad_steps[1] - 1) // 2 * 2, Checkpointer.discard_unusable
 
     def damage_first(checkpointer):
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         for path in (tmp_path / "checkpoints" / str(newest)).rglob("d/*"):
             path.write_bytes(path.read_bytes()[:-1])
         return discard_unusable(checkpointer)
@@ -248,7 +248,7 @@ def test_a_streak_of_bad_steps_costs_no_good_checkpoint(tmp_path, store, ruinous
     config = _config(store, trainer={"nan_policy": "skip", "max_checkpoints": 1})
     with pytest.raises(ValueError, match="confirmed.* step 6.*peak_lr"):
         train_language_model(config, str(tmp_path / "ruined"))
-    saved = CheckpointFolder(str(tmp_path / "ruined" / "checkpoints")).saved()
+    saved = CheckpointFolder(str(tmp_path / "ruined" / "checkpoints")).metadata()
     assert confirmed_step(saved) == 6 and len(saved) == 2
     norms = [row["param_norm"] for row in _rows(tmp_path / "ruined") if "param_norm" in row]
     assert norms[-1] > 100 * norms[0]
@@ -411,5 +411,5 @@ def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
 
     monkeypatch.setattr(callbacks_module, "create_evaluation", create)
     options = {"data": {"validation_fraction": 0.1}, "trainer": {"eval_interval": 4}}
-    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: go on"):
+    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: resume"):
         train_language_model(_config(store, **options), str(tmp_path))
