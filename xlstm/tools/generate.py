@@ -110,8 +110,8 @@ def split_prompts(content: bytes, name: str) -> list[str]:
         The prompts; an empty line is an empty prompt.
 
     Raises:
-        OSError: If the file is empty or not UTF-8. Not a ValueError, since `broadcast_from_process_0`
-            passes OSErrors on to all processes.
+        OSError: If the file is empty or not UTF-8; `broadcast_from_process_0` raises it in all
+            processes.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
         raise OSError(f"{name} looks like UTF-16: expected UTF-8, one prompt per line")

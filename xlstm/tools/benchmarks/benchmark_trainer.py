@@ -26,7 +26,7 @@ from xlstm.common_types import TrainState
 from xlstm.tools.command_line import run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.base.trainer import Callback, fit
-from xlstm.trainer.llm.callbacks import metrics_to_row
+from xlstm.trainer.llm.callbacks import metrics_to_scalars
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.train import TrainingRun, open_training
 
@@ -98,7 +98,7 @@ def measure(opened: TrainingRun, num_steps: int) -> tuple[np.ndarray, np.ndarray
             num_steps=num_steps,
             callbacks=[*opened.callbacks, loops],
             clock=opened.clock,
-            to_scalars=metrics_to_row,
+            to_scalars=metrics_to_scalars,
         )
     bare = np.array(loops.bare)
     return (bare[:-1] + bare[1:]) / 2, np.array(loops.trained)

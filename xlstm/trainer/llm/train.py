@@ -17,7 +17,7 @@ from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.signals import on_stop_signal
 from xlstm.trainer.base.trainer import Callback, fit
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
-from xlstm.trainer.llm.callbacks import create_callbacks, metrics_to_row
+from xlstm.trainer.llm.callbacks import create_callbacks, metrics_to_scalars
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import batch_share, global_batches
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
@@ -92,7 +92,7 @@ def train_language_model(
             num_steps=max(config.trainer.num_steps, run.start_step),
             callbacks=run.callbacks,
             clock=run.clock,
-            to_scalars=metrics_to_row,
+            to_scalars=metrics_to_scalars,
         )
     if _is_done(run, int(state.step)):
         if sample:

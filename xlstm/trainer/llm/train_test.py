@@ -186,7 +186,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
 ):
     """It is rolled back again, and to the same checkpoint."""
     trainer = {"nan_policy": "rollback", "checkpoint_interval": 3}
-    config, to_row = _config(store, trainer=trainer), train_module.metrics_to_row
+    config, to_row = _config(store, trainer=trainer), train_module.metrics_to_scalars
     train_language_model(config, str(tmp_path / "whole"))
     num_rows = 0
 
@@ -197,7 +197,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
             raise ZeroDivisionError
         return to_row(metrics)
 
-    monkeypatch.setattr(train_module, "metrics_to_row", failing)
+    monkeypatch.setattr(train_module, "metrics_to_scalars", failing)
     with pytest.raises(ZeroDivisionError):
         train_language_model(config, str(tmp_path / "parts"))
     assert "rolled_back_to" in str(_rows(tmp_path / "parts"))
@@ -276,7 +276,10 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
 
 
 def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
-    config, to_row = _config(store, trainer={"checkpoint_interval": 5}), train_module.metrics_to_row
+    config, to_row = (
+        _config(store, trainer={"checkpoint_interval": 5}),
+        train_module.metrics_to_scalars,
+    )
     steps = itertools.count(1)
 
     def spiked(metrics):
@@ -286,7 +289,7 @@ def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch,
             time.sleep(0.2)
         return row | {"loss": row["loss"] + 9 * (step >= 7)}
 
-    monkeypatch.setattr(train_module, "metrics_to_row", spiked)
+    monkeypatch.setattr(train_module, "metrics_to_scalars", spiked)
     train_language_model(config, str(tmp_path))
     said = capsys.readouterr().out
     assert "step 7 is not sound: its loss" in said
