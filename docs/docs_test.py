@@ -39,7 +39,8 @@ _ROOMS = ("", "benchmarks.", "testing.")
 
 
 def _blocks():
-    """Yields each page with its blocks: the number of their line, their language and their text."""
+    """Lists each page with its blocks: the number of their line, their language and their text."""
+    pages = []
     for name, path in _PAGES.items():
         text = path.read_text()
         blocks = [
@@ -48,7 +49,8 @@ def _blocks():
             if found[2] in ("sh", "python")
         ]
         if blocks:
-            yield name, blocks
+            pages.append((name, blocks))
+    return pages
 
 
 def _module(tool):
@@ -68,7 +70,7 @@ def _write_bazelw(folder):
     )
     script = folder / "bazelw"
     script.write_text(
-        '#!/bin/sh\n[ "$1" = run ] || exit 0\nlabel=$2\nshift 3 2> /dev/null || shift 2\n'
+        '#!/bin/sh\n[ "$1" = run ] || exit 0\nlabel=$2\nshift 2\n[ $# = 0 ] || shift\n'
         f'case "$label" in\n{cases}\n*) echo "unknown $label" >&2; exit 1 ;;\nesac\n'
     )
     script.chmod(0o755)
