@@ -27,7 +27,7 @@ from xlstm.dataset.validation import ValidationSet, open_validation_sets, stores
 from xlstm.files import write_atomically
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
-from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import wait_for_all
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> None:
     path = checkpoint_path()
     json_path = output_path("json", _JSON.value)
     initialize_devices()
-    with ending_together():
+    with abort_all_on_failure():
         row = use_checkpoint(path, load_checkpoint)()
         if jax.process_index() == 0:
             if json_path:

@@ -34,7 +34,7 @@ from xlstm.inference.sampling import SamplingConfig
 from xlstm.inference.state_file import load_progress, save_progress
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import from_first_process
 from xlstm.visible_text import visible_lines
 
@@ -275,7 +275,7 @@ def main(argv: list[str]) -> None:
     json_path = output_path("json", _JSON.value)
     save_path = output_path("save_state", _SAVE_STATE.value)
     initialize_devices()
-    with ending_together():
+    with abort_all_on_failure():
         texts = from_first_process(_read_prompts)
         model = use_checkpoint(path, load_model)
         note_nonfinite(model.params)

@@ -81,7 +81,7 @@ def _connect(*settings: str | int) -> None:
         # JAX keeps the programs of process 0 alone; beside one that another process has compiled
         # anew, a program out of the cache was seen to wait for ever.
         jax.config.update("jax_enable_compilation_cache", False)
-    with ending_together():
+    with abort_all_on_failure():
         check_agreement("start", lambda: {SAME_COMMAND: _shared_flags()} | environment_facts())
         check_agreement("devices", device_facts)
         # CPU processes give up if one comes half a minute late to their first common computation;
@@ -123,7 +123,7 @@ _END = "end"
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def abort_all_on_failure() -> Iterator[None]:
     """In a run of several processes, ends a process that failed at once, and so all of them.
 
     An orderly end would wait for the other processes, which wait for this one. The process tells

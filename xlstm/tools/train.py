@@ -6,7 +6,7 @@ from absl import flags
 
 from xlstm.tools.command_line import define_verify_data, resolve_path, run
 from xlstm.tools.config import config_name, define_config_flag, run_config, with_config_paths
-from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.llm.train import train_language_model
 
 _CONFIG = define_config_flag()
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     config = run_config(_CONFIG)
     workdir = _WORKDIR.value or os.path.join("runs", config_name())
     initialize_devices()
-    with ending_together():
+    with abort_all_on_failure():
         train_language_model(
             config,
             resolve_path(workdir),

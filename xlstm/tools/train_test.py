@@ -115,7 +115,7 @@ def test_a_run_tells_what_it_does(straight):
     workdir, output = straight
     assert "42,224" in output  # The number of parameters, under the table.
     assert "lm_head.kernel" in output
-    assert output.count("validation loss") == 3
+    assert output.count("validation: loss") == 3
     assert "a sample" in output
     assert str(workdir) in output.splitlines()[-1]
 
