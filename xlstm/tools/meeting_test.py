@@ -70,7 +70,7 @@ def test_one_that_comes_just_behind_an_error_hears_of_it(port):
 def test_those_that_do_not_come_are_named(port):
     told = _meet_all(port, (0, 4), (2, 4), seconds=0.5)
     assert told[0] == told[1]
-    assert told[0].startswith("of 4 processes these have not come within 0 s: 1, 3;")
+    assert told[0].startswith("of 4 processes, these have not connected within 0 s: 1, 3;")
 
 
 def test_a_first_process_that_does_not_come(port):
