@@ -15,7 +15,7 @@ from xlstm.trainer.base.param_utils import is_partitioned, unboxed
 from xlstm.trainer.checkpoints.read_params import read_fingerprint, read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_model
-from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.language_model import abstract_params
 from xlstm.trainer.llm.run_tokenizer import read_eos_ids, read_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 
@@ -91,7 +91,7 @@ def load_model(config: RunConfig, workdir: Workdir, step: int) -> LoadedModel:
     check_model(config.model, mesh)
     tokenizer = read_tokenizer(workdir, read_run_info(workdir.checkpoints, step))
     eos_ids = read_eos_ids(workdir, config.model.vocab_size)
-    state, _, _ = create_language_model_run(config, mesh, abstract=True)
-    params = without_stages(read_params(workdir.checkpoints, step, state.params), mesh)
+    like, _ = abstract_params(config, mesh)
+    params = without_stages(read_params(workdir.checkpoints, step, like), mesh)
     fingerprint = read_fingerprint(workdir.checkpoints, step)
     return LoadedModel(config.language_model, params, mesh, tokenizer, fingerprint, eos_ids)

@@ -11,11 +11,10 @@ from absl import flags
 from xlstm.common_types import PyTree
 from xlstm.distributed.mesh import MESH_AXES
 from xlstm.tools.command_line import print_note, resolve_path
-from xlstm.tools.config import load_run_config
 from xlstm.trainer.base.param_utils import count_nonfinite, nonfinite_text
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
-from xlstm.trainer.llm.workdir import Workdir
+from xlstm.trainer.llm.workdir import Workdir, load_run_config
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."

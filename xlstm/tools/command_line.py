@@ -124,7 +124,9 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         with _answering_errors():
-            if _asks_for_help(argv[1:]):
+            others = _without_help_words(argv[1:])
+            if len(others) < len(argv) - 1:
+                prepare_words(others)  # It may define flags.
                 print(help_text((sys.modules["__main__"].__doc__ or "").strip()), flush=True)
                 sys.exit(0)
             return flags.FLAGS([argv[0], *prepare_words(argv[1:])])
@@ -158,6 +160,8 @@ def help_text(description: str) -> str:
     indented = textwrap.TextWrapper(width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     parts = [description, "", "Flags:"]
     for flag in project_flags():
+        if flag.name.startswith("config."):  # There are a hundred: show_config explains them.
+            continue
         text = " ".join((flag.help or "").split())
         # absl puts the values of an enum in front, which the usage shows already.
         parts += [f"  {_flag_usage(flag)}", indented.fill(re.sub(r"^<\S*>: ", "", text))]
@@ -170,19 +174,17 @@ def _flag_usage(flag: flags.Flag) -> str:
         return f"--[no]{flag.name}"
     values = getattr(flag.parser, "enum_values", None)
     kind = "|".join(values) if values else _VALUES.get(flag.flag_type(), "VALUE")
-    if flag.default in (None, [], ""):
-        return f"--{flag.name}={kind}"
     default = flag.default
     default = ",".join(map(str, default)) if isinstance(default, list) else default
-    return f"--{flag.name}={kind} (default: {default})"
+    # A missing default needs no words, and that of a configuration has too many.
+    has_default = isinstance(default, (str, int, float)) and default != ""
+    return f"--{flag.name}={kind}" + (f" (default: {default})" if has_default else "")
 
 
-def _asks_for_help(words: list[str]) -> bool:
-    words = words[: words.index("--")] if "--" in words else words
-    return any(
-        word.startswith("-") and word.lstrip("-").removesuffix("=true") in _HELP_WORDS
-        for word in words
-    )
+def _without_help_words(words: list[str]) -> list[str]:
+    end = words.index("--") if "--" in words else len(words)
+    others = [x for x in words[:end] if x[:1] != "-" or x.lstrip("-") not in _HELP_WORDS]
+    return others + words[end:]
 
 
 def print_error(message: str) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 import typing
 
 import jax
@@ -16,7 +15,6 @@ from xlstm.dataset.config import DataConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
-from xlstm.tools import config
 from xlstm.tools.config import (
     DEFAULT_CONFIG,
     check_field,
@@ -24,17 +22,16 @@ from xlstm.tools.config import (
     config_names,
     config_path,
     default_config,
+    define_config_flags,
     field_comments,
     load_config,
-    load_run_config,
     run_config,
     sections,
     to_run_config,
-    with_config_paths,
 )
 from xlstm.trainer.base.param_utils import get_num_params, get_param_mask_fn, path_name, unboxed
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.workdir import Workdir, write_config
+from xlstm.trainer.llm.workdir import Workdir, load_run_config, write_config
 
 # Every config that comes with the project, and the number of its parameters.
 _NUM_PARAMS = {
@@ -252,7 +249,7 @@ def test_the_table_below_names_every_config():
 
 @pytest.mark.parametrize("name, num_params", _NUM_PARAMS.items())
 def test_configs_that_come_with_the_project(name, num_params):
-    config = to_run_config(load_config(config_path(name, "")))
+    config = to_run_config(load_config(name))
     model = xLSTMLMModel(config.language_model)
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens)["params"]
@@ -277,11 +274,11 @@ def test_weight_decay_is_for_what_multiplies_activations(block, ratio):
 
 def test_a_config_without_its_argument_says_which_there_are():
     with pytest.raises(ValueError, match="the sizes are 125M, 400M, 1.4B, 7B"):
-        load_config(config_path("xlstm", ""))
+        load_config("xlstm")
     with pytest.raises(ValueError, match="xlstm_2024:: the sizes are 125M, 350M, 760M, 1.3B"):
-        load_config(config_path("xlstm_2024", ""))
+        load_config("xlstm_2024")
     with pytest.raises(ValueError, match="8B.*the sizes are"):
-        load_config(config_path("xlstm:8B", ""))
+        load_config("xlstm:8B")
 
 
 def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
@@ -296,7 +293,7 @@ def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
     write_config(Workdir(str(run)), source, ["abc"])
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
     for argument in ("runs/mine", "runs/mine/checkpoints/50", str(run)):
-        config = to_run_config(load_config(config_path(f"finetune:{argument}", str(tmp_path))))
+        config = to_run_config(load_config(f"finetune:{argument}"))
         assert (config.model, config.backend) == (source.model, source.backend)
         assert config.trainer.init_from == str(tmp_path / argument)
         assert config.data == DataConfig()
@@ -309,17 +306,18 @@ def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
 )
 def test_fine_tuning_without_a_run(argument, message):
     with pytest.raises(ValueError, match=message):
-        load_config(config_path(f"finetune{argument}", ""))
+        load_config(f"finetune{argument}")
 
 
-def test_paths_of_configs(tmp_path):
+def test_paths_of_configs(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("")
-    assert config_path("mine.py", str(tmp_path)) == str(tmp_path / "mine.py")
-    assert config_path("./mine.py:arg", str(tmp_path)) == str(tmp_path / "mine.py:arg")
-    assert config_path(str(tmp_path / "mine.py"), "/elsewhere") == str(tmp_path / "mine.py")
-    assert config_path("smoke", str(tmp_path)).endswith("configs/smoke.py")
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
+    assert config_path("mine.py") == str(tmp_path / "mine.py")
+    assert config_path("./mine.py:arg") == str(tmp_path / "mine.py:arg")
+    assert config_path(str(tmp_path / "mine.py")) == str(tmp_path / "mine.py")
+    assert config_path("smoke").endswith("configs/smoke.py")
     with pytest.raises(ValueError, match="--config=smok: .*configs by name are .*smoke"):
-        config_path("smok", str(tmp_path))
+        config_path("smok")
 
 
 _HEADER = "from xlstm.tools.config import default_config\n"
@@ -412,12 +410,8 @@ def parse(monkeypatch):
     def parse(*words):
         values = flags.FlagValues()
         monkeypatch.setattr(flags, "FLAGS", values)
-        monkeypatch.setattr(sys, "argv", ["tool", *words])  # It is looked at for fields.
-        holder = config.config_flags.DEFINE_config_file(
-            "config", None, "help", flag_values=values, lock_config=True
-        )
-        values(["tool", *with_config_paths(list(words))])
-        return run_config(holder)
+        values(["tool", *define_config_flags(list(words))])
+        return run_config()
 
     return parse
 
@@ -459,9 +453,9 @@ def test_fields_are_changed_by_flags(parse):
     assert config.data.weights == (1.0, 2.5)
 
 
-def test_the_config_comes_before_its_fields(parse):
-    with pytest.raises(flags.Error, match="before a value for --config"):
-        parse("--config.model.embedding_dim=64", "--config=smoke")
+def test_the_config_may_come_behind_its_fields(parse):
+    config = parse("--config.model.embedding_dim=64", "--config=smoke")
+    assert (config.model.embedding_dim, config.model.num_blocks) == (64, 2)
 
 
 def test_a_whole_number_for_a_float(parse):
@@ -507,7 +501,7 @@ def test_other_tuples_are_left_alone(parse):
 
 
 def test_a_flag_replaces_the_tuple_of_a_file(parse, tmp_path):
-    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    text = open(config_path("smoke"), encoding="utf-8").read()
     text = text.replace(
         "    return config", "    config.data.stores = ('/x', '/y')\n    return config"
     )
@@ -519,7 +513,7 @@ def test_a_flag_replaces_the_tuple_of_a_file(parse, tmp_path):
 
 
 def test_a_path_starts_where_the_user_is(parse, monkeypatch, tmp_path):
-    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    text = open(config_path("smoke"), encoding="utf-8").read()
     (tmp_path / "mine.py").write_text(text.replace("embedding_dim = 32", "embedding_dim = 96"))
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
     assert parse("--config=mine.py").model.embedding_dim == 96
@@ -548,7 +542,7 @@ def test_an_argument_is_part_of_the_name(parse):
     "argument, name", [("../runs/mine/", "mine_runs_mine"), ("/runs/a.b", "mine_runs_a.b")]
 )
 def test_a_path_as_an_argument_makes_the_name_of_a_folder(parse, tmp_path, argument, name):
-    text = open(config_path("smoke", ""), encoding="utf-8").read()
+    text = open(config_path("smoke"), encoding="utf-8").read()
     (tmp_path / "mine.py").write_text(text.replace("get_config()", "get_config(path)"))
     parse(f"--config={tmp_path}/mine.py:{argument}")
     assert config_name() == name
@@ -567,14 +561,17 @@ def test_a_path_as_an_argument_makes_the_name_of_a_folder(parse, tmp_path, argum
 )
 def test_bad_words(words, message):
     with pytest.raises(ValueError, match=message):
-        with_config_paths(words)
+        define_config_flags(words)
 
 
-def test_other_words_are_left_alone():
-    words = with_config_paths(["--workdir=config", "--configs=x", "smoke", "--config=smoke"])
-    assert words == [
-        "--workdir=config",
-        "--configs=x",
-        "smoke",
-        f"--config={config_path('smoke', '')}",
-    ]
+def test_other_words_are_left_alone(monkeypatch):
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    words = define_config_flags(["--workdir=config", "--configs=x", "smoke", "--config=smoke"])
+    assert words == ["--workdir=config", "--configs=x", "smoke"]
+
+
+def test_a_config_file_is_run_once(parse, tmp_path):
+    text, log = open(config_path("smoke"), encoding="utf-8").read(), tmp_path / "log"
+    (tmp_path / "mine.py").write_text(f"{text}\nopen({str(log)!r}, 'a').write('.')\n")
+    parse(f"--config={tmp_path}/mine.py", "--config.model.embedding_dim=64")
+    assert log.read_text() == "."

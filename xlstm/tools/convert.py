@@ -22,9 +22,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from xlstm.common_types import DTYPES
 from xlstm.huggingface.convert import Converted, export_model, import_model
 from xlstm.tools.command_line import print_note, resolve_path, run
-from xlstm.tools.config import load_run_config
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
-from xlstm.trainer.llm.workdir import Workdir
+from xlstm.trainer.llm.workdir import Workdir, load_run_config
 from xlstm.visible_text import visible
 
 _FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of a model in the public layout.")

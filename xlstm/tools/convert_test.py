@@ -17,9 +17,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendCon
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import convert, evaluate
-from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
-from xlstm.trainer.llm.open_run import open_run
+from xlstm.trainer.base.trainer import fit
+from xlstm.trainer.llm.train import open_training
 
 # What a public model has beside its tokenizer and its tensors.
 _FILES = {
@@ -79,7 +80,7 @@ def _error(process):
 
 def _fine_tuning(folder):
     """What `train --config=finetune:imported` does, on data that lies in the folder."""
-    config = to_run_config(load_config(config_path(f"finetune:{folder / 'imported'}", "")))
+    config = to_run_config(load_config(f"finetune:{folder / 'imported'}"))
     data = dataclasses.replace(
         config.data,
         stores=(str(folder / "mine"),),
@@ -119,8 +120,16 @@ def test_from_a_public_model_to_another_one(folder):
 
     words = "--checkpoint=imported", "--data=wiki=wiki", "--json=found.json", "--context_length=16"
     evaluation = _start(evaluate, folder, *words)
-    with open_run(_fine_tuning(folder), str(folder / "tuned")) as run:
-        run.fit(run.state, 0, 0)  # It evaluates before its first step.
+    with open_training(_fine_tuning(folder), str(folder / "tuned")) as run:
+        fit(  # It evaluates before its first step.
+            run.state,
+            run.batches_from,
+            run.train_step,
+            start_step=0,
+            num_steps=0,
+            callbacks=run.callbacks,
+            clock=run.clock,
+        )
         run.checkpointer.save(1, run.state)
     _finish(evaluation)
     found = json.loads((folder / "found.json").read_text())

@@ -24,7 +24,7 @@ from xlstm.distributed.hlo_collectives import Collective, find_collectives
 from xlstm.distributed.mesh import BATCH_AXES
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.tools.command_line import print_line, run
-from xlstm.tools.config import define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import define_config_flags, run_config
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.clock import Clock, report_waits
 from xlstm.trainer.base.param_utils import unboxed
@@ -32,10 +32,9 @@ from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
 from xlstm.trainer.llm.expected_collectives import Traffic, expected_traffic
-from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.language_model import create_training
 from xlstm.trainer.logger.terminal import mesh_line
 
-_CONFIG = define_config_flag()
 _ACCELERATOR_BYTES = 80 * 10**9
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -90,7 +89,7 @@ def lower_step(config: RunConfig, mesh: Mesh) -> tuple[TrainState, Batch, jax.st
         Shapes and shardings of the train state and of a batch, and the step that takes them, not
         yet compiled.
     """
-    state, _, train_step = create_language_model_run(config, mesh, abstract=True)
+    state, _, train_step = create_training(config, mesh, abstract=True)
     batch = _abstract_batch(config, mesh)
     return state, batch, train_step.lower(state, batch)
 
@@ -211,7 +210,7 @@ def main(argv: list[str]) -> None:
     """Compiles the step of the config and prints its description."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = run_config(_CONFIG)
+    config = run_config()
     initialize_devices()
     mesh = create_run_mesh(config)
     console = Console()
@@ -231,4 +230,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, define_config_flags)

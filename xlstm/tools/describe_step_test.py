@@ -19,7 +19,7 @@ from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.tools import describe_step
-from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.config import load_config, to_run_config
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
@@ -72,7 +72,7 @@ def test_a_step_multiplies_as_exactly_as_the_config_says():
 
 
 def test_a_step_of_7b_is_divided_and_nothing_is_allocated():
-    values = load_config(config_path("xlstm:7B", ""))
+    values = load_config("xlstm:7B")
     values.mesh.update({"dp": 1, "fsdp": 4, "tp": 2})
     config = to_run_config(values)
     state, batch, lowered = describe_step.lower_step(config, create_run_mesh(config))

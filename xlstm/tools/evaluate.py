@@ -25,6 +25,7 @@ from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.validation import ValidationSet, open_validation_sets, stores_of
 from xlstm.files import write_atomically
+from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
@@ -33,9 +34,10 @@ from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
 from xlstm.trainer.llm.evaluation import create_evaluation
-from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.find_checkpoint import split_checkpoint_path
+from xlstm.trainer.llm.language_model import abstract_params
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
-from xlstm.trainer.llm.workdir import Workdir, split_checkpoint_path
+from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.logger.base_logger import validation_suffixes
 from xlstm.visible_text import visible
 
@@ -132,8 +134,8 @@ def load_checkpoint(
     """
     config = _changed(config)
     mesh, sets = create_run_mesh(config), _open_sets(config, workdir, step)
-    state, specs, _ = create_language_model_run(config, mesh, abstract=True)
-    params = read_params(workdir.checkpoints, step, state.params)
+    like, specs = abstract_params(config, mesh)
+    params = read_params(workdir.checkpoints, step, like)
     note_nonfinite(params)
 
     def evaluate() -> dict[str, float]:
@@ -148,8 +150,8 @@ def load_checkpoint(
             task = progress.add_task("batches", total=None)
             evaluate_params = create_evaluation(
                 mesh,
-                specs.params,
-                state.apply_fn,
+                specs,
+                xLSTMLMModel(config.language_model).apply,
                 sets,
                 _MAX_BATCHES.value,
                 on_batch=lambda: progress.advance(task),

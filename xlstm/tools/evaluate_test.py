@@ -9,7 +9,7 @@ import pytest
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.tools import evaluate
-from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.llm.train import train_language_model
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
         write_store(folder / name, [f"{name}{i} = {i}\n" * 40 for i in range(30)])
     text = (folder / "flipped" / "tokens.bin").read_bytes()
     (folder / "flipped" / "tokens.bin").write_bytes(text.replace(b"f", b"g", 1))
-    config = to_run_config(load_config(config_path("smoke", "")))
+    config = to_run_config(load_config("smoke"))
     data = dataclasses.replace(
         config.data,
         stores=(str(folder / "store"),),

@@ -10,9 +10,9 @@ from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import generate
-from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
-from xlstm.trainer.llm.open_run import open_run
+from xlstm.trainer.llm.train import open_training
 
 WORDS = ["one", " two", " three"]
 
@@ -23,13 +23,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     tokenizer = load_tokenizer(write_tokenizer_json(str(folder / "words.json"), words=WORDS))
     write_store(folder / "store", ["one two three " * 20] * 30, tokenizer)
-    config = to_run_config(load_config(config_path("smoke", "")))
+    config = to_run_config(load_config("smoke"))
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=288),
         data=dataclasses.replace(config.data, stores=(str(folder / "store"),), context_length=16),
     )
-    with open_run(config, str(folder / "run")) as run:
+    with open_training(config, str(folder / "run")) as run:
         run.checkpointer.save(1, run.state)
     (folder / "words.json").unlink()  # The run has its own.
     return folder

@@ -19,15 +19,12 @@ from rich.text import Text
 from xlstm.tools.command_line import run
 from xlstm.tools.config import (
     config_name,
-    define_config_flag,
+    define_config_flags,
     field_comments,
     run_config,
-    sections,
-    with_config_paths,
 )
-from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.config import RunConfig, sections
 
-_CONFIG = define_config_flag()
 _WIDTH_OF_TABLE = 130  # Narrower terminals get the meaning below each field.
 _ANY_WIDTH = 10_000
 
@@ -95,9 +92,9 @@ def main(argv: list[str]) -> None:
     """Prints the config that the flags choose."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    rows = field_rows(run_config(_CONFIG))
+    rows = field_rows(run_config())
     print_fields(Console(markup=False, highlight=False), config_name(), rows)
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, define_config_flags)

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from xlstm.tools import show_config
-from xlstm.tools.config import field_comments, sections
-from xlstm.trainer.llm.config import RunConfig
+from xlstm.tools.config import field_comments
+from xlstm.trainer.llm.config import RunConfig, sections
 
 
 def _run(*words):

@@ -4,26 +4,41 @@ import os
 
 from absl import flags
 
+from xlstm.common_types import TrainState
+from xlstm.inference.generate import WritingOptions, encode_prompt, write_texts
+from xlstm.inference.load_model import LoadedModel, without_stages
+from xlstm.inference.sampling import SamplingConfig
 from xlstm.tools.command_line import define_verify_data, resolve_path, run
-from xlstm.tools.config import config_name, define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
-from xlstm.trainer.llm.train import train_language_model
+from xlstm.trainer.llm.callbacks import evaluated_params
+from xlstm.trainer.llm.train import TrainingRun, train_language_model
 
-_CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; if it holds the run already, it goes on [runs/CONFIG]."
+    "workdir", None, "Folder of the run; if it holds the run already, it resumes [runs/CONFIG]."
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Go on with a run that began with another configuration."
+    "allow_config_change", False, "Resume a run that began with another configuration."
 )
 _VERIFY_DATA = define_verify_data()
+
+
+def sample_text(run: TrainingRun, state: TrainState) -> str:
+    """Writes text with a trained model, as `config.logger` says, up to the end of the document."""
+    logger, tokenizer = run.config.logger, run.data.tokenizer
+    params = without_stages(evaluated_params(state), run.mesh)
+    model = LoadedModel(run.config.language_model, params, run.mesh, tokenizer)
+    sampling = SamplingConfig(logger.sample_temperature, vocab_size=tokenizer.vocab_size)
+    options = WritingOptions(logger.sample_tokens, sampling, seed=run.config.trainer.seed)
+    (written,), _ = write_texts(model, [encode_prompt(model, logger.sample_prompt)], options)
+    return logger.sample_prompt + written.text
 
 
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = run_config(_CONFIG)
+    config = run_config()
     workdir = _WORKDIR.value or os.path.join("runs", config_name())
     initialize_devices()
     with abort_all_on_failure():
@@ -32,8 +47,9 @@ def main(argv: list[str]) -> None:
             resolve_path(workdir),
             allow_config_change=_ALLOW_CONFIG_CHANGE.value,
             verify_data=_VERIFY_DATA.value,
+            sample=sample_text if config.logger.sample_tokens else None,
         )
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths, outlives_output=True)
+    run(main, define_config_flags, outlives_output=True)

@@ -140,7 +140,7 @@ def test_processes_train_the_same_and_when_one_is_killed_others_go_on(folder, on
     # Twice as many processes, of two devices; stages and replicas over them.
     sizes = ["--config.mesh.pp=2", "--config.mesh.tp=2"]
     first, *others = _finish(*_start_together(folder, "some", 4, *sizes))
-    assert re.search("going on from step [12]0", first)
+    assert re.search("resuming from step [12]0", first)
     assert not any("loss" in output for output in others)  # One process speaks for all.
     after = [loss for loss in _losses(folder / "some") if loss[0] <= 20]
     _assert_same(after, one_device)
@@ -198,5 +198,5 @@ def test_when_the_first_process_is_killed_the_other_ends_and_one_goes_on(folder,
         errors,
     )
     (output,) = _finish(_start(folder, "first"))
-    assert re.search("going on from step [12]0", output)
+    assert re.search("resuming from step [12]0", output)
     _assert_same([loss for loss in _losses(folder / "first") if loss[0] <= 20], one_device)

@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder):
     process = _start(folder, "full", num_steps=20)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert "going on from step 10" in output
+    assert "resuming from step 10" in output
 
 
 def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
     (folder / "blocked" / "good").rename(checkpoints)
     step = CheckpointFolder(str(checkpoints)).whole_steps()[-1]
     output, errors = _start(folder, "blocked", num_steps=60).communicate(timeout=200)
-    assert f"going on from step {step:,}" in output, errors
+    assert f"resuming from step {step:,}" in output, errors
 
 
 @pytest.mark.parametrize(

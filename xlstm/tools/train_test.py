@@ -181,7 +181,7 @@ def test_a_finished_run_is_left_as_it_is(straight, start):
     workdir, _ = straight
     before = _contents(workdir)
     output = _finish(start("straight"))
-    assert "going on from step 100" in output
+    assert "resuming from step 100" in output
     after = _contents(workdir)
     assert after.keys() == before.keys()
     assert [path for path in before if after[path] != before[path]] == []

@@ -41,10 +41,9 @@ from xlstm.tools.benchmarks.candidates import (
 )
 from xlstm.tools.benchmarks.train_step import time_train_step
 from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.config import config_name, define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.llm.config import RunConfig
 
-_CONFIG = define_config_flag()
 _REPEATS = flags.DEFINE_integer(
     "repeats", 10, "Number of timed runs of each candidate.", lower_bound=1
 )
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     _refuse_flags_of_the_other_mode()
-    config = run_config(_CONFIG)
+    config = run_config()
     json_path = output_path("json", _JSON.value)
     if _TRAIN_STEP.value:
         processes.initialize_devices()
@@ -233,4 +232,4 @@ def _train_step_table(row: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, define_config_flags)

@@ -33,11 +33,10 @@ from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.command_line import output_path, run
-from xlstm.tools.config import define_config_flag, run_config, with_config_paths
+from xlstm.tools.config import define_config_flags, run_config
 from xlstm.trainer.base.param_utils import get_num_params, unboxed
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
-_CONFIG = define_config_flag()
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Numbers of texts at once.")
 _PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", ["512"], "Tokens that are read before.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each.", lower_bound=1)
@@ -153,7 +152,7 @@ def main(argv: list[str]) -> None:
     """Times what the flags choose, prints a table, and writes the figures if asked to."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = run_config(_CONFIG).language_model
+    config = run_config().language_model
     batch_sizes = _sizes("batch_sizes", _BATCH_SIZES.value)
     prompt_lengths = _sizes("prompt_lengths", _PROMPT_LENGTHS.value)
     json_path = output_path("json", _JSON.value)
@@ -170,4 +169,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, define_config_flags)

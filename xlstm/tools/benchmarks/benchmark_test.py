@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from xlstm.tools.benchmarks import train_step
-from xlstm.tools.config import config_path, load_config, to_run_config
+from xlstm.tools.config import load_config, to_run_config
 
 MODULE = """
 def scaled(q, k, v, i, f, chunk_size=None):
@@ -77,7 +77,7 @@ def test_train_step(tmp_path):
 
 
 def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(monkeypatch):
-    values = load_config(config_path("smoke", ""))
+    values = load_config("smoke")
     values.model.num_blocks = 1
     order = []
 

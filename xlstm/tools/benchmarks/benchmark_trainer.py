@@ -23,12 +23,12 @@ from rich.table import Table
 
 from xlstm.common_types import TrainState
 from xlstm.tools.command_line import run
-from xlstm.tools.config import config_name, define_config_flag, run_config, with_config_paths
-from xlstm.trainer.base.trainer import Callback
+from xlstm.tools.config import config_name, define_config_flags, run_config
+from xlstm.trainer.base.trainer import Callback, fit
+from xlstm.trainer.llm.callbacks import metrics_to_row
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.open_run import OpenRun, open_run
+from xlstm.trainer.llm.train import TrainingRun, open_training
 
-_CONFIG = define_config_flag()
 _STRETCHES = flags.DEFINE_integer("stretches", 12, "Number of stretches of the run.", lower_bound=1)
 _STEPS = 20  # Of a stretch, of a bare loop, and between checkpoints.
 
@@ -51,7 +51,7 @@ def measured_config(config: RunConfig, num_stretches: int) -> RunConfig:
 class _BareLoops(Callback):
     """A callback that ends a stretch half-way between checkpoints and times a bare loop."""
 
-    def __init__(self, opened: OpenRun, on_stretch: Callable[[], None]):
+    def __init__(self, opened: TrainingRun, on_stretch: Callable[[], None]):
         self._opened, self._on_stretch = opened, on_stretch
         self._state = jax.tree.map(jnp.copy, opened.state)
         self._batch = next(opened.batches_from(0))
@@ -74,7 +74,7 @@ class _BareLoops(Callback):
         self._begin = time.perf_counter()
 
 
-def measure(opened: OpenRun, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+def measure(opened: TrainingRun, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Times stretches of a run and bare loops.
 
     Args:
@@ -89,7 +89,16 @@ def measure(opened: OpenRun, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("stretches", total=num_steps // _STEPS + 1)
         loops = _BareLoops(opened, lambda: progress.advance(task))
-        opened.fit(opened.state, 0, num_steps, loops)
+        fit(
+            opened.state,
+            opened.batches_from,
+            opened.train_step,
+            start_step=0,
+            num_steps=num_steps,
+            callbacks=[*opened.callbacks, loops],
+            clock=opened.clock,
+            to_row=metrics_to_row,
+        )
     bare = np.array(loops.bare)
     return (bare[:-1] + bare[1:]) / 2, np.array(loops.trained)
 
@@ -98,8 +107,8 @@ def main(argv: list[str]) -> None:
     """Measures the overhead and prints a table."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = measured_config(run_config(_CONFIG), _STRETCHES.value)
-    with tempfile.TemporaryDirectory() as folder, open_run(config, folder) as opened:
+    config = measured_config(run_config(), _STRETCHES.value)
+    with tempfile.TemporaryDirectory() as folder, open_training(config, folder) as opened:
         bare, trained = measure(opened, config.trainer.num_steps)
     table = Table(title=f"{config_name()} on {jax.devices()[0].device_kind}")
     for column in ("", "bare loop", "trainer", "overhead"):
@@ -112,4 +121,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, with_config_paths)
+    run(main, define_config_flags)

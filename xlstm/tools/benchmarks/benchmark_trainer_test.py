@@ -7,15 +7,15 @@ import sys
 from xlstm.dataset.testing import config_for, write_store
 from xlstm.tools.benchmarks import benchmark_trainer
 from xlstm.tools.benchmarks.benchmark_trainer import measure, measured_config
-from xlstm.tools.config import config_path, load_config, to_run_config
-from xlstm.trainer.llm.open_run import open_run
+from xlstm.tools.config import load_config, to_run_config
+from xlstm.trainer.llm.train import open_training
 
 
 def test_stretches_of_a_whole_run_are_timed(tmp_path):
     store = write_store(tmp_path / "store", [f"x{i} = {i}\n" * 40 for i in range(50)])
-    config = to_run_config(load_config(config_path("smoke", "")))
+    config = to_run_config(load_config("smoke"))
     config = measured_config(dataclasses.replace(config, data=config_for(store)), 2)
-    with open_run(config, str(tmp_path / "run")) as opened:
+    with open_training(config, str(tmp_path / "run")) as opened:
         bare, trained = measure(opened, config.trainer.num_steps)
     assert bare.shape == trained.shape == (2,)
     assert (bare > 0).all() and (trained > 0).all()

@@ -14,7 +14,7 @@ from xlstm.trainer.base.throughput import measure_matmul_rate
 from xlstm.trainer.callbacks.metrics import peak_device_bytes
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh, global_batches
-from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.language_model import create_training
 
 
 def _random_batch(config: RunConfig) -> Batch:
@@ -47,7 +47,7 @@ def time_train_step(
         device reports it; it covers the process up to the first step, without the matmul.
     """
     mesh = create_run_mesh(config)
-    state, _, train_step = create_language_model_run(config, mesh)
+    state, _, train_step = create_training(config, mesh)
     (batch,) = global_batches([_random_batch(config)], mesh)
     begin = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()

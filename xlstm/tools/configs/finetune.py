@@ -9,8 +9,9 @@ prepared with the model's tokenizer, which lies in that folder.
 import dataclasses
 
 from xlstm.tools.command_line import resolve_path
-from xlstm.tools.config import default_config, load_run_config
-from xlstm.trainer.llm.workdir import split_checkpoint_path
+from xlstm.tools.config import default_config
+from xlstm.trainer.llm.find_checkpoint import split_checkpoint_path
+from xlstm.trainer.llm.workdir import load_run_config
 
 
 def get_config(path: str = ""):
@@ -24,7 +25,6 @@ def get_config(path: str = ""):
     config.backend.update(dataclasses.asdict(source.backend))  # What the model is used to.
     config.schedule.peak_lr = 1e-4  # Low: what the model knows is to stay.
     config.schedule.warmup_steps = 50  # Until the optimizer has its averages.
-    config.schedule.decay_steps = 1000  # The end of the run.
     config.trainer.init_from = path  # The parameters.
     config.trainer.num_steps = 1000  # Small corpora are soon learned by heart.
     config.trainer.eval_interval = 100  # To see when that begins.

@@ -14,7 +14,6 @@ def get_config():
     config.data.context_length = 64  # Short.
     config.data.batch_size = 8  # Divides over eight devices.
     config.schedule.warmup_steps = 5  # A quarter of the run.
-    config.schedule.decay_steps = 20  # The end of the run.
     config.trainer.num_steps = 20  # Enough to see the loss fall.
     config.trainer.eval_interval = 10  # One in the middle.
     config.trainer.eval_batches = 2  # 1,024 tokens.

@@ -16,7 +16,6 @@ def get_config():
     config.data.batch_size = 16  # 4,096 tokens a step.
     config.schedule.peak_lr = 4e-3  # High: small models like it.
     config.schedule.warmup_steps = 30  # A tenth of the run.
-    config.schedule.decay_steps = 350  # The end of the run.
     config.trainer.num_steps = 350  # 1.4M tokens.
     config.trainer.eval_interval = 70  # Six evaluations in all.
     config.trainer.eval_batches = 12  # 49k tokens each.

@@ -36,7 +36,6 @@ def get_config(task: str = ""):
         config.data.validation_lengths = (f"{min(24, longest)}-{min(24, longest)}",)  # The hardest.
     config.schedule.peak_lr = 4e-3  # High: small models like it.
     config.schedule.warmup_steps = 50  # Few.
-    config.schedule.decay_steps = 1500  # The end of the run.
     config.trainer.num_steps = 1500  # Some minutes on two CPU cores.
     config.trainer.eval_interval = 250  # Six in all.
     config.trainer.eval_batches = 4  # Half of each set.

@@ -36,7 +36,6 @@ def get_config(size: str = ""):
     config.schedule.peak_lr = peak_lr  # By the table above.
     config.schedule.warmup_steps = 3000  # That of xLSTM-7B.
     config.schedule.decay = "exponential"  # That of xLSTM-7B.
-    config.schedule.decay_steps = 543_000  # All but the cooldown.
     config.schedule.cooldown_steps = 7000  # The last hundredth or so.
     config.trainer.num_steps = 550_000  # The end of the schedule: 2.3T tokens.
     config.trainer.eval_interval = 5000  # Hours.

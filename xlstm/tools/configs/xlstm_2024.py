@@ -39,7 +39,6 @@ def get_config(size: str = ""):
     config.data.validation_fraction = 0.001  # Large corpora need less.
     config.schedule.peak_lr = peak_lr  # By the table above.
     config.schedule.warmup_steps = 750  # A fortieth of the run.
-    config.schedule.decay_steps = 28_610  # The end of the run.
     config.trainer.num_steps = 28_610  # 15B tokens, as in the paper's comparisons.
     config.trainer.eval_interval = 1000  # Some thirty in all.
     config.trainer.checkpoint_interval = 500  # Well under an hour.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.tools import train
 from xlstm.tools.command_line import run
-from xlstm.tools.config import with_config_paths
+from xlstm.tools.config import define_config_flags
 from xlstm.trainer.base.train_step import update_state
 from xlstm.trainer.llm import language_model
 
@@ -29,4 +29,4 @@ def _update(
 
 if __name__ == "__main__":
     language_model.update_state = _update
-    run(train.main, with_config_paths)
+    run(train.main, define_config_flags)

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from xlstm.common_types import TrainState
 from xlstm.tools import train
 from xlstm.tools.command_line import run
-from xlstm.tools.config import with_config_paths
-from xlstm.trainer.llm import open_run
+from xlstm.tools.config import define_config_flags
+from xlstm.trainer.llm import train as llm_train
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.language_model import create_language_model_run
+from xlstm.trainer.llm.language_model import create_training
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
 _AFTER = flags.DEFINE_integer("ruin_after", 0, "Number of steps with the configured learning rate.")
@@ -20,11 +20,11 @@ _LR = flags.DEFINE_float("ruinous_lr", 1e3, "Learning rate of all later steps.")
 
 
 def _create_run(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
-    """Does what `create_language_model_run` does; the training step is one of two."""
-    state, specs, good_step = create_language_model_run(config, mesh)
+    """Does what `create_training` does; the training step is one of two."""
+    state, specs, good_step = create_training(config, mesh)
     schedule = ScheduleConfig(peak_lr=_LR.value, warmup_steps=0, decay="constant")
     ruinous = dataclasses.replace(config, schedule=schedule)
-    abstract, _, bad_step = create_language_model_run(ruinous, mesh, abstract=True)
+    abstract, _, bad_step = create_training(ruinous, mesh, abstract=True)
 
     def train_step(state: TrainState, *others: Any) -> tuple[Any, ...]:
         if int(state.step) < _AFTER.value:
@@ -39,5 +39,5 @@ def _create_run(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
-    open_run.create_language_model_run = _create_run
-    run(train.main, with_config_paths)
+    llm_train.create_training = _create_run
+    run(train.main, define_config_flags)

@@ -340,7 +340,7 @@ class HurtRun:
         confirmed, damaged, unconfirmed = self._expected
         newest = max(confirmed, default=0)
         log = self.log()
-        found = re.search(r"going on from step ([\d,]+)", log)
+        found = re.search(r"resuming from step ([\d,]+)", log)
         if found:
             step = int(found[1].replace(",", ""))
             self.check(step == newest, f"went on from {step}, not from {newest}")

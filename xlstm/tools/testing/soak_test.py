@@ -56,14 +56,14 @@ def test_the_soak_notices_a_wrong_start(soak, folder):
     *_, before, last = run.confirmed_steps()
     log = pathlib.Path(run.log_path(0))
     run.prepare()
-    log.write_text(f"going on from step {last}")
+    log.write_text(f"resuming from step {last}")
     run.join()
-    log.write_text(f"going on from step {before}")
+    log.write_text(f"resuming from step {before}")
     with pytest.raises(AssertionError, match=f"went on from {before}, not from {last}"):
         run.join()
     run.mark_damaged(last)
     run.prepare()
-    log.write_text(f"going on from step {before}")
+    log.write_text(f"resuming from step {before}")
     with pytest.raises(AssertionError, match=f"did not say that the checkpoint of {last} is dam"):
         run.join()
 

@@ -59,13 +59,27 @@ def create_train_state(
     )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     if abstract:
-        leaves, structure = jax.tree.flatten(shapes)
-        placed = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
-        ]
-        return jax.tree.unflatten(structure, placed), specs
+        return abstract_arrays(shapes, specs, mesh), specs
     return jax.jit(init, out_shardings=shardings)(rng), specs
+
+
+def abstract_arrays(shapes: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """Adds to the shapes of arrays where on a mesh they are.
+
+    Args:
+        shapes: A tree of `jax.ShapeDtypeStruct`, in boxes or not.
+        specs: The partition spec of each.
+        mesh: The mesh.
+
+    Returns:
+        The same tree, with shardings.
+    """
+    leaves, structure = jax.tree.flatten(shapes)
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        for leaf, spec in zip(leaves, jax.tree.leaves(specs), strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
 
 
 def _specs_like_params(opt_state: PyTree, params: PyTree, params_specs: PyTree) -> PyTree:

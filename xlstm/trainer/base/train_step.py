@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.distributed.data_parallel import sum_gradients
 from xlstm.distributed.mesh import BATCH_AXES
-from xlstm.distributed.single_gpu import LossFn, accumulate_gradients
+from xlstm.distributed.single_gpu import LossFn, accumulate_gradients_scan
 from xlstm.trainer.base.param_utils import (
     get_grad_norms,
     get_param_norms,
@@ -149,8 +149,8 @@ def create_train_step(
         keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(places)
         num_targets = lax.psum(count_targets(batch), BATCH_AXES)
         loss_fn = create_loss_fn(num_minibatches, jnp.maximum(num_targets, 1))
-        grads, metrics, _ = accumulate_gradients(
-            state, (batch, keys), rng, num_minibatches, loss_fn, use_scan=True
+        grads, metrics, _ = accumulate_gradients_scan(
+            state, (batch, keys), rng, num_minibatches, loss_fn
         )
         grads = sum_gradients(grads, mesh.axis_names)
         metrics = lax.psum(metrics, mesh.axis_names)

@@ -1,13 +1,80 @@
-"""Reads the newest checkpoint of a run that may be going on."""
+"""Finds the checkpoint that a path stands for, of a run that may be going on."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from xlstm.trainer.checkpoints.folder import CheckpointGone
-from xlstm.trainer.llm.workdir import Workdir, find_checkpoint, split_checkpoint_path
+from xlstm.files import check_inside
+from xlstm.trainer.base.multihost import from_first_process
+from xlstm.trainer.checkpoints.folder import (
+    CheckpointFolder,
+    CheckpointGone,
+    confirmed_step,
+    step_of_name,
+)
+from xlstm.trainer.llm.workdir import Workdir
 
 _TRIES = 5
 _Read = TypeVar("_Read")
+
+
+def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
+    """The run and the step that the folder of a run, or of one of its checkpoints, stands for.
+
+    Args:
+        path: The folder; it need not be there.
+
+    Returns:
+        The run's folder, and the step; None if it is not that of a checkpoint.
+    """
+    if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
+        return Workdir(path), None
+    parent, name = os.path.split(os.path.normpath(path))
+    step = step_of_name(name)
+    if step is not None and os.path.basename(parent) == "checkpoints":
+        return Workdir(os.path.dirname(parent)), step
+    return Workdir(path), None
+
+
+def find_checkpoint(
+    path: str, report: Callable[[str], None] = lambda text: None
+) -> tuple[Workdir, int]:
+    """Finds a checkpoint by the folder of its run, or its own.
+
+    Args:
+        path: The folder. For that of a run it is the last checkpoint that is confirmed.
+        report: Takes a line about a newer one that is not.
+
+    Returns:
+        The run's folder and the step.
+
+    Raises:
+        ValueError: If there is none, or it is a link that leads out of the run's folder.
+    """
+    workdir, wanted = split_checkpoint_path(path)
+    folder = CheckpointFolder(workdir.checkpoints)
+
+    def find() -> tuple[list[int], int | None]:
+        saved = folder.saved()
+        return list(saved), confirmed_step(saved)
+
+    # The run may be going on: all processes must choose the same.
+    steps, confirmed = from_first_process(find)
+    if wanted is None and steps:
+        newest, wanted = max(steps), confirmed
+        unsure = f"{folder.of_step(newest)} is not confirmed, since steps before it were not sound"
+        if confirmed is None:
+            raise ValueError(
+                f"{path}: there is no confirmed checkpoint. {unsure}: name it to use it as it is"
+            )
+        if newest != confirmed:
+            report(f"{unsure}: the checkpoint of step {confirmed} is used")
+    if wanted not in steps:
+        raise ValueError(f"{path}: there is no whole checkpoint of a run")
+    checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
+    for used in (workdir.config, workdir.tokenizer, checkpoint):
+        check_inside(workdir.path, used)
+    return workdir, wanted
 
 
 def read_checkpoint(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.checkpoints import checkpointer, folder, read_params
+from xlstm.trainer.checkpoints import folder, read_params
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, CheckpointGone
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
@@ -49,11 +49,11 @@ def run(saved, tmp_path):
 
 def _read(workdir, step):
     """Reads all that the tools read of a checkpoint."""
-    assert checkpointer.read_run_info(workdir.checkpoints, step) == {"who": "mine"}
+    assert read_params.read_run_info(workdir.checkpoints, step) == {"who": "mine"}
     params = read_params.read_params(workdir.checkpoints, step, _state(0.0).params)
     opened = read_params.open_params(workdir.checkpoints, step, {"kernel": (_SIZE, _SIZE)})
     assert (opened["kernel"].read().result() == step).all()
-    checkpointer.read_fingerprint(workdir.checkpoints, step)
+    read_params.read_fingerprint(workdir.checkpoints, step)
     assert (params["kernel"].value == step).all()
     return step
 
@@ -64,7 +64,7 @@ _MOMENTS = {
     "before its arrays are found": (read_params, "stored_arrays"),
     "before its arrays are read": (read_params, "restore_arguments"),
     "before its arrays are opened": (read_params, "open_parts"),
-    "before its fingerprint is taken": (checkpointer, "read_fingerprint"),
+    "before its fingerprint is taken": (read_params, "read_fingerprint"),
 }
 
 

@@ -1,8 +1,9 @@
-"""The state and the training step of a language model, and parameters to begin with."""
+"""The model of a run: its parameters, the training step, and parameters to begin with."""
 
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,7 +13,7 @@ from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.trainer.base.param_utils import count_nonfinite, nonfinite_text
-from xlstm.trainer.base.train_state import create_train_state
+from xlstm.trainer.base.train_state import abstract_arrays, create_train_state
 from xlstm.trainer.base.train_step import create_train_step, update_state
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
@@ -23,7 +24,41 @@ from xlstm.trainer.optimizer.optimizers import create_optimizer
 from xlstm.trainer.optimizer.schedule import create_schedule
 
 
-def create_language_model_run(
+def init_params(config: RunConfig, mesh: Mesh, rng: PRNGKeyArray) -> PyTree:
+    """Initialises the parameters of a run's model; their values do not depend on the mesh.
+
+    Args:
+        config: The run's configuration.
+        mesh: The mesh, which decides their partition names.
+        rng: Random key.
+
+    Returns:
+        Boxed parameters of global shapes.
+    """
+    model = xLSTMLMModel(config.language_model)
+    return shard_parameters(
+        model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"],
+        mesh.shape["fsdp"],
+        min_weight_size=config.mesh.fsdp_min_weight_size,
+    )
+
+
+def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[PyTree, PyTree]:
+    """Returns the shapes and shardings of a model's parameters; nothing is computed.
+
+    Args:
+        config: The run's configuration.
+        mesh: The mesh.
+
+    Returns:
+        Boxed `jax.ShapeDtypeStruct`s with shardings, and the tree of partition specs.
+    """
+    shapes = jax.eval_shape(functools.partial(init_params, config, mesh), jax.random.PRNGKey(0))
+    specs = nn.get_partition_spec(shapes)
+    return abstract_arrays(shapes, specs, mesh), specs
+
+
+def create_training(
     config: RunConfig, mesh: Mesh, abstract: bool = False
 ) -> tuple[TrainState, PyTree, Callable[..., tuple[TrainState, Metrics]]]:
     """Creates what a run computes with.
@@ -31,23 +66,16 @@ def create_language_model_run(
     Args:
         config: The run's configuration.
         mesh: The mesh.
-        abstract: Whether shapes and places of the state are enough, see `create_train_state`.
+        abstract: Whether shapes and shardings of the state are enough, see `create_train_state`.
 
     Returns:
-        The initial train state, its partition specs and the training step.
+        The initial train state, its partition specs and the compiled training step, see
+        `create_train_step`.
     """
-    model, optimizer = xLSTMLMModel(config.language_model), config.optimizer
-
-    def init_params(rng: PRNGKeyArray) -> PyTree:
-        return shard_parameters(
-            model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"],
-            mesh.shape["fsdp"],
-            min_weight_size=config.mesh.fsdp_min_weight_size,
-        )
-
+    optimizer, schedule = config.optimizer, config.with_decay_steps().schedule
     state, specs = create_train_state(
-        init_params=init_params,
-        apply_fn=model.apply,
+        init_params=functools.partial(init_params, config, mesh),
+        apply_fn=xLSTMLMModel(config.language_model).apply,
         optimizer=create_optimizer(optimizer),
         rng=jax.random.PRNGKey(config.trainer.seed),
         mesh=mesh,
@@ -64,7 +92,7 @@ def create_language_model_run(
         count_targets=lambda batch: jnp.sum(batch.targets_mask, dtype=jnp.float32),
         update=functools.partial(
             update_state,
-            schedule=create_schedule(config.schedule),
+            schedule=create_schedule(schedule),
             grad_clip_norm=optimizer.grad_clip_norm,
             max_grad_norm_ratio=optimizer.max_grad_norm_ratio,
             ema_decay=optimizer.ema_decay,

@@ -21,9 +21,10 @@ from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.find_checkpoint import find_checkpoint
 from xlstm.trainer.llm.language_model import start_from
 from xlstm.trainer.llm.prepare_run import prepare_run
-from xlstm.trainer.llm.workdir import Workdir, find_checkpoint, write_config
+from xlstm.trainer.llm.workdir import Workdir, write_config
 
 _SHAPES = {"head": (4, 8), "stack": (4, 8)}
 
@@ -156,10 +157,10 @@ def test_what_no_run_begins_from(runs, stores, tmp_path, store, path, message):
 def test_a_run_that_has_begun_needs_its_source_no_more(runs, stores, tmp_path):
     begun = Workdir(str(tmp_path / "begun"))
     source = shutil.copytree(runs / "plain", tmp_path / "source")
-    config, run = _prepare(stores["byte"], begun.path, str(source))
+    _, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source
     os.makedirs(os.path.join(begun.checkpoints, "50"))
-    write_config(begun, config, run.data.checksums)
+    write_config(begun, run.config, run.data.checksums)
     shutil.rmtree(source)
     _, run = _prepare(stores["byte"], begun.path, str(source))
     assert run.source is None

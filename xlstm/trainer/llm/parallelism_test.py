@@ -131,7 +131,7 @@ def _prepare(config, num_devices=8):
     create_optimizer = language_model.create_optimizer
     language_model.create_optimizer = lambda *args: _recording_gradients(create_optimizer(*args))
     try:
-        state, _, train_step = language_model.create_language_model_run(config, mesh)
+        state, _, train_step = language_model.create_training(config, mesh)
     finally:
         language_model.create_optimizer = create_optimizer
     shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -20,17 +20,11 @@ from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
-from xlstm.trainer.llm.find_checkpoint import read_checkpoint
+from xlstm.trainer.llm.find_checkpoint import find_checkpoint, read_checkpoint
 from xlstm.trainer.llm.language_model import check_source
 from xlstm.trainer.llm.run_facts import code_version, config_facts, data_facts
 from xlstm.trainer.llm.run_tokenizer import choose_tokenizer
-from xlstm.trainer.llm.workdir import (
-    Workdir,
-    check_workdir,
-    find_checkpoint,
-    kept_defaults,
-    with_fields,
-)
+from xlstm.trainer.llm.workdir import Workdir, check_workdir, kept_fields
 from xlstm.trainer.logger.wandb_logger import check_wandb
 from xlstm.visible_text import visible_lines
 
@@ -106,8 +100,8 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
-    kept = kept_defaults(workdir, config)
-    config = with_fields(config, kept)
+    kept = kept_fields(workdir, config)
+    new_run, config = config.with_decay_steps(), config.with_fields(kept).with_decay_steps()
     check_workdir(workdir, config, allow_config_change=allow_config_change)
     has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
     init_from = "" if has_begun else config.trainer.init_from
@@ -141,7 +135,14 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
         ),
         source=source,
     )
+    decay_steps = kept.pop("schedule.decay_steps", None)
     if kept:
         fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())
         run.say(f"keeping the defaults that the run began with: {fields}")
+    if decay_steps not in (None, new_run.schedule.decay_steps):
+        run.say(
+            f"keeping schedule.decay_steps={decay_steps} that the run began with; a new run of"
+            f" trainer.num_steps={config.trainer.num_steps} would have"
+            f" {new_run.schedule.decay_steps}"
+        )
     return run

@@ -63,8 +63,8 @@ def test_packages_that_are_not_there_are_named_too(monkeypatch):
 def test_every_loaded_module_of_ours_has_a_digest_of_its_source(tmp_path, monkeypatch):
     folder = tmp_path / "xlstm" / "trainer" / "llm"
     folder.mkdir(parents=True)
-    (folder / "code_version.py").write_text("")
-    monkeypatch.setattr(module, "__file__", str(folder / "code_version.py"))
+    (folder / "run_facts.py").write_text("")
+    monkeypatch.setattr(module, "__file__", str(folder / "run_facts.py"))
     for name, path in {"ours": folder / "a.py", "other": tmp_path / "b.py"}.items():
         path.write_text("x = 1\n")
         loaded = types.ModuleType(name)

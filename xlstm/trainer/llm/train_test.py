@@ -24,12 +24,12 @@ from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step
+from xlstm.trainer.llm import callbacks as callbacks_module
 from xlstm.trainer.llm import language_model
-from xlstm.trainer.llm import open_run as open_run_module
+from xlstm.trainer.llm import train as train_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.evaluation import DivergedError
-from xlstm.trainer.llm.open_run import open_run
-from xlstm.trainer.llm.train import train_language_model
+from xlstm.trainer.llm.train import open_training, train_language_model
 from xlstm.trainer.logger.base_logger import LoggerConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
@@ -87,7 +87,7 @@ def _losses(workdir):
 
 def _last_state(config, workdir):
     """What the run would go on from."""
-    with open_run(config, str(workdir)) as run:
+    with open_training(config, str(workdir)) as run:
         assert run.start_step == config.trainer.num_steps
         return jax.device_get(run.state)
 
@@ -186,7 +186,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
 ):
     """It is rolled back again, and to the same checkpoint."""
     trainer = {"nan_policy": "rollback", "checkpoint_interval": 3}
-    config, to_row = _config(store, trainer=trainer), open_run_module._to_row
+    config, to_row = _config(store, trainer=trainer), train_module.metrics_to_row
     train_language_model(config, str(tmp_path / "whole"))
     num_rows = 0
 
@@ -197,7 +197,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
             raise ZeroDivisionError
         return to_row(metrics)
 
-    monkeypatch.setattr(open_run_module, "_to_row", failing)
+    monkeypatch.setattr(train_module, "metrics_to_row", failing)
     with pytest.raises(ZeroDivisionError):
         train_language_model(config, str(tmp_path / "parts"))
     assert "rolled_back_to" in str(_rows(tmp_path / "parts"))
@@ -276,7 +276,7 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
 
 
 def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
-    config, to_row = _config(store, trainer={"checkpoint_interval": 5}), open_run_module._to_row
+    config, to_row = _config(store, trainer={"checkpoint_interval": 5}), train_module.metrics_to_row
     steps = itertools.count(1)
 
     def spiked(metrics):
@@ -286,14 +286,14 @@ def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch,
             time.sleep(0.2)
         return row | {"loss": row["loss"] + 9 * (step >= 7)}
 
-    monkeypatch.setattr(open_run_module, "_to_row", spiked)
+    monkeypatch.setattr(train_module, "metrics_to_row", spiked)
     train_language_model(config, str(tmp_path))
     said = capsys.readouterr().out
     assert "step 7 is not sound: its loss" in said
     assert re.search(r"stopped after step \d+, .*the last one is that of step 5", said)
     monkeypatch.undo()
     train_language_model(config, str(tmp_path))
-    assert "going on from step 5" in capsys.readouterr().out
+    assert "resuming from step 5" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store):
@@ -355,7 +355,7 @@ def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, 
 
     # A run of today has another order, and leaves the scale alone.
     capsys.readouterr()
-    with open_run(today, str(tmp_path / "today")) as run:
+    with open_training(today, str(tmp_path / "today")) as run:
         batch = next(run.batches_from(0))
     output = capsys.readouterr().out
     assert "keeping" not in output
@@ -409,7 +409,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
 
         return evaluate
 
-    monkeypatch.setattr(open_run_module, "create_evaluation", create)
+    monkeypatch.setattr(callbacks_module, "create_evaluation", create)
     options = {"data": {"validation_fraction": 0.1}, "trainer": {"eval_interval": 4}}
     with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: go on"):
         train_language_model(_config(store, **options), str(tmp_path))

@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from xlstm.dataset.tokenizer import (
     Tokenizer,
 )
 from xlstm.files import check_inside, read_json, write_atomically
+from xlstm.models.xlstm_parallel.config import check_sizes
 from xlstm.trainer.base.multihost import check_shared_folder, from_first_process
 from xlstm.trainer.base.trainer import TrainerConfig
-from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step, step_of_name
+from xlstm.trainer.checkpoints.folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
+from xlstm.visible_text import short_repr
 
 # What may differ when a run goes on: sections, or fields as `section.field`.
 _FREE_TO_CHANGE = {
@@ -111,65 +113,6 @@ class Workdir:
         return os.path.join(self.path, "stdlib")
 
 
-def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
-    """The run and the step that the folder of a run, or of one of its checkpoints, stands for.
-
-    Args:
-        path: The folder; it need not be there.
-
-    Returns:
-        The run's folder, and the step; None if it is not that of a checkpoint.
-    """
-    if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
-        return Workdir(path), None
-    parent, name = os.path.split(os.path.normpath(path))
-    step = step_of_name(name)
-    if step is not None and os.path.basename(parent) == "checkpoints":
-        return Workdir(os.path.dirname(parent)), step
-    return Workdir(path), None
-
-
-def find_checkpoint(
-    path: str, report: Callable[[str], None] = lambda text: None
-) -> tuple[Workdir, int]:
-    """Finds a checkpoint by the folder of its run, or its own.
-
-    Args:
-        path: The folder. For that of a run it is the last checkpoint that is confirmed.
-        report: Takes a line about a newer one that is not.
-
-    Returns:
-        The run's folder and the step.
-
-    Raises:
-        ValueError: If there is none, or it is a link that leads out of the run's folder.
-    """
-    workdir, wanted = split_checkpoint_path(path)
-    folder = CheckpointFolder(workdir.checkpoints)
-
-    def find() -> tuple[list[int], int | None]:
-        saved = folder.saved()
-        return list(saved), confirmed_step(saved)
-
-    # The run may be going on: all processes must choose the same.
-    steps, confirmed = from_first_process(find)
-    if wanted is None and steps:
-        newest, wanted = max(steps), confirmed
-        unsure = f"{folder.of_step(newest)} is not confirmed, since steps before it were not sound"
-        if confirmed is None:
-            raise ValueError(
-                f"{path}: there is no confirmed checkpoint. {unsure}: name it to use it as it is"
-            )
-        if newest != confirmed:
-            report(f"{unsure}: the checkpoint of step {confirmed} is used")
-    if wanted not in steps:
-        raise ValueError(f"{path}: there is no whole checkpoint of a run")
-    checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
-    for used in (workdir.config, workdir.tokenizer, checkpoint):
-        check_inside(workdir.path, used)
-    return workdir, wanted
-
-
 def plain_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON gives it back: with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -203,12 +146,40 @@ def run_info(
     }
 
 
+def load_run_config(workdir: Workdir) -> RunConfig:
+    """Reads the configuration of a run, which anyone may have made.
+
+    Args:
+        workdir: The run's folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If there is none, or its model is larger than the run's checkpoints are.
+    """
+    check_inside(workdir.path, workdir.config)
+    saved = read_json(workdir.config).get("config")
+    try:
+        if not isinstance(saved, dict):
+            raise ValueError(f"config={short_repr(saved)}: expected its sections")
+        values = with_new_fields(saved)
+        num_bytes = CheckpointFolder(workdir.checkpoints).num_bytes()
+        if not num_bytes:
+            raise ValueError("there is no checkpoint beside it")
+        if isinstance(values["model"], dict):
+            check_sizes(values["model"], num_bytes)  # Every number has a byte, or several.
+        return RunConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
+
+
 def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
     """Adds to a saved configuration the fields that are newer than it, with what there was before.
 
     That is their default, unless `_FORMER_DEFAULTS` says otherwise.
     """
-    defaults = plain_config(with_fields(RunConfig(), _FORMER_DEFAULTS))
+    defaults = plain_config(RunConfig().with_fields(_FORMER_DEFAULTS))
     found = {section: saved.get(section, {}) for section in defaults}
     return saved | {
         section: defaults[section] | fields if isinstance(fields, dict) else fields
@@ -216,42 +187,39 @@ def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
-    """Returns a configuration with other values of some fields, named `section.field`."""
-    for name, value in fields.items():
-        section, field = name.split(".")
-        changed = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section: changed})
-    return config
-
-
-def kept_defaults(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
-    """Finds what a run that goes on keeps of the defaults that it began with.
+def kept_fields(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
+    """Finds which fields of a configuration a run that resumes replaces by what it began with.
 
     Args:
-        workdir: The run's folder; it need not be there.
-        config: The configuration that it is to go on with.
+        workdir: The run's folder; it need not exist.
+        config: The configuration that it is to resume with.
 
     Returns:
-        The former default of every field, as `section.field`, that has it in the folder and today's
-        in `config`; the same in all processes.
+        Values by `section.field`, the same in all processes: the former default of every field that
+        has it in the folder and today's in `config`; and the end of the decay, if `config` leaves
+        it to the length of the run.
     """
 
-    def find_names() -> list[str]:
+    def find() -> dict[str, Any]:
         try:
             saved, _ = _read_config(workdir)
         except (OSError, ValueError):
-            return []  # There is no run, or `check_workdir` says what is wrong.
+            return {}  # There is no run, or `check_workdir` says what is wrong.
         default = RunConfig()
-        configs = config, default, with_fields(default, _FORMER_DEFAULTS)
+        configs = config, default, default.with_fields(_FORMER_DEFAULTS)
         before, (now, today, former) = _flatten(saved), map(_flatten, map(plain_config, configs))
-        return [
-            name
+        kept = {
+            name: before[name]
             for name in _FORMER_DEFAULTS
             if before[name] == former[name] and now[name] == today[name]
-        ]
+        }
+        decay_steps = before["schedule.decay_steps"]
+        if not now["schedule.decay_steps"] and isinstance(decay_steps, int) and decay_steps > 0:
+            kept["schedule.decay_steps"] = decay_steps
+        return kept
 
-    return {name: _FORMER_DEFAULTS[name] for name in from_first_process(find_names)}
+    kept = from_first_process(find)
+    return kept | {name: _FORMER_DEFAULTS[name] for name in kept.keys() & _FORMER_DEFAULTS.keys()}
 
 
 def _read_config(workdir: Workdir) -> tuple[dict[str, Any], list[str]]:

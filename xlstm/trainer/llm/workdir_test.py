@@ -6,14 +6,12 @@ import pytest
 
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, Saved
 from xlstm.trainer.llm.config import RunConfig
+from xlstm.trainer.llm.find_checkpoint import find_checkpoint, split_checkpoint_path
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
-    find_checkpoint,
-    kept_defaults,
+    kept_fields,
     own_workdir,
-    split_checkpoint_path,
-    with_fields,
     with_new_fields,
     write_config,
 )
@@ -38,6 +36,9 @@ def claimed(tmp_path):
 
 def _claim(workdir, config, corpora=("abc",), allow=False):
     """What a run does to its folder before the first step."""
+    decay_steps = kept_fields(workdir, config).get("schedule.decay_steps", 0)
+    config = config.with_fields({"schedule.decay_steps": decay_steps} if decay_steps else {})
+    config = config.with_decay_steps()
     check_workdir(workdir, config, list(corpora), allow_config_change=allow)
     with own_workdir(workdir):
         write_config(workdir, config, list(corpora))
@@ -192,16 +193,16 @@ def begun_before(claimed):
 
 
 def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
-    kept = kept_defaults(begun_before, RunConfig())
-    assert kept == _FORMER
-    config = with_fields(RunConfig(), kept)
+    kept = kept_fields(begun_before, RunConfig())
+    assert kept == _FORMER | {"schedule.decay_steps": 1000}
+    config = RunConfig().with_fields(kept)
     assert (config.data.shuffle, config.model.matmul_precision) == ("grain", "default")
     assert config.optimizer.weight_decay_exclude == _FORMER_EXCLUDE
     _claim(begun_before, config)
     # Now its folder has both, and the same command goes on again.
     saved = _saved(begun_before)["config"]
     assert saved["data"]["shuffle"] == "grain"
-    assert kept_defaults(begun_before, RunConfig()) == kept
+    assert kept_fields(begun_before, RunConfig()) == kept
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,9 @@ def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
 )
 def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, value, named):
     config = _changed(**{section: {field: value}})
-    kept = kept_defaults(begun_before, config)
-    assert kept.keys() == _FORMER.keys() - {f"{section}.{field}"}
-    config = with_fields(config, kept)
+    kept = kept_fields(begun_before, config)
+    assert kept.keys() - {"schedule.decay_steps"} == _FORMER.keys() - {f"{section}.{field}"}
+    config = config.with_fields(kept)
     if named is None:
         _claim(begun_before, config)
         return
@@ -232,11 +233,21 @@ def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, v
 
 
 def test_a_run_of_today_keeps_nothing(claimed, tmp_path):
-    assert kept_defaults(claimed, RunConfig()) == {}
-    assert kept_defaults(Workdir(str(tmp_path / "new")), RunConfig()) == {}
+    assert kept_fields(claimed, RunConfig().with_decay_steps()) == {}
+    assert kept_fields(Workdir(str(tmp_path / "new")), RunConfig()) == {}
     with open(claimed.config, "w", encoding="utf-8") as file:
         file.write("{")
-    assert kept_defaults(claimed, RunConfig()) == {}
+    assert kept_fields(claimed, RunConfig()) == {}
+
+
+def test_a_decay_that_follows_the_run_stays_where_it_was_when_the_run_resumes(claimed):
+    longer = _changed(trainer={"num_steps": 3000})
+    assert longer.with_decay_steps().schedule.decay_steps == 3000
+    kept = kept_fields(claimed, longer)
+    assert kept == {"schedule.decay_steps": 1000}
+    _claim(claimed, longer.with_fields(kept))
+    explicit = longer.with_fields({"schedule.decay_steps": 2000})
+    assert kept_fields(claimed, explicit) == {}
 
 
 def test_what_the_absence_of_a_field_meant(claimed):
@@ -342,9 +353,9 @@ def test_a_run_may_be_called_as_a_checkpoint_is(tmp_path):
 
 
 def test_the_corpus_can_be_checked_later(claimed):
-    check_workdir(claimed, RunConfig())
+    check_workdir(claimed, RunConfig().with_decay_steps())
     with pytest.raises(ValueError, match="the token stores hold other text"):
-        check_workdir(claimed, RunConfig(), ["def"])
+        check_workdir(claimed, RunConfig().with_decay_steps(), ["def"])
 
 
 def _save(workdir, **confirmed):

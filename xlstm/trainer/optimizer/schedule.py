@@ -17,7 +17,8 @@ class ScheduleConfig:
     peak_lr: float = 1e-3  # Learning rate at the end of the warm-up.
     warmup_steps: int = 100  # Steps of the linear warm-up from 0.
     decay: str = "cosine"  # Shape after the warm-up: cosine, exponential or constant.
-    decay_steps: int = 1000  # Step, the warm-up's counted too, at which the decay has come down.
+    decay_steps: int = 0  # Step, counted from the start of the run, at which the decay ends; 0: the
+    # end of the run less the cooldown (a run that resumes keeps the step that it began with).
     final_lr_factor: float = 0.1  # Cosine, exponential: what is left at decay_steps, as a fraction
     # of the peak.
     cooldown_steps: int = 0  # Steps from decay_steps on of a linear way to 0; without any, the
@@ -27,7 +28,9 @@ class ScheduleConfig:
         check_finite("schedule.", self)
         if not self.peak_lr > 0:
             raise ValueError(f"schedule.peak_lr={self.peak_lr}: it must be positive")
-        if not 0 <= self.warmup_steps < self.decay_steps:
+        if self.decay_steps < 0:
+            raise ValueError(f"schedule.decay_steps={self.decay_steps}: it must not be negative")
+        if self.warmup_steps < 0 or 0 < self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.warmup_steps}: it must be at least 0 and below"
                 f" schedule.decay_steps={self.decay_steps}"
@@ -58,11 +61,16 @@ def create_schedule(config: ScheduleConfig) -> optax.Schedule:
     section 4), an exponential one with a cooldown is that of xLSTM-7B (Beck et al., 2025).
 
     Args:
-        config: Options.
+        config: Options; `decay_steps` must be set (`RunConfig.with_decay_steps` does it).
 
     Returns:
         The learning rate as a function of the step, which counts from 0; of an array of steps too.
+
+    Raises:
+        ValueError: If `decay_steps` is not set.
     """
+    if not config.decay_steps:
+        raise ValueError("schedule.decay_steps=0: a schedule needs the step at which it ends")
     peak, final = config.peak_lr, config.peak_lr * config.final_lr_factor
     num_steps = config.decay_steps - config.warmup_steps
     if config.decay == "cosine":

@@ -1,0 +1,104 @@
+"""How a run resumes from its checkpoints, after a restart and after a step that is not finite."""
+
+from typing import Any
+
+import jax
+
+from xlstm.common_types import TrainState
+from xlstm.trainer.checkpoints.checkpointer import Checkpointer
+from xlstm.trainer.checkpoints.read_params import read_run_info
+from xlstm.trainer.llm.prepare_run import PreparedRun
+from xlstm.trainer.llm.run_tokenizer import write_tokenizer
+from xlstm.trainer.llm.workdir import run_info, write_config
+from xlstm.trainer.logger.base_logger import Logger
+
+
+def open_checkpointer(run: PreparedRun) -> Checkpointer:
+    """Opens the folder of a run's checkpoints; the caller closes what is returned."""
+    trainer = run.config.trainer
+    return Checkpointer(
+        run.workdir.checkpoints,
+        max_to_keep=trainer.max_checkpoints,
+        keep_interval=trainer.keep_checkpoint_interval,
+        keep_best=trainer.keep_best_checkpoint,
+        only_confirmed=trainer.confirm_steps > 0,
+        run_info=run_info(run.config, run.data.checksums, run.tokenizer, run.code, run.mesh.shape),
+        report=run.say,
+    )
+
+
+def resume(
+    run: PreparedRun, checkpointer: Checkpointer, state: TrainState
+) -> tuple[TrainState, int]:
+    """Restores the last confirmed checkpoint, if there is one, and writes the run's own files.
+
+    Args:
+        run: The run.
+        checkpointer: Its checkpoints.
+        state: The state of a new run; it is consumed if there is a checkpoint.
+
+    Returns:
+        The state to train from, and the number of steps that it has taken.
+
+    Raises:
+        OSError: If there are checkpoints, but none that is confirmed and whole.
+    """
+    with run.clock.phase("checkpoint"):
+        step = checkpointer.discard_unusable() or 0
+        if step:
+            state = checkpointer.restore(state)
+            info = read_run_info(run.workdir.checkpoints, step)
+            run.soundness.from_dict(_soundness(run, checkpointer, step, info))
+    if step:
+        run.say(f"resuming from step {step:,}, the last checkpoint in {run.workdir.path}")
+        changes = [
+            f"{name} was {info['code'].get(name)}, is {version}"
+            for name, version in run.code.items()
+            if info["code"].get(name) != version
+        ]
+        if changes:
+            run.say(f"other code wrote it: {'; '.join(changes)}")
+    if jax.process_index() == 0:
+        write_config(run.workdir, run.config, run.data.checksums)
+        write_tokenizer(run.workdir, run.tokenizer, run.source and run.source[0])
+    return state, step
+
+
+def roll_back(
+    run: PreparedRun, logger: Logger, checkpointer: Checkpointer, step: int, state: TrainState
+) -> TrainState:
+    """Restores the last confirmed checkpoint, as if the steps since had changed nothing.
+
+    Args:
+        run: The run.
+        logger: Where the row that tells of it goes.
+        checkpointer: The run's checkpoints.
+        step: The step that is not finite.
+        state: The state after it; it is consumed.
+
+    Returns:
+        The checkpoint's parameters and optimizer state, with the count of steps of `state`.
+
+    Raises:
+        ValueError: If there is no checkpoint yet.
+    """
+    with run.clock.phase("checkpoint"):
+        saved_step = checkpointer.discard_unusable()
+        if saved_step is None:
+            raise ValueError(
+                f"step {step} cannot be rolled back, since there is no checkpoint yet: start again"
+                " with a lower schedule.peak_lr"
+            )
+        state = checkpointer.restore(state)
+        info = read_run_info(run.workdir.checkpoints, saved_step)
+        run.soundness.from_dict(_soundness(run, checkpointer, saved_step, info))
+    logger.log(step, {"rolled_back_to": saved_step})
+    lost = step - saved_step
+    return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
+
+
+def _soundness(
+    run: PreparedRun, checkpointer: Checkpointer, step: int, info: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What a checkpoint knows of the steps before it; other text has other losses."""
+    return checkpointer.soundness(step) if info["corpora"] == run.data.checksums else None
