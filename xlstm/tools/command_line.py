@@ -124,9 +124,8 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         with _answering_errors():
-            others = _without_help_words(argv[1:])
-            if len(others) < len(argv) - 1:
-                prepare_words(others)  # It may define flags.
+            if _asks_for_help(argv[1:]):
+                prepare_words([])  # It may define flags.
                 print(help_text((sys.modules["__main__"].__doc__ or "").strip()), flush=True)
                 sys.exit(0)
             return flags.FLAGS([argv[0], *prepare_words(argv[1:])])
@@ -181,10 +180,9 @@ def _flag_usage(flag: flags.Flag) -> str:
     return f"--{flag.name}={kind}" + (f" (default: {default})" if has_default else "")
 
 
-def _without_help_words(words: list[str]) -> list[str]:
-    end = words.index("--") if "--" in words else len(words)
-    others = [x for x in words[:end] if x[:1] != "-" or x.lstrip("-") not in _HELP_WORDS]
-    return others + words[end:]
+def _asks_for_help(words: list[str]) -> bool:
+    words = words[: words.index("--")] if "--" in words else words
+    return any(word[:1] == "-" and word.lstrip("-") in _HELP_WORDS for word in words)
 
 
 def print_error(message: str) -> None:

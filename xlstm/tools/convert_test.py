@@ -175,7 +175,7 @@ def test_the_end_marker_may_be_decided(folder):
         ({"from_hf": "a", "to_hf": "b"}, "name both folders"),
         ({"from_hf": "a", "to": "b", "from": "c"}, "name both folders"),
         ({"from_hf": "/no/model", "to": "/b"}, "/no/model/config.json is missing"),
-        ({"from": "/no/run", "to_hf": "/b"}, "/no/run: there is no whole checkpoint of a run"),
+        ({"from": "/no/run", "to_hf": "/b"}, "/no/run: there is no such folder"),
         ({"from": "a", "to_hf": "b", "max_shard_size": "5"}, "max_shard_size=5: expected a size"),
         ({"from": "a", "to_hf": "b", "max_shard_size": "0GB"}, "max_shard_size=0GB: expected"),
         ({"from_hf": "a", "to": "b", "dtype": "bfloat16"}, "are for --to_hf: ours are float32"),

@@ -11,6 +11,11 @@ one device. If they exceed the memory of an accelerator, the tool names the fiel
 import dataclasses
 import math
 
+from xlstm.tools.command_line import announce_start, print_line, run
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("describe_step: loading JAX and the model code ...")
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -23,7 +28,6 @@ from xlstm.dataset.batch import Batch
 from xlstm.distributed.hlo_collectives import Collective, find_collectives
 from xlstm.distributed.mesh import BATCH_AXES
 from xlstm.distributed.pipeline_parallel import bubble_fraction
-from xlstm.tools.command_line import print_line, run
 from xlstm.tools.config import define_config_flags, run_config
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.clock import Clock, report_waits

@@ -21,13 +21,23 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from rich.text import Text
 
+from xlstm.tools.command_line import (
+    announce_start,
+    define_verify_data,
+    output_path,
+    resolve_path,
+    run,
+)
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("evaluate: loading JAX and the model code ...")
+
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.validation import ValidationSet, open_validation_sets, stores_of
 from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
-from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import wait_for_all
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
@@ -39,6 +49,7 @@ from xlstm.trainer.llm.language_model import abstract_params
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.logger.base_logger import validation_suffixes
+from xlstm.trainer.logger.terminal import format_accuracy
 from xlstm.visible_text import visible
 
 _DATA = flags.DEFINE_list(
@@ -163,7 +174,7 @@ def load_checkpoint(
 
 def _table(row: dict[str, float], title: Text) -> Table:
     table = Table(title=title)
-    for column in ("set", "nats a token", "perplexity", "accuracy", "bits a byte"):
+    for column in ("set", "loss", "perplexity", "accuracy", "bits/byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for suffix in validation_suffixes(row):
         bits = row.get(f"val_bits_per_byte{suffix}")
@@ -171,10 +182,17 @@ def _table(row: dict[str, float], title: Text) -> Table:
             visible(suffix.removeprefix("_")) or "held out",
             f"{row['val_loss' + suffix]:.4f}",
             f"{row['val_perplexity' + suffix]:,.2f}",
-            f"{row['val_accuracy' + suffix]:.4f}",
+            format_accuracy(row["val_accuracy" + suffix]),
             f"{bits:.4f}" if bits is not None else "",
         )
     return table
+
+
+def _extent() -> str:
+    """Returns how much of each validation set is evaluated, in words."""
+    if _MAX_BATCHES.value is None:
+        return "whole validation sets"
+    return f"at most {_MAX_BATCHES.value:,} batches of each validation set"
 
 
 def main(argv: list[str]) -> None:
@@ -190,7 +208,7 @@ def main(argv: list[str]) -> None:
             if json_path:
                 write_atomically(json_path, json.dumps(row, indent=2) + "\n")
             workdir, _ = split_checkpoint_path(path)
-            title = Text(f"step {row['step']:,} of {visible(workdir.path)}")
+            title = Text(f"step {row['step']:,} of {visible(workdir.path)}, {_extent()}")
             Console(markup=False, emoji=False).print(_table(row, title))
 
 

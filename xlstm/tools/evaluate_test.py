@@ -64,6 +64,8 @@ def test_it_finds_what_the_run_found(folder):
     assert process.returncode == 0, errors
     assert "step 20 of" in output and "held out" in output and "wiki" in output
     found = json.loads((folder / "found.json").read_text())
+    assert "whole validation sets" in " ".join(output.split())
+    assert f"{found['val_accuracy']:.2%}" in output
     assert found == pytest.approx(_logged(folder, 20), rel=1e-5)
     for suffix in ("", "_wiki"):
         # All text is of one-byte characters; only the markers of documents have no bytes.
@@ -84,7 +86,8 @@ def test_bad_input_is_one_line_and_status_2(folder):
     cases = {
         "is missing": [],
         "store: there is no whole checkpoint of a run": ["--checkpoint=store"],
-        "7: there is no whole checkpoint of a run": ["--checkpoint=run/checkpoints/7"],
+        "7: there is no such folder; the run has": ["--checkpoint=run/checkpoints/7"],
+        "nowhere: there is no such folder; expected the folder of a run": ["--checkpoint=nowhere"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
         "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],

@@ -4,11 +4,21 @@ import os
 
 from absl import flags
 
+from xlstm.tools.command_line import (
+    announce_start,
+    define_verify_data,
+    print_line,
+    resolve_path,
+    run,
+)
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("train: loading JAX and the model code ...", always=True)
+
 from xlstm.common_types import TrainState
 from xlstm.inference.generate import WritingOptions, encode_prompt, write_texts
 from xlstm.inference.load_model import LoadedModel, without_stages
 from xlstm.inference.sampling import SamplingConfig
-from xlstm.tools.command_line import define_verify_data, resolve_path, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.llm.callbacks import evaluated_params
@@ -39,12 +49,13 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = run_config()
-    workdir = _WORKDIR.value or os.path.join("runs", config_name())
+    workdir = resolve_path(_WORKDIR.value or os.path.join("runs", config_name()))
+    print_line(f"train: starting the devices, for the run in {workdir} ...")
     initialize_devices()
     with abort_all_on_failure():
         train_language_model(
             config,
-            resolve_path(workdir),
+            workdir,
             allow_config_change=_ALLOW_CONFIG_CHANGE.value,
             verify_data=_VERIFY_DATA.value,
             sample=sample_text if config.logger.sample_tokens else None,

@@ -61,11 +61,13 @@ def _start(folder, workdir, *flags, num_steps=10, **kwargs):
 
 
 def _error(process):
-    """Waits for a run that must fail; returns its one line on stderr."""
+    """Waits for a run that must fail; returns the one line on stderr after those of the start."""
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 2, errors
-    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
-    return errors
+    *others, line = errors.splitlines()
+    assert line.startswith("error: ") and errors.endswith("\n"), errors
+    assert all(other.startswith("train: ") for other in others), errors
+    return line
 
 
 def _contents(workdir):

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 # Phases that are not training; speeds leave them out.
-PAUSES = ("start", "compile", "evaluation", "checkpoint")
+PAUSES = ("start", "compile", "evaluation", "checkpoint", "end")
 
 # What a phase does, as `Clock.activity` says it.
 _ACTIVITIES = {
@@ -18,6 +18,8 @@ _ACTIVITIES = {
     "step": "computing a step",
     "evaluation": "evaluating",
     "checkpoint": "reading or writing a checkpoint",
+    "other": "preparing the next step",
+    "end": "writing the last files",
 }
 # An evaluation compiles before its first batch.
 _FIRST_EVALUATION = "compiling the evaluation step"
@@ -27,7 +29,8 @@ class Clock:
     """The time that a run spends in each of its phases.
 
     Phases: `start` until the first other one, `data` (waiting for a batch), `compile`, `step`
-    (starting a step, waiting for metrics), `evaluation`, `checkpoint`, and `other`.
+    (starting a step, waiting for metrics), `evaluation`, `checkpoint`, `other`, and `end` (closing
+    files after the last step).
     """
 
     def __init__(self):
@@ -56,6 +59,10 @@ class Clock:
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now
 
+    def finish(self) -> None:
+        """Enters the phase `end`."""
+        self._enter("end")
+
     def tick(self) -> None:
         """Notes that the current phase makes progress."""
         self._has_evaluated |= self._phase == "evaluation"
@@ -67,7 +74,7 @@ class Clock:
 
     def activity(self) -> tuple[str, float]:
         """Returns what the run does, in words, and for how many seconds; from any thread."""
-        text = _ACTIVITIES.get(self._phase, "between two steps")
+        text = _ACTIVITIES[self._phase]
         if self._phase == "evaluation" and not self._has_evaluated:
             text = _FIRST_EVALUATION
         return text, time.perf_counter() - self._entered
@@ -93,6 +100,7 @@ _REPORT_AFTER = {
     _ACTIVITIES["compile"]: (1.0, 10.0, 30.0, 60.0),
     _FIRST_EVALUATION: (1.0, 10.0, 30.0, 60.0),
     _ACTIVITIES["checkpoint"]: (5.0, 30.0, 60.0),
+    _ACTIVITIES["end"]: (2.0, 10.0, 30.0, 60.0),
 }
 _SECONDS_BETWEEN_LOOKS = 0.2
 

@@ -95,7 +95,9 @@ def test_what_the_run_does_is_said_in_words(now):
         now[0] += 6
         assert clock.seconds()["compile"] == 6
         assert clock.activity() == ("compiling the training step", 6)
-    assert clock.activity() == ("between two steps", 0)
+    assert clock.activity() == ("preparing the next step", 0)
+    clock.finish()
+    assert clock.activity() == ("writing the last files", 0)
 
 
 def test_long_waits_are_reported_again_and_again(monkeypatch):

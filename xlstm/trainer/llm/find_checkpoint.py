@@ -70,11 +70,21 @@ def find_checkpoint(
         if newest != confirmed:
             report(f"{unsure}: the checkpoint of step {confirmed} is used")
     if wanted not in steps:
-        raise ValueError(f"{path}: there is no whole checkpoint of a run")
+        raise ValueError(_no_checkpoint(path, steps))
     checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
     for used in (workdir.config, workdir.tokenizer, checkpoint):
         check_inside(workdir.path, used)
     return workdir, wanted
+
+
+def _no_checkpoint(path: str, steps: list[int]) -> str:
+    """Returns the message that there is no checkpoint at a path, and which ones its run has."""
+    if not os.path.exists(path):
+        message = f"{path}: there is no such folder"
+        if steps:
+            return f"{message}; the run has the checkpoints {', '.join(map(str, sorted(steps)))}"
+        return f"{message}; expected the folder of a run, or of one of its checkpoints"
+    return f"{path}: there is no whole checkpoint of a run"
 
 
 def read_checkpoint(

@@ -139,12 +139,12 @@ def test_what_a_new_run_begins_from(runs, stores, tmp_path, store, path, step):
 @pytest.mark.parametrize(
     "store, path, message",
     [
-        ("byte", "nowhere", "nowhere: there is no whole checkpoint of a run"),
-        ("byte", "plain/checkpoints/4", "4: there is no whole checkpoint of a run"),
+        ("byte", "nowhere", "nowhere: there is no such folder; expected the folder of a run"),
+        ("byte", "plain/checkpoints/4", "4: there is no such folder; the run has the checkpoints"),
         (
             "words",
             "plain",
-            r"another tokenizer \(sha256:.*\) than what .* \(byte\): .* --tok",
+            r"another tokenizer \(.*json, .* ids, .*, sha256:.*\) than .* \(byte, 256 ids\): .*--to",
         ),
     ],
 )
