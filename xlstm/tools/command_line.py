@@ -10,14 +10,19 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
 from xlstm.trainer.base.steady_output import make_steady
 from xlstm.visible_text import visible
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 _HELP_WORDS = ("help", "helpfull", "helpshort", "h", "?")
 _WIDEST_HELP = 100
+_ANY_WIDTH = 10_000
 # How the help writes a flag's value.
 _VALUES = {
     "string": "TEXT",
@@ -183,6 +188,18 @@ def _flag_usage(flag: flags.Flag) -> str:
 def _asks_for_help(words: list[str]) -> bool:
     words = words[: words.index("--")] if "--" in words else words
     return any(word[:1] == "-" and word.lstrip("-") in _HELP_WORDS for word in words)
+
+
+def print_table(table: "Table") -> None:
+    """Prints a table: within the width of a terminal, and with whole lines in a file or a pipe.
+
+    Args:
+        table: A table of Rich, whose texts are shown as they are.
+    """
+    from rich.console import Console  # Imported here, since the first line must not wait for it.
+
+    width = None if sys.stdout.isatty() else _ANY_WIDTH
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def print_error(message: str) -> None:

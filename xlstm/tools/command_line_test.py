@@ -18,7 +18,8 @@ _TOOL = f"""
 import os, sys, tempfile, time
 from absl import flags
 from rich.console import Console
-from {command_line.__name__} import run
+from rich.table import Table
+from {command_line.__name__} import print_table, run
 
 _COUNT = flags.DEFINE_integer("count", 1, "How many.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", None, "Who.", required=True)
@@ -46,6 +47,10 @@ def main(argv):
     if _NAME.value == "rich":
         for _ in range(10_000):
             Console().print("a line")
+    if _NAME.value == "table":
+        table = Table("a", "[b]")
+        table.add_row("word " * 60, "[red]")
+        print_table(table)
     if _NAME.value == "file":
         with tempfile.NamedTemporaryFile() as file:
             os.write(file.fileno(), b"text")
@@ -191,6 +196,12 @@ def test_a_tool_that_outlives_its_output_tells_so():
         assert result.returncode == 0
         assert result.stderr.count("the standard output cannot be written (") == 1
         assert result.stderr.endswith("the end\n") and result.stderr.count("\n") == 2
+
+
+def test_the_lines_of_a_table_stay_whole_in_a_pipe():
+    lines = _run("--name=table").stdout.splitlines()
+    (row,) = [line for line in lines if "word" in line]
+    assert row.count("word") == 60 and "[red]" in row and any("[b]" in line for line in lines)
 
 
 def test_paths_start_where_the_user_is(monkeypatch):

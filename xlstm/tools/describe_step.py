@@ -11,7 +11,7 @@ one device. If they exceed the memory of an accelerator, the tool names the fiel
 import dataclasses
 import math
 
-from xlstm.tools.command_line import announce_start, print_line, run
+from xlstm.tools.command_line import announce_start, print_line, print_table, run
 
 if __name__ == "__main__":  # The other imports take seconds.
     announce_start("describe_step: loading JAX and the model code ...")
@@ -226,11 +226,11 @@ def main(argv: list[str]) -> None:
     if stages > 1:
         bubble = bubble_fraction(stages, config.mesh.count_microbatches(stages))
         console.print(f"pipeline bubble: {bubble:.0%} of the time of the blocks", highlight=False)
-    console.print(_memory_table(description.memory))
+    print_table(_memory_table(description.memory))
     advice = memory_advice(config, mesh, description.memory)
     if advice:
         console.print(f"{advice}\n", highlight=False, soft_wrap=not console.is_terminal)
-    console.print(_traffic_table(description, mesh))
+    print_table(_traffic_table(description, mesh))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from xlstm.tools.command_line import (
     announce_start,
     define_verify_data,
     output_path,
+    print_table,
     resolve_path,
     run,
 )
@@ -209,7 +210,7 @@ def main(argv: list[str]) -> None:
                 write_atomically(json_path, json.dumps(row, indent=2) + "\n")
             workdir, _ = split_checkpoint_path(path)
             title = Text(f"step {row['step']:,} of {visible(workdir.path)}, {_extent()}")
-            Console(markup=False, emoji=False).print(_table(row, title))
+            print_table(_table(row, title))
 
 
 if __name__ == "__main__":

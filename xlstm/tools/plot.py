@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xlstm.tools.command_line import output_path, resolve_path, run
+from xlstm.tools.command_line import output_path, print_table, resolve_path, run
 from xlstm.trainer.logger.curves import (
     ACCURACY,
     Curve,
@@ -250,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
         if chance and label in chance:
             curves = [*curves, _level(curves, chance[label])]
         draw_in_terminal(console, label, curves)
-    console.print(summary_table(runs))
+    print_table(summary_table(runs))
     if output:
         console.print(f"the picture is {visible(output)}", soft_wrap=True)
     else:

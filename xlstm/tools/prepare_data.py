@@ -35,7 +35,7 @@ from xlstm.dataset.store_meta import StoreMeta
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter, encode_blocks
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
-from xlstm.tools.command_line import define_share, print_line, resolve_path, run
+from xlstm.tools.command_line import define_share, print_line, print_table, resolve_path, run
 from xlstm.visible_text import visible
 
 _INPUT = flags.DEFINE_multi_string(
@@ -291,7 +291,7 @@ def _report(store: TokenStore, left_out: LeftOut) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    print_table(table)
     command = train_command(store.path, meta)
     print(f"\nThe token store is {visible(store.path)}. To train on it, run in the checkout:\n")
     print(f"  {visible(command)}")

@@ -40,7 +40,7 @@ from xlstm.tools.benchmarks.candidates import (
     parse_shape,
 )
 from xlstm.tools.benchmarks.train_step import time_train_step
-from xlstm.tools.command_line import output_path, resolve_path, run
+from xlstm.tools.command_line import output_path, print_table, resolve_path, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.llm.config import RunConfig
 
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     if json_path:
         write_atomically(json_path, json.dumps(rows, indent=2) + "\n")
     for table in [_train_step_table(rows[0])] if _TRAIN_STEP.value else _backend_tables(rows):
-        Console().print(table)
+        print_table(table)
 
 
 def _refuse_flags_of_the_other_mode() -> None:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax import lax
-from rich.console import Console
 from rich.table import Table
 
 from xlstm.common_types import PyTree
@@ -25,7 +24,7 @@ from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import slstm
 from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
-from xlstm.tools.command_line import output_path, run
+from xlstm.tools.command_line import output_path, print_table, run
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
@@ -129,7 +128,7 @@ def main(argv: list[str]) -> None:
     for name, row in rows.items():
         values = list(row.values())
         table.add_row(name, f"{values[0]:.2f}", f"{values[1]:.2f}", f"{values[2]:.0%}")
-    Console().print(table)
+    print_table(table)
     if json_path:
         content = {"matmul_rate_gflop_per_s": rate, "rows": rows}
         write_atomically(json_path, json.dumps(content, indent=2) + "\n")

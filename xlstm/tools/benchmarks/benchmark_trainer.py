@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from xlstm.common_types import TrainState
-from xlstm.tools.command_line import run
+from xlstm.tools.command_line import print_table, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.base.trainer import Callback, fit
 from xlstm.trainer.llm.callbacks import metrics_to_row
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     for name, quantile in (("lower quartile", 0.25), ("median", 0.5), ("upper quartile", 0.75)):
         times = [f"{1e3 * np.quantile(seconds, quantile):.1f} ms" for seconds in (bare, trained)]
         table.add_row(name, *times, f"{np.quantile(overheads, quantile):.1%}")
-    Console().print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":
