@@ -48,13 +48,13 @@ class MetricsCallback(Callback):
         """Makes the callback.
 
         Args:
-            logger: Takes the rows.
+            logger: Takes the metrics.
             clock: The run's clock.
-            interval: Steps between rows.
+            interval: Steps between logged metrics.
             tokens_before: Returns the number of tokens that a number of steps have seen.
             flops_per_token: Useful floating-point operations per token.
             matmul_rate: FLOP/s of a dense matmul on all devices together.
-            constants: Further entries of every row.
+            constants: Further metrics to log each time.
         """
         self._logger, self._clock, self._interval = logger, clock, interval
         self._tokens_before, self._flops_per_token = tokens_before, flops_per_token
@@ -71,20 +71,20 @@ class MetricsCallback(Callback):
         self._last_seconds = self._clock.training_seconds()
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs a row if one is due."""
+        """Logs the metrics if they are due."""
         self._logger.progress(step)
         if step % self._interval == 0:
-            row = metrics | self._speed(step) | device_memory() | self._constants
-            row |= {"terminal_lost": 1} if is_output_lost() else {}
+            scalars = metrics | self._speed(step) | device_memory() | self._constants
+            scalars |= {"terminal_lost": 1} if is_output_lost() else {}
         elif metrics.get("skipped"):
-            row = metrics
+            scalars = metrics
         else:
             return
         self._logger.log(
             step,
             {
                 name: value
-                for name, value in row.items()
+                for name, value in scalars.items()
                 # JSON has no infinity or NaN; `skipped_steps` records such steps.
                 if name not in _NOT_LOGGED and math.isfinite(value)
             },

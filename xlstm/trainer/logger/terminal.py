@@ -35,21 +35,21 @@ def format_accuracy(accuracy: float) -> str:
     return f"{accuracy:.2%}"
 
 
-def validation_line(step: int, row: dict[str, float], suffix: str) -> str:
+def validation_line(step: int, scalars: dict[str, float], suffix: str) -> str:
     """Returns a line about the evaluation of one validation set.
 
     Args:
         step: The step after which it was made.
-        row: The evaluation's metrics.
-        suffix: The set's suffix in the keys of `row`; see `validation_suffixes`.
+        scalars: The evaluation's metrics.
+        suffix: The set's suffix in the keys of `scalars`; see `validation_suffixes`.
     """
     name = f"validation {visible(suffix[1:])}" if suffix else "validation"
     text = (
-        f"step {step:>7,}  {name}: loss {row['val_loss' + suffix]:.4f}"
-        f"  perplexity {row['val_perplexity' + suffix]:.2f}"
-        f"  accuracy {format_accuracy(row['val_accuracy' + suffix])}"
+        f"step {step:>7,}  {name}: loss {scalars['val_loss' + suffix]:.4f}"
+        f"  perplexity {scalars['val_perplexity' + suffix]:.2f}"
+        f"  accuracy {format_accuracy(scalars['val_accuracy' + suffix])}"
     )
-    bits = row.get(f"val_bits_per_byte{suffix}")  # Only text has bytes.
+    bits = scalars.get(f"val_bits_per_byte{suffix}")  # Only text has bytes.
     return text if bits is None else f"{text}  bits/byte {bits:.3f}"
 
 
@@ -71,16 +71,16 @@ class TerminalLogger(Logger):
             "train", total=num_steps, completed=start_step, loss="", speed="", matmul=""
         )
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Shows a row: evaluations as lines that stay, other metrics in the bar."""
-        for suffix in validation_suffixes(row):
-            self._print(validation_line(step, row, suffix))
-        if "loss" not in row or "tokens_per_second" not in row:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Shows metrics: evaluations as lines that stay, other metrics in the bar."""
+        for suffix in validation_suffixes(scalars):
+            self._print(validation_line(step, scalars, suffix))
+        if "loss" not in scalars or "tokens_per_second" not in scalars:
             return  # An evaluation or a skipped step.
         fields = {
-            "loss": f"loss {row['loss']:.4f}",
-            "speed": f"{row['tokens_per_second']:,.0f} tokens/s",
-            "matmul": f"{row['matmul_fraction']:.0%} of matmul rate",
+            "loss": f"loss {scalars['loss']:.4f}",
+            "speed": f"{scalars['tokens_per_second']:,.0f} tokens/s",
+            "matmul": f"{scalars['matmul_fraction']:.0%} of matmul rate",
         }
         self._progress.update(self._task, **fields)
         now = time.monotonic()
