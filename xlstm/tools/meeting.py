@@ -12,17 +12,26 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 _HELLO = {"xlstm": 1}
 _LONGEST_LINE = 10_000
 _SECONDS_FOR_A_LINE = 5
 _SECONDS_BETWEEN_TRIES = 0.2
+_SECONDS_BETWEEN_REPORTS = 10
 _SECONDS_FOR_LATE_GUESTS = 5  # So that processes that start together all receive the error.
 
 
-def meet(address: str, num_processes: int, process_id: int, seconds: float) -> None:
+def meet(
+    address: str,
+    num_processes: int,
+    process_id: int,
+    seconds: float,
+    report: Callable[[str], None] = lambda text: None,
+) -> None:
     """Waits until all processes of a run are present.
 
     Args:
@@ -30,6 +39,7 @@ def meet(address: str, num_processes: int, process_id: int, seconds: float) -> N
         num_processes: The number of processes, as this process was told.
         process_id: The index of this process.
         seconds: Seconds that process 0 waits for the others, and they for it.
+        report: Takes a line about what a long wait is for.
 
     Raises:
         ValueError: If the address is malformed, or the processes were told different numbers; in
@@ -40,10 +50,17 @@ def meet(address: str, num_processes: int, process_id: int, seconds: float) -> N
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator_address={address}: expected host:port")
     if process_id == 0:
-        _Host(int(port), num_processes).receive(seconds)
-    else:
+        _Host(int(port), num_processes).receive(seconds, report)
+        return
+    text = f"process {process_id} waits for process 0 at {address}, and with it for all others"
+    timer = threading.Timer(_SECONDS_BETWEEN_REPORTS, report, [text])
+    timer.daemon = True
+    timer.start()
+    try:
         hello = _HELLO | {"num_processes": num_processes, "process_id": process_id}
         _visit(host.strip("[]"), int(port), hello, seconds)
+    finally:
+        timer.cancel()
 
 
 class _Host:
@@ -53,13 +70,18 @@ class _Host:
         self._port, self._num_processes = port, num_processes
         self._guests: dict[int, socket.socket] = {}
 
-    def receive(self, seconds: float) -> None:
+    def receive(self, seconds: float, report: Callable[[str], None]) -> None:
         """Waits for all processes and answers them."""
-        error, begin = "", time.monotonic()
+        error, begin, reports = "", time.monotonic(), 0
         with self._listen() as server:
-            while not error and self._missing():
-                if time.monotonic() - begin > seconds:
+            while not error and (missing := self._missing()):
+                waited = time.monotonic() - begin
+                if waited > seconds:
                     raise OSError(self._dismiss(self._no_show(seconds)))
+                if waited > (reports + 1) * _SECONDS_BETWEEN_REPORTS:
+                    reports += 1
+                    numbers = ", ".join(map(str, missing))
+                    report(f"process 0 waits for {numbers} of {self._num_processes} processes")
                 error = self._accept(server)
             self._dismiss(error)
             if error:

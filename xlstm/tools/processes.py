@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from xlstm.tools.command_line import print_error, project_flags
+from xlstm.tools.command_line import print_error, print_line, project_flags
 from xlstm.tools.meeting import meet
 from xlstm.trainer.base import coordinator
 from xlstm.trainer.base.coordinator import check_agreement
@@ -69,7 +69,7 @@ def initialize_devices() -> None:
             f"--process_id={_PROCESS_ID.value}: expected at least 0 and less than"
             f" --num_processes={_NUM_PROCESSES.value}"
         )
-    meet(*settings, _CONNECT_SECONDS.value)
+    meet(*settings, _CONNECT_SECONDS.value, print_line)
     _connect(*settings)
 
 
