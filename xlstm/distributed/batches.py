@@ -1,4 +1,4 @@
-"""Cutting a batch into equal parts."""
+"""The split of a batch into equal parts."""
 
 import jax
 
@@ -6,18 +6,19 @@ from xlstm.common_types import PyTree
 
 
 def split_batch(batch: PyTree, num_parts: int, parts: str) -> PyTree:
-    """Cuts the leading axis of every leaf, `(B, ...)`, into `(num_parts, B / num_parts, ...)`.
+    """Splits every leaf `(B, ...)` into `(num_parts, B / num_parts, ...)`.
 
     Args:
         batch: Tree of arrays with the examples on the leading axis.
         num_parts: Number of parts.
-        parts: What the parts are called, for messages: `num_<parts>` is where their number is from.
+        parts: Name of the parts in errors, where `num_<parts>` is the name of their number.
 
     Returns:
-        The tree of the parts.
+        The tree of split arrays.
 
     Raises:
-        ValueError: If the leaves disagree on the number of examples, or it does not divide.
+        ValueError: If the leaves disagree on the number of examples, or if it is not a multiple of
+            `num_parts`.
     """
     if num_parts < 1:
         raise ValueError(f"num_{parts}={num_parts}: it must be at least 1")

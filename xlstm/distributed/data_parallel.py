@@ -1,9 +1,9 @@
 """Data parallelism with sharded parameters (FSDP), and the sum of gradients over replicas.
 
-A parameter is an `nn.Partitioned` box whose names say over which mesh axis each dimension is cut.
-`shard_parameters` adds the axis `fsdp` to the names of large parameters, outside of `shard_map`,
-where shapes are global; inside, `gather_on_use` brings a module's parameters together while it
-runs. A gather's transpose scatters, so that gradients arrive summed over the axis and cut like
+A parameter is an `nn.Partitioned` box whose names are the mesh axes that its dimensions are sharded
+over. Outside of `shard_map`, where shapes are global, `shard_parameters` adds the axis `fsdp` to
+the names of large parameters. Inside, `gather_on_use` gathers the parameters of a module while it
+runs. The transpose of a gather scatters, so gradients arrive summed over the axis and sharded like
 their parameters.
 
 References:
@@ -28,12 +28,12 @@ Target = TypeVar("Target", bound=Callable)
 
 
 def is_partitioned(x: object) -> bool:
-    """Whether `x` is a boxed parameter."""
+    """Returns whether `x` is a boxed parameter."""
     return isinstance(x, nn.Partitioned)
 
 
 def axes_of(names: Sequence[str | tuple[str, ...] | None]) -> tuple[str, ...]:
-    """The mesh axes in the names of a box, in order, without None and nested tuples."""
+    """Returns the mesh axes in the names of a box, in order, without None and nested tuples."""
     flat = []
     for name in names:
         flat += name if isinstance(name, tuple) else [name]
@@ -48,19 +48,19 @@ def shard_parameters(
     axis_name: str = "fsdp",
     stack_axis: str = "pp",
 ) -> PyTree:
-    """Names the dimension over which each large parameter is cut: its largest one that is free.
+    """Shards the largest free dimension of each large parameter, by naming the mesh axis there.
 
     Args:
-        params: Tree with `nn.Partitioned` boxes of global shapes; abstract ones do too. Leaves
-            without a box stay whole.
-        num_shards: Size of the mesh axis. A dimension that it does not divide is not cut.
-        min_weight_size: Parameters with fewer elements stay whole. Dimensions along `stack_axis`
-            do not count: the blocks of a stack are gathered one at a time.
-        axis_name: The mesh axis.
-        stack_axis: The mesh axis over which stacks of blocks are cut.
+        params: Tree with `nn.Partitioned` boxes of global shapes, possibly abstract. Leaves without
+            a box stay whole.
+        num_shards: Size of the mesh axis; only dimensions that are multiples of it are sharded.
+        min_weight_size: Number of elements below which a parameter stays whole. Dimensions along
+            `stack_axis` do not count, since the blocks of a stack are gathered one at a time.
+        axis_name: Mesh axis to shard over.
+        stack_axis: Mesh axis that stacks of blocks are sharded over.
 
     Returns:
-        The same tree, in which the boxes have more names.
+        The tree, with the mesh axis among the names of the sharded boxes.
     """
 
     def shard(box: PyTree) -> PyTree:
@@ -68,8 +68,8 @@ def shard_parameters(
             return box
         sizes = list(zip(box.value.shape, box.names, strict=True))
         free = [
-            (size, -place)
-            for place, (size, name) in enumerate(sizes)
+            (size, -dimension)
+            for dimension, (size, name) in enumerate(sizes)
             if name is None and size % num_shards == 0
         ]
         weight_size = math.prod(size for size, name in sizes if name != stack_axis)
@@ -112,19 +112,19 @@ def gather_parameters(
     gather_dtype: jnp.dtype = jnp.float32,
     scatter_dtype: jnp.dtype = jnp.float32,
 ) -> PyTree:
-    """Brings parameters that are cut over a mesh axis together, inside of `shard_map`.
+    """Gathers parameters that are sharded over a mesh axis, inside of `shard_map`.
 
     Args:
-        params: Tree with boxes that hold this device's shards.
-        axis_name: The mesh axis.
+        params: Tree with boxes that hold local shards.
+        axis_name: Mesh axis to gather over.
         gather_dtype: Type in which shards are sent.
-        scatter_dtype: Type in which gradients are sent and summed on their way back.
+        scatter_dtype: Type in which the backward pass sends and sums gradients.
 
     Returns:
-        The same tree, whose boxes hold whole parameters and do not name the axis.
+        The tree, with boxes that hold whole parameters and do not name the axis.
 
     Raises:
-        ValueError: If a dimension is cut over the axis and another one.
+        ValueError: If a dimension is sharded over this axis and another one.
     """
 
     def gather(box: PyTree) -> PyTree:
@@ -132,8 +132,8 @@ def gather_parameters(
             return box
         if axis_name not in box.names:
             raise ValueError(
-                f"a parameter with the names {box.names} cannot be gathered over {axis_name}: no"
-                " other axis may cut the same dimension"
+                f"a parameter with the names {box.names} cannot be gathered over {axis_name}:"
+                " expected a dimension that is sharded over this axis alone"
             )
         dimension = box.names.index(axis_name)
         whole = _gather(box.value, axis_name, dimension, gather_dtype, scatter_dtype)
@@ -150,19 +150,19 @@ def gather_on_use(
     gather_dtype: jnp.dtype = jnp.float32,
     scatter_dtype: jnp.dtype = jnp.float32,
 ) -> Target:
-    """Lets a module class, or a function of a module, gather its parameters when it is called.
+    """Transforms a module class, or a function of a module, to gather its parameters when called.
 
-    Around it `nn.remat` gathers again in the backward pass, and `nn.scan` gathers one block at a
-    time. Parameters are initialised outside of `shard_map`, where this does nothing.
+    An `nn.remat` around it gathers again in the backward pass, and an `nn.scan` gathers one block
+    at a time. Outside of `shard_map`, where parameters are initialized, this does nothing.
 
     Args:
         target: The class, or a function whose first argument is a module.
-        axis_name: The mesh axis, see `gather_parameters`.
+        axis_name: See `gather_parameters`.
         gather_dtype: See `gather_parameters`.
         scatter_dtype: See `gather_parameters`.
 
     Returns:
-        The same with parameters gathered; the target itself where the axis has size 1.
+        The transformed target; the target itself if the axis has size 1.
     """
     if axis_size(axis_name) == 1:
         return target
@@ -176,24 +176,26 @@ def gather_on_use(
 
 
 def sum_gradients(grads: PyTree, axis_names: Sequence[str]) -> PyTree:
-    """Sums gradients over the mesh axes that their parameters are not cut over.
+    """Sums gradients over the mesh axes that their parameters are not sharded over.
+
+    Leaves with the same axes are summed in one collective.
 
     Args:
-        grads: Tree of boxes and arrays, inside of `shard_map`; an array counts as whole.
+        grads: Tree of boxes and arrays, inside of `shard_map`; arrays without a box are replicated.
         axis_names: All mesh axes.
 
     Returns:
-        The same tree. Leaves with the same axes are summed together.
+        The tree of summed gradients.
     """
     leaves, structure = jax.tree.flatten(grads, is_leaf=is_partitioned)
     groups = {}
-    for place, leaf in enumerate(leaves):
-        cut = axes_of(leaf.names) if is_partitioned(leaf) else ()
-        axes = tuple(name for name in axis_names if name not in cut and axis_size(name) > 1)
-        groups.setdefault(axes, []).append(place)
-    for axes, places in groups.items():
+    for index, leaf in enumerate(leaves):
+        sharded = axes_of(leaf.names) if is_partitioned(leaf) else ()
+        axes = tuple(name for name in axis_names if name not in sharded and axis_size(name) > 1)
+        groups.setdefault(axes, []).append(index)
+    for axes, indices in groups.items():
         if axes:
-            summed = lax.psum([leaves[place] for place in places], axes)
-            for place, leaf in zip(places, summed, strict=True):
-                leaves[place] = leaf
+            summed = lax.psum([leaves[index] for index in indices], axes)
+            for index, leaf in zip(indices, summed, strict=True):
+                leaves[index] = leaf
     return jax.tree.unflatten(structure, leaves)

@@ -14,7 +14,7 @@ from xlstm.distributed.data_parallel import (
     sum_gradients,
 )
 from xlstm.distributed.hlo_collectives import find_collectives
-from xlstm.distributed.mesh import vary_alike
+from xlstm.distributed.mesh import match_varying_axes
 
 B, D, BLOCKS, FINE = 16, 8, 3, 2**-10  # 1 + FINE is 1 in bfloat16.
 MESH = jax.make_mesh((2, 4), ("dp", "fsdp"), (AxisType.Auto,) * 2)
@@ -22,13 +22,13 @@ with_and_without_check = pytest.mark.parametrize("check_vma", [True, False])
 
 
 def assert_close(actual, expected):
-    """Equal but for rounding, measured by the largest element."""
+    """Asserts equality up to rounding, relative to the largest element."""
     atol = 1e-5 * np.max(np.abs(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
 def shard(fn, in_specs, out_specs, check_vma=True):
-    """The function on the mesh."""
+    """Returns the function on the mesh."""
     return jax.jit(
         jax.shard_map(fn, mesh=MESH, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     )
@@ -40,7 +40,7 @@ def box(*names, shape, abstract=False):
 
 
 def names_of(*names, shape, num_shards=4, min_weight_size=0, **kwargs):
-    """The names that a parameter gets."""
+    """Returns the names of a parameter after sharding."""
     tree = shard_parameters(
         box(*names, shape=shape), num_shards, min_weight_size=min_weight_size, **kwargs
     )
@@ -53,15 +53,15 @@ def names_of(*names, shape, num_shards=4, min_weight_size=0, **kwargs):
         ((None, None), (8, 12), (None, "fsdp")),
         ((None, None), (12, 8), ("fsdp", None)),
         ((None, None), (8, 8), ("fsdp", None)),
-        # The largest dimension is taken already, or does not divide.
+        # The largest dimension is already sharded, or not divisible.
         ((None, "tp"), (8, 64), ("fsdp", "tp")),
         ((("pp", "tp"), None), (64, 8), (("pp", "tp"), "fsdp")),
         (("pp", None, "tp"), (16, 4, 8), ("pp", "fsdp", "tp")),
         ((None, None), (8, 13), ("fsdp", None)),
-        # There is none.
+        # No dimension is free.
         ((None, None), (7, 13), (None, None)),
         (("tp",), (8,), ("tp",)),
-        # It is cut already.
+        # The parameter is already sharded.
         (("fsdp", None), (8, 16), ("fsdp", None)),
         ((("fsdp", "tp"), None), (8, 16), (("fsdp", "tp"), None)),
     ],
@@ -73,7 +73,7 @@ def test_the_largest_free_dimension_is_cut(names, shape, expected):
 def test_small_parameters_stay_whole():
     assert names_of(None, None, shape=(8, 16), min_weight_size=128) == (None, "fsdp")
     assert names_of(None, None, shape=(8, 16), min_weight_size=129) == (None, None)
-    # A stack of small parameters is gathered one by one; what else is cut counts in full.
+    # Stacked small parameters are gathered one by one; other sharded dimensions count in full.
     assert names_of("pp", None, shape=(9, 128), min_weight_size=129) == ("pp", None)
     assert names_of("tp", None, shape=(9, 128), min_weight_size=129) == ("tp", "fsdp")
     stack = {"stack_axis": "tp", "min_weight_size": 129}
@@ -100,7 +100,7 @@ def test_axes_of_names():
 
 
 class Block(nn.Module):
-    """A residual block with one large parameter and a small one."""
+    """A residual block with a large and a small parameter."""
 
     @nn.compact
     def __call__(self, x, _=None):
@@ -112,7 +112,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """A block by itself, and a stack of them."""
+    """A single block, and a stack of blocks."""
 
     @nn.compact
     def __call__(self, x):
@@ -138,13 +138,13 @@ def x():
 
 @pytest.fixture(scope="module")
 def params(x):
-    """Whole parameters, whose boxes say how they are cut."""
+    """Returns whole parameters in boxes that say how to shard them."""
     params = Net().init(jax.random.key(0), x)["params"]
     return shard_parameters(params, 4, min_weight_size=D * D)
 
 
 def specs_of(params):
-    """Partition specs, without the axis `pp` that this mesh does not have."""
+    """Returns partition specs without the axis `pp`, which this mesh lacks."""
 
     def spec(names):
         return P(*(name if name == "fsdp" else None for name in names))
@@ -158,7 +158,7 @@ def is_box(x):
 
 def sharded_grads(params, check_vma):
     def local(params, x):
-        grads = jax.grad(net_loss)(vary_alike(params, ["dp", "fsdp"]), x)
+        grads = jax.grad(net_loss)(match_varying_axes(params, ["dp", "fsdp"]), x)
         return sum_gradients(grads, ("dp", "fsdp"))
 
     specs = specs_of(params)
@@ -217,7 +217,7 @@ def test_types_in_which_weights_and_gradients_are_sent(gather_dtype, scatter_dty
     weights = nn.Partitioned(jnp.full((D,), 1 + FINE), ("fsdp",))
 
     def local(weights):
-        weights = vary_alike(weights, ["fsdp"])
+        weights = match_varying_axes(weights, ["fsdp"])
 
         def loss(weights):
             whole = gather_parameters(
@@ -257,7 +257,7 @@ GRADIENTS = {
 
 
 def boxed_gradients(index):
-    """Gradients that a device has found: their size says which device it is."""
+    """Returns local gradients whose values identify the device."""
     grads = {name: nn.Partitioned(10.0**index * jnp.ones((2, 2)), names)
              for name, names in GRADIENTS.items()}  # fmt: skip
     return grads | {"plain": grads["plain"].value}
@@ -269,7 +269,7 @@ def test_gradients_are_summed_over_the_axes_that_a_parameter_is_not_cut_over(che
         grads = boxed_gradients(index[0])
         summed = sum_gradients(grads, ("dp", "fsdp"))
         assert jax.tree.structure(summed) == jax.tree.structure(grads)
-        return jax.tree.map(lambda x: vary_alike(x, ["dp", "fsdp"])[:1, 0], summed)
+        return jax.tree.map(lambda x: match_varying_axes(x, ["dp", "fsdp"])[:1, 0], summed)
 
     devices = P(("dp", "fsdp"))
     summed = shard(local, devices, devices, check_vma)(jnp.arange(8.0))

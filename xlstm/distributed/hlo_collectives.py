@@ -1,7 +1,8 @@
-"""What a compiled program sends over which mesh axes, read from its own text.
+"""The collectives of a compiled program and their mesh axes, parsed from its text.
 
-XLA writes a program as computations of instructions. A `while` names its body and, for a scan, how
-often it runs; so every collective's number of executions is known.
+The text of an XLA program is a list of computations, which are lists of instructions. A `while`
+names its body and, for a scan, its trip count, which yields the number of executions of each
+collective.
 """
 
 import dataclasses
@@ -32,15 +33,15 @@ _BITS = {"pred": 8, "bf16": 16}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a compiled program.
+    """Collective of a compiled program.
 
     Attributes:
         kind: `all-gather`, `all-reduce`, `reduce-scatter`, `collective-permute` or `all-to-all`.
-        axes: The mesh axes along which devices exchange something.
-        loops: How often each loop around it runs, the outermost first.
-        num_bytes: Size of the whole arrays that one execution brings together, sums or hands on,
-            for one group of devices: of what comes out, or, when it is scattered, of what goes in.
-        source: Where in the traced program it comes from.
+        axes: Mesh axes along which devices communicate.
+        loops: Trip count of each loop around the collective, from the outermost on.
+        num_bytes: Size of the whole arrays that one execution gathers, sums or permutes in one
+            group of devices: the size of the output, or of the input if the output is scattered.
+        source: Position in the traced program, an XLA `op_name`.
     """
 
     kind: str
@@ -51,7 +52,7 @@ class Collective:
 
     @property
     def count(self) -> int:
-        """How often it is executed."""
+        """Number of executions."""
         return math.prod(self.loops)
 
 
@@ -59,14 +60,14 @@ def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
     """Finds the collectives of a compiled program.
 
     Args:
-        program: Text of an optimised XLA module, `compiled.as_text()`.
-        mesh: The mesh that it was compiled for.
+        program: Text of an optimized XLA module, `compiled.as_text()`.
+        mesh: Mesh that the program was compiled for.
 
     Returns:
-        The collectives that send something, in the order of the text.
+        The collectives between several devices, in the order of the text.
 
     Raises:
-        ValueError: If a loop with a collective does not say how often it runs.
+        ValueError: If a loop around a collective has no known trip count.
     """
     computations = _computations(program)
     loops = _loops_around(computations)
@@ -82,9 +83,9 @@ def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
             if not axes:
                 continue
             if 0 in loops[name]:
-                raise ValueError(f"a {kind} is in a loop whose number of runs is not known: {line}")
+                raise ValueError(f"a {kind} is in a loop without a known trip count: {line}")
             if is_start and kind in ("all-gather", "collective-permute"):
-                # The start of an asynchronous one names operands, results, and perhaps counters.
+                # The start of an asynchronous one lists operands, results, and perhaps counters.
                 sizes = _sizes(shape.replace("u32[]", ""))
                 sizes = sizes[len(sizes) // 2 :]
             else:
@@ -100,7 +101,7 @@ def find_collectives(program: str, mesh: Mesh) -> list[Collective]:
 
 
 def _computations(program: str) -> dict[str, list[str]]:
-    """The lines of every computation; the entry's under the name `ENTRY`."""
+    """Returns the lines of every computation; the entry computation is `ENTRY`."""
     computations, lines = {}, []
     for line in program.splitlines():
         head = _COMPUTATION.match(line)
@@ -114,7 +115,7 @@ def _computations(program: str) -> dict[str, list[str]]:
 
 
 def _loops_around(computations: dict[str, list[str]]) -> dict[str, tuple[int, ...]]:
-    """How often the loops around each computation run; 0 where that is not known."""
+    """Returns the trip counts of the loops around each computation, 0 if unknown."""
 
     def calls(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         for line in computations[name]:
@@ -127,17 +128,17 @@ def _loops_around(computations: dict[str, list[str]]) -> dict[str, tuple[int, ..
             for branches in _BRANCHES.findall(line):
                 yield from ((branch.strip(" %"), loop) for branch in branches.split(","))
 
-    loops, open_ = {}, [("ENTRY", ())]
-    while open_:
-        name, around = open_.pop()
+    loops, pending = {}, [("ENTRY", ())]
+    while pending:
+        name, around = pending.pop()
         if name in computations:
             loops[name] = around
-            open_ += [(called, around + loop) for called, loop in calls(name)]
+            pending += [(called, around + loop) for called, loop in calls(name)]
     return loops
 
 
 def _sizes(shape: str) -> list[int]:
-    """The sizes in bytes of the arrays in a shape."""
+    """Returns the sizes in bytes of the arrays in a shape."""
     sizes = []
     for dtype, lengths in _ARRAY.findall(shape):
         bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype).group())
@@ -147,7 +148,7 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _groups(line: str) -> list[list[int]]:
-    """The groups of devices that exchange something; of a permutation, senders and receivers."""
+    """Returns the groups of devices that communicate; for a permutation, its pairs."""
     listed = _LISTED_GROUPS.search(line)
     if listed:
         groups = re.findall(r"\{([\d,]+)\}", listed.group(1))
@@ -157,13 +158,13 @@ def _groups(line: str) -> list[list[int]]:
         return _named_groups(named)
     iota = _IOTA_GROUPS.search(line)
     if iota is None:
-        raise ValueError(f"a collective does not say between which devices it is: {line}")
+        raise ValueError(f"a collective does not list its groups of devices: {line}")
     num_groups, size, shape, order = iota.groups()
     return _devices(shape, order).reshape(int(num_groups), int(size)).tolist()
 
 
 def _named_groups(match: re.Match) -> list[list[int]]:
-    """The groups along axes of a mesh, or along parts of them: `'x':(2)4` is a 4 within each 2."""
+    """Returns the groups along mesh axes, or parts of them: `'x':(2)4` is a 4 within each 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
     if match["shape"]:
         devices = _devices(match["shape"], match["order"]).ravel()
@@ -171,8 +172,8 @@ def _named_groups(match: re.Match) -> list[list[int]]:
         devices = np.array(_numbers(match["listed"]))
     else:
         devices = np.arange(math.prod(sizes.values()))
-    places = np.unravel_index(np.arange(devices.size), tuple(sizes.values()))
-    shared = dict(zip(sizes, places, strict=True))  # What the devices of a group have in common.
+    coordinates = np.unravel_index(np.arange(devices.size), tuple(sizes.values()))
+    shared = dict(zip(sizes, coordinates, strict=True))  # Coordinates common to a group.
     for name, before, size in _AXIS.findall(match["axes"]):
         size = int(size or sizes[name])
         behind = sizes[name] // (int(before or 1) * size)
@@ -182,7 +183,7 @@ def _named_groups(match: re.Match) -> list[list[int]]:
 
 
 def _devices(shape: str, order: str | None) -> np.ndarray:
-    """The numbers of all devices, counted up in a shape whose axes are then exchanged."""
+    """Returns the ids of all devices, numbered in a shape whose axes are then transposed."""
     devices = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return devices.transpose(_numbers(order)) if order else devices
 
@@ -192,12 +193,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ.
+    """Returns the mesh axes along which the members of a group differ.
 
-    Devices are numbered by their place in the mesh.
+    Devices are numbered by their position in the mesh.
     """
-    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=-1)
+    coordinates = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=-1)
     differs = np.zeros(len(mesh.axis_names), bool)
     for group in groups:
-        differs |= (places[group] != places[group[0]]).any(axis=0)
+        differs |= (coordinates[group] != coordinates[group[0]]).any(axis=0)
     return tuple(name for name, differ in zip(mesh.axis_names, differs, strict=True) if differ)

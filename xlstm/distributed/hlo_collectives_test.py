@@ -9,7 +9,7 @@ from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 
 _MESH = create_mesh(MeshConfig(dp=2, pp=2, tp=2))
-_SHAPE = (4, 8)  # Of one device's array; 128 bytes.
+_SHAPE = (4, 8)  # Shape of a local array of 128 bytes.
 
 
 def _compiled(fn):
@@ -70,7 +70,7 @@ def test_a_loop_without_an_end_in_sight_is_an_error():
     def fn(x):
         return lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: lax.psum(x, "dp"), x)
 
-    with pytest.raises(ValueError, match="all-reduce is in a loop whose number of runs is not"):
+    with pytest.raises(ValueError, match="all-reduce is in a loop without a known trip count"):
         _found(fn)
 
 

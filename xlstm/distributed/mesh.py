@@ -1,8 +1,8 @@
-"""The device mesh: named axes over which data, parameters and work are divided.
+"""The device mesh: named axes over which data, parameters and work are sharded.
 
-The training step runs in `jax.shard_map` over the whole mesh. There one rule holds for every axis:
-a device's loss is what it alone contributes, the loss is the sum over all devices, and a
-parameter's gradient is summed over the axes that the parameter is not cut over.
+The training step runs in `jax.shard_map` over the whole mesh, where one rule holds for every axis:
+the local loss is the device's own contribution, the loss is the sum over all devices, and the
+gradient of a parameter is summed over the axes that the parameter is not sharded over.
 """
 
 import dataclasses
@@ -16,36 +16,42 @@ from jax.sharding import AxisType, Mesh
 
 from xlstm.common_types import DTYPES, PyTree
 
-# Outermost to innermost: neighbouring devices, with the fastest links, share a `tp` group.
+# From the outermost to the innermost: neighbouring devices, with the fastest links, share `tp`.
 MESH_AXES = ("dp", "fsdp", "pp", "tp")
-# The axes that divide the examples of a batch.
+# The axes that the examples of a batch are sharded over.
 BATCH_AXES = ("dp", "fsdp")
-# The axes that divide the vocabulary: of the embedding, the head and the loss.
+# The axes that the vocabulary is sharded over, in the embedding, the head and the loss.
 VOCAB_AXES = ("pp", "tp")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes, one of which may be -1 for the rest, and how they are used."""
+    """Sizes of the mesh axes, one of which can be -1 for the remaining devices, and options."""
 
-    dp: int = -1  # Replicas: the batch is divided, parameters are repeated; -1 takes the rest.
-    fsdp: int = 1  # Shards of parameters and optimizer state; divides the batch too.
-    pp: int = 1  # Pipeline stages: the blocks are divided, and the vocabulary.
-    tp: int = 1  # Tensor parallelism: heads, hidden features, the vocabulary, and between the
-    # layers the tokens of a sequence are divided.
-    fsdp_min_weight_size: int = 2**16  # Smaller weights, counted in elements, are not cut by fsdp.
+    dp: int = -1  # Data parallelism: number of replicas, which share the batch; -1 takes all
+    # remaining devices.
+    fsdp: int = 1  # Fully sharded data parallelism: number of shards of parameters and optimizer
+    # state, which also share the batch.
+    pp: int = 1  # Pipeline parallelism: number of stages, which share the blocks and the
+    # vocabulary.
+    tp: int = 1  # Tensor parallelism: number of devices that share the heads, hidden features and
+    # vocabulary, and, between the layers, the tokens of each sequence.
+    fsdp_min_weight_size: int = 2**16  # Number of elements below which fsdp does not shard a
+    # weight.
     fsdp_gather_dtype: str = "float32"  # Type in which fsdp sends weights, float32 or bfloat16.
     fsdp_scatter_dtype: str = "float32"  # Type in which fsdp sums gradients, float32 or bfloat16.
-    tp_overlap: bool = False  # Send and multiply at once: tp works in a ring, chunk by chunk.
-    num_microbatches: int = -1  # Parts of a minibatch that follow each other through the pipeline;
-    # -1 for as many as there are stages.
+    tp_overlap: bool = False  # Whether tp overlaps communication with products, in a ring.
+    num_microbatches: int = -1  # Number of micro-batches that pass through the pipeline one after
+    # the other; -1 for the number of stages.
 
     def __post_init__(self):
         sizes = self.sizes
         if any(size < 1 and size != -1 for size in sizes.values()):
-            raise ValueError(f"mesh {_describe(sizes)}: a size is at least 1, or -1 for the rest")
+            raise ValueError(
+                f"mesh {_describe(sizes)}: expected sizes of at least 1, or -1 for the rest"
+            )
         if sum(size == -1 for size in sizes.values()) > 1:
-            raise ValueError(f"mesh {_describe(sizes)}: only one size can be -1")
+            raise ValueError(f"mesh {_describe(sizes)}: expected at most one size of -1")
         if self.fsdp_min_weight_size < 0:
             raise ValueError(
                 f"mesh.fsdp_min_weight_size={self.fsdp_min_weight_size}: it must not be negative"
@@ -53,33 +59,34 @@ class MeshConfig:
         for name in ("fsdp_gather_dtype", "fsdp_scatter_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(
-                    f"mesh.{name}={getattr(self, name)!r} is unknown; there are {', '.join(DTYPES)}"
+                    f"mesh.{name}={getattr(self, name)!r} is unknown; expected one of"
+                    f" {', '.join(DTYPES)}"
                 )
         if self.num_microbatches < 1 and self.num_microbatches != -1:
             raise ValueError(
-                f"mesh.num_microbatches={self.num_microbatches}: it is at least 1, or -1 for as"
-                " many as there are pipeline stages"
+                f"mesh.num_microbatches={self.num_microbatches}: it must be at least 1, or -1 for"
+                " the number of pipeline stages"
             )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the axes as they were given."""
+        """Sizes of the axes, as given."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     def count_microbatches(self, num_stages: int) -> int:
-        """The number of micro-batches of a pipeline with so many stages; 1 without a pipeline."""
+        """Returns the number of micro-batches for a number of stages; 1 for a single stage."""
         if num_stages == 1:
             return 1
         return num_stages if self.num_microbatches == -1 else self.num_microbatches
 
     @property
     def gather_dtype(self) -> jnp.dtype:
-        """Type in which weights are sent."""
+        """Type in which weights are sent, as a JAX dtype."""
         return DTYPES[self.fsdp_gather_dtype]
 
     @property
     def scatter_dtype(self) -> jnp.dtype:
-        """Type in which gradients are summed."""
+        """Type in which gradients are summed, as a JAX dtype."""
         return DTYPES[self.fsdp_scatter_dtype]
 
 
@@ -88,18 +95,17 @@ def _describe(sizes: dict[str, int]) -> str:
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices in a mesh with the axes `MESH_AXES`.
+    """Creates a mesh with the axes `MESH_AXES`.
 
     Args:
         config: Sizes of the axes.
-        devices: The devices to use, all of them by default.
+        devices: Devices of the mesh; None for all devices.
 
     Returns:
-        A mesh in which devices that are neighbours in `devices`, on TPUs in the torus of their
-        links, are neighbours along `tp`.
+        A mesh in which neighbours in `devices`, or in the torus of TPUs, are neighbours along `tp`.
 
     Raises:
-        ValueError: If the sizes do not multiply to the number of devices.
+        ValueError: If the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes
@@ -107,12 +113,12 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     rest, remainder = divmod(len(devices), given)
     if remainder or rest == 0:
         raise ValueError(
-            f"mesh {_describe(sizes)} needs a multiple of {given} devices, there are {len(devices)}"
+            f"mesh {_describe(sizes)} needs a multiple of {given} devices; found {len(devices)}"
         )
     if -1 not in sizes.values() and rest != 1:
         raise ValueError(
-            f"mesh {_describe(sizes)} uses {given} of {len(devices)} devices;"
-            " set one size to -1 to use them all"
+            f"mesh {_describe(sizes)} uses only {given} of {len(devices)} devices;"
+            " set one size to -1 to use all of them"
         )
     shape = tuple(rest if size == -1 else size for size in sizes.values())
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
@@ -120,18 +126,18 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
 
 
 def axis_size(axis_names: str | Sequence[str]) -> int:
-    """The number of devices along mesh axes here; 1 outside of a `shard_map` over them."""
+    """Returns the number of devices along mesh axes; 1 outside of a `shard_map` over them."""
     return math.prod(lax.axis_size(name) for name in bound_axes(axis_names))
 
 
 def axis_index(axis_names: str | Sequence[str]) -> jax.Array | int:
-    """This device's place along mesh axes, the first the slowest; 0 outside of a `shard_map`."""
+    """Returns this device's index along mesh axes in row-major order; 0 outside of `shard_map`."""
     axes = bound_axes(axis_names)
     return lax.axis_index(axes) if axes else 0
 
 
 def bound_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:
-    """Those of the mesh axes that are manual here, which is to say inside of a `shard_map`."""
+    """Returns the mesh axes that are manual, that is, bound by an enclosing `shard_map`."""
     names = (axis_names,) if isinstance(axis_names, str) else axis_names
     return tuple(name for name in names if _is_bound(name))
 
@@ -144,18 +150,19 @@ def _is_bound(axis_name: str) -> bool:
     return True
 
 
-def vary_alike(tree: PyTree, axis_names: Sequence[str] = ()) -> PyTree:
+def match_varying_axes(tree: PyTree, axis_names: Sequence[str] = ()) -> PyTree:
     """Marks all arrays of a tree as varying over the mesh axes that any of them varies over.
 
-    Under `shard_map`'s check of what varies (`check_vma`, the default) the carry of a scan must do
-    so from the beginning, and gradients must vary as their arguments. Elsewhere it does nothing.
+    With `check_vma` of `shard_map`, the default, the carry of a scan must vary over the same axes
+    before and after a step, and gradients must vary like their arguments. Without, and outside of
+    `shard_map`, the function does nothing.
 
     Args:
         tree: Tree of arrays.
-        axis_names: Axes over which they vary besides.
+        axis_names: Additional axes over which the arrays shall vary.
 
     Returns:
-        The same tree.
+        The marked tree.
     """
     axes = varying_axes(tree).union(axis_names)
 
@@ -167,12 +174,12 @@ def vary_alike(tree: PyTree, axis_names: Sequence[str] = ()) -> PyTree:
 
 
 def varying_axes(tree: PyTree) -> frozenset[str]:
-    """The mesh axes of a `shard_map` that the arrays of a tree, or their shapes, vary over."""
+    """Returns the mesh axes of a `shard_map` that the arrays, or shapes, of a tree vary over."""
     types = [
         jax.typeof(x) if isinstance(x, jax.Array) else x
         for x in jax.tree.leaves(tree)
         if isinstance(x, (jax.Array, jax.ShapeDtypeStruct))
     ]
-    # A shape made outside of a `shard_map` says nothing.
+    # A shape created outside of `shard_map` has no mark.
     marks = [getattr(t, "vma", None) or getattr(t, "manual_axis_type", None) for t in types]
     return frozenset().union(*(getattr(mark, "varying", mark) for mark in marks if mark))

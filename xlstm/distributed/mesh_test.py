@@ -14,7 +14,7 @@ from xlstm.distributed.mesh import (
     axis_size,
     bound_axes,
     create_mesh,
-    vary_alike,
+    match_varying_axes,
     varying_axes,
 )
 
@@ -44,7 +44,7 @@ def test_neighbouring_devices_share_a_tp_group():
     assert set(BATCH_AXES) < set(MESH_AXES)
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     np.testing.assert_array_equal(ids.reshape(4, 2), np.arange(8).reshape(4, 2))
-    # dp is the outermost: its neighbours are half of the devices apart.
+    # dp is the outermost axis: its neighbours are half of the devices apart.
     np.testing.assert_array_equal(ids[1] - ids[0], np.full((1, 2, 2), 4))
 
 
@@ -63,9 +63,9 @@ def test_axes_are_automatic():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"tp": 3}, "tp=3 needs a multiple of 3 devices, there are 8"),
-        ({"dp": 1, "tp": 16}, "needs a multiple of 16 devices, there are 8"),
-        ({"dp": 2, "tp": 2}, "uses 4 of 8 devices; set one size to -1"),
+        ({"tp": 3}, "tp=3 needs a multiple of 3 devices; found 8"),
+        ({"dp": 1, "tp": 16}, "needs a multiple of 16 devices; found 8"),
+        ({"dp": 2, "tp": 2}, "uses only 4 of 8 devices; set one size to -1"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices(config, message):
@@ -80,7 +80,7 @@ def test_sizes_that_make_no_sense(size):
 
 
 def test_only_one_axis_takes_the_rest():
-    with pytest.raises(ValueError, match="dp=-1, fsdp=1, pp=1, tp=-1: only one"):
+    with pytest.raises(ValueError, match="dp=-1, fsdp=1, pp=1, tp=-1: expected at most one"):
         MeshConfig(tp=-1)
 
 
@@ -113,7 +113,7 @@ def test_number_of_microbatches():
 
 @pytest.mark.parametrize("number", [0, -2])
 def test_numbers_of_microbatches_that_make_no_sense(number):
-    with pytest.raises(ValueError, match=f"num_microbatches={number}: it is at least 1, or -1"):
+    with pytest.raises(ValueError, match=f"num_microbatches={number}: it must be at least 1"):
         MeshConfig(num_microbatches=number)
 
 
@@ -121,7 +121,7 @@ with_and_without_check = pytest.mark.parametrize("check_vma", [True, False])
 
 
 def on_mesh(fn, out_specs, check_vma=True, axis_names=frozenset(MESH_AXES)):
-    """What the function returns on a mesh of pp=2, tp=4."""
+    """Returns the output of the function on a mesh of pp=2, tp=4."""
     mesh = create_mesh(MeshConfig(pp=2, tp=4))
     return jax.jit(
         jax.shard_map(
@@ -150,7 +150,9 @@ def test_sizes_and_places_inside_of_shard_map(check_vma):
         assert axis_size("context") == axis_size(()) == 1
         assert axis_index("context") == axis_index(()) == 0
         indices = [axis_index(axes) for axes in ("pp", "tp", ("pp", "tp"), ("tp", "pp"))]
-        return jnp.stack([jnp.asarray(vary_alike(index, ["pp", "tp"])) for index in indices])[None]
+        return jnp.stack(
+            [jnp.asarray(match_varying_axes(index, ["pp", "tp"])) for index in indices]
+        )[None]
 
     actual = on_mesh(places, P(("pp", "tp")), check_vma)
     expected = [[pp, tp, 4 * pp + tp, 2 * tp + pp] for pp in range(2) for tp in range(4)]
@@ -171,9 +173,9 @@ def test_marked_to_vary_alike():
         tree = {"tp": lax.axis_index("tp") * 1.0, "none": jnp.ones(3), "other": jnp.int32(1)}
         assert varying_axes(tree) == {"tp"}
         assert varying_axes(tree["none"]) == set()
-        alike = vary_alike(tree)
+        alike = match_varying_axes(tree)
         assert [varying_axes(leaf) for leaf in jax.tree.leaves(alike)] == [{"tp"}] * 3
-        more = vary_alike(tree, ["pp"])
+        more = match_varying_axes(tree, ["pp"])
         assert [varying_axes(leaf) for leaf in jax.tree.leaves(more)] == [{"pp", "tp"}] * 3
         return jax.tree.map(lambda x: x[None], more)
 
@@ -186,10 +188,10 @@ def test_marked_to_vary_alike():
 def test_without_the_check_and_outside_nothing_is_marked():
     def check():
         x = jnp.ones(3)
-        assert vary_alike({"x": x, "index": lax.axis_index("tp")})["x"] is x
+        assert match_varying_axes({"x": x, "index": lax.axis_index("tp")})["x"] is x
         return x
 
     on_mesh(check, P(), check_vma=False)
     tree = {"x": jnp.ones(3), "number": 2.0}
-    assert vary_alike(tree)["x"] is tree["x"]
+    assert match_varying_axes(tree)["x"] is tree["x"]
     assert varying_axes(tree) == set()

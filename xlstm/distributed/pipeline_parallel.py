@@ -1,9 +1,9 @@
 """Pipeline parallelism: stages of a network on the devices of a mesh axis (GPipe).
 
-The batch is cut into micro-batches, which follow each other through the stages: at every tick each
-device runs its stage on one micro-batch and hands the result on to the next. With `n` stages and
-`m` micro-batches there are `m + n - 1` ticks, in `n - 1` of which a device has nothing to do, the
-bubble.
+The batch is split into micro-batches, which pass through the stages one after the other: at every
+tick each device runs its stage on one micro-batch and sends the output to the next device. With `n`
+stages and `m` micro-batches there are `m + n - 1` ticks. Each device is idle during `n - 1` of
+them, the bubble.
 
 All functions here run inside of `shard_map`.
 
@@ -22,18 +22,18 @@ from jax import lax
 
 from xlstm.common_types import PyTree
 from xlstm.distributed.batches import split_batch
-from xlstm.distributed.mesh import vary_alike, varying_axes
+from xlstm.distributed.mesh import match_varying_axes, varying_axes
 
 
 def bubble_fraction(num_stages: int, num_microbatches: int) -> float:
-    """The share of its ticks for which a device of a pipeline has nothing to do.
+    """Returns the fraction of the ticks during which a device is idle.
 
     Args:
         num_stages: Number of stages.
         num_microbatches: Number of micro-batches.
 
     Returns:
-        A fraction, 0 for one stage.
+        The fraction; 0 for one stage.
     """
     return (num_stages - 1) / (num_microbatches + num_stages - 1)
 
@@ -41,29 +41,29 @@ def bubble_fraction(num_stages: int, num_microbatches: int) -> float:
 def execute_pipeline_step(
     module: nn.Module, state: PyTree, input: PyTree, *args: Any, model_axis_name: str, **kwargs: Any
 ) -> tuple[PyTree, PyTree]:
-    """Runs one tick: every device's stage on one micro-batch.
+    """Runs one tick: each device runs its stage on one micro-batch.
 
     Args:
-        module: This device's stage; `module(x, *args, **kwargs)` returns a tree like `x`.
-        state: What came from the stage before at the last tick.
-        input: The micro-batch that enters the first stage now; others ignore it.
-        *args: Handed to the stage.
-        model_axis_name: The mesh axis of the stages.
-        **kwargs: Handed to the stage.
+        module: Local stage; `module(x, *args, **kwargs)` returns a tree like `x`.
+        state: Micro-batch received from the previous stage at the last tick.
+        input: Micro-batch that enters the first stage now; other stages ignore it.
+        *args: Arguments of the stage.
+        model_axis_name: Mesh axis of the stages.
+        **kwargs: Keyword arguments of the stage.
 
     Returns:
-        What comes from the stage before for the next tick, and the output: that of the stage on the
-        last device, zeros on the others.
+        The micro-batch received from the previous stage for the next tick, and the output: that of
+        the stage on the last device, zeros on the others.
 
     Raises:
-        ValueError: If the stage returns something else than a tree like `x`.
+        ValueError: If the stage does not return a tree like its input.
     """
     num_stages = lax.axis_size(model_axis_name)
     stage = lax.axis_index(model_axis_name)
     state = _select(stage == 0, input, state)
     state = _run_stage(module, state, *args, **kwargs)
     output = _select(stage == num_stages - 1, state, jax.tree.map(jnp.zeros_like, state))
-    to_next = [(place, (place + 1) % num_stages) for place in range(num_stages)]
+    to_next = [(device, (device + 1) % num_stages) for device in range(num_stages)]
     return lax.ppermute(state, model_axis_name, to_next), output
 
 
@@ -77,27 +77,27 @@ def execute_pipeline(
 ) -> PyTree:
     """Runs a batch through the stages on the devices of a mesh axis.
 
-    Mutable variables pass from one micro-batch to the next, and what a stage does in the bubble
-    leaves them as they are. Variables that a stage makes, such as `intermediates`, are stacked on a
-    new leading axis of micro-batches. Each tick has a random key of its own; whoever wants other
-    keys on other devices folds `lax.axis_index` into them, as always in `shard_map`.
+    Mutable variables pass from one micro-batch to the next; calls of a stage in the bubble do not
+    change them. Variables that a stage creates, such as `intermediates`, are stacked on a new
+    leading axis of micro-batches. Each tick has its own random key, the same on all devices; to get
+    different keys, fold in `lax.axis_index`, as always in `shard_map`.
 
     Args:
-        module: This device's stage, bound in a parent; `module(x, *args, **kwargs)` returns a tree
-            like `x`.
-        x: Tree of arrays with the examples on the leading axis, the same on all stages. Everything
-            that belongs to an example is in here.
-        *args: Handed unchanged to every call of the stage.
-        num_microbatches: Number of equal parts into which `x` is cut.
-        model_axis_name: The mesh axis of the stages.
-        **kwargs: Handed unchanged to every call of the stage.
+        module: Local stage, bound in a parent; `module(x, *args, **kwargs)` returns a tree like
+            `x`.
+        x: Tree of arrays with the examples on the leading axis, the same on all stages. It must
+            contain all data that differs by example.
+        *args: Arguments that are passed unchanged to every call of the stage.
+        num_microbatches: Number of equal parts that `x` is split into.
+        model_axis_name: Mesh axis of the stages.
+        **kwargs: Keyword arguments that are passed unchanged to every call of the stage.
 
     Returns:
         A tree like `x` on the device of the last stage, zeros on the others.
 
     Raises:
-        ValueError: If the examples do not divide into `num_microbatches`, or the stage returns
-            something else than a tree like `x`.
+        ValueError: If the number of examples is not a multiple of `num_microbatches`, or the stage
+            does not return a tree like its input.
     """
     num_stages, stage = lax.axis_size(model_axis_name), lax.axis_index(model_axis_name)
     num_ticks = num_microbatches + num_stages - 1
@@ -108,59 +108,58 @@ def execute_pipeline(
         return jax.tree.map(jnp.zeros_like, x)  # A stage returns a tree like its input.
 
     def tick(module: nn.Module, state: PyTree, number: jax.Array) -> tuple[PyTree, PyTree]:
-        # The last micro-batch is repeated in the bubble rather than padded with zeros, from which a
-        # stage might make something that is not finite.
-        place = jnp.minimum(number, num_microbatches - 1)
+        # The bubble repeats the last micro-batch, since a stage might not be finite for zeros.
+        index = jnp.minimum(number, num_microbatches - 1)
         input = jax.tree.map(
-            lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False), microbatches
+            lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), microbatches
         )
         is_busy = (number >= stage) & (number < stage + num_microbatches)
         step = _updating_variables_if(is_busy, execute_pipeline_step, carried)
         return step(module, state, input, *args, model_axis_name=model_axis_name, **kwargs)
 
-    # Variables that there are and that may change pass from micro-batch to micro-batch; those that
-    # a stage makes on the way are stacked; the others are the same for all.
-    variables = module.scope.root.variables()  # The stage may use modules of its parents.
-    there = ("params", *(name for name in variables if name != "params"))
-    carried = tuple(name for name in there[1:] if module.is_mutable_collection(name))
-    fixed = tuple(name for name in there if name not in carried)
+    # Existing mutable variables pass from micro-batch to micro-batch, variables that a stage
+    # creates are stacked, and all others are shared.
+    variables = module.scope.root.variables()  # The stage can use modules of its parents.
+    existing = ("params", *(name for name in variables if name != "params"))
+    carried = tuple(name for name in existing[1:] if module.is_mutable_collection(name))
+    fixed = tuple(name for name in existing if name not in carried)
     axes = varying_axes((x, variables, args, kwargs)).union([model_axis_name])
     run = nn.scan(
         tick,
         variable_broadcast=fixed,
         variable_carry=carried,
-        variable_axes={nn.DenyList(there): 0},
+        variable_axes={nn.DenyList(existing): 0},
         split_rngs={True: True},
         length=num_ticks,
     )
     run = nn.map_variables(
         run,
         nn.DenyList(fixed),
-        trans_in_fn=lambda variables: vary_alike(variables, axes),
+        trans_in_fn=lambda variables: match_varying_axes(variables, axes),
         trans_out_fn=lambda variables: {
-            name: tree if name in there else _without_bubble(tree, stage, num_microbatches)
+            name: tree if name in existing else _without_bubble(tree, stage, num_microbatches)
             for name, tree in variables.items()
         },
         mutable=True,
     )
-    _, outputs = run(module, vary_alike(first, axes), jnp.arange(num_ticks))
+    _, outputs = run(module, match_varying_axes(first, axes), jnp.arange(num_ticks))
     return jax.tree.map(lambda leaf: leaf[num_stages - 1 :].reshape(-1, *leaf.shape[2:]), outputs)
 
 
 def _make_variables(
     module: nn.Module, x: PyTree, *args: Any, model_axis_name: str, **kwargs: Any
 ) -> None:
-    """Calls a stage to make its variables, which are its own even where all are zero."""
+    """Calls a stage to create its variables, and marks them as local to the stage."""
     make = nn.map_variables(
         lambda module: _run_stage(module, x, *args, **kwargs),
-        trans_out_fn=lambda variables: vary_alike(variables, [model_axis_name]),
+        trans_out_fn=lambda variables: match_varying_axes(variables, [model_axis_name]),
         mutable=True,
     )
     make(module)
 
 
 def _without_bubble(tree: PyTree, stage: jax.Array, num_microbatches: int) -> PyTree:
-    """Of what a stage made at every tick, that of the micro-batches."""
+    """Selects the ticks that ran micro-batches from values that are stacked over all ticks."""
     return jax.tree.map(
         lambda ticks: lax.dynamic_slice_in_dim(ticks, stage, num_microbatches), tree
     )
@@ -174,8 +173,8 @@ def _run_stage(module: nn.Module, x: PyTree, *args: Any, **kwargs: Any) -> PyTre
     )
     if given != returned:
         raise ValueError(
-            f"a stage of the pipeline returned {returned} for {given}; it must return a tree like"
-            " its input"
+            f"a pipeline stage returned {returned} for the input {given}; expected a tree like the"
+            " input"
         )
     return y
 
@@ -183,7 +182,7 @@ def _run_stage(module: nn.Module, x: PyTree, *args: Any, **kwargs: Any) -> PyTre
 def _updating_variables_if(
     condition: jax.Array, fn: Callable[..., Any], collections: Sequence[str]
 ) -> Callable[..., Any]:
-    """Lets a function of a module change variables of some collections only on a condition."""
+    """Transforms a function of a module to change some collections only on a condition."""
     if not collections:
         return fn
     before = None
@@ -204,15 +203,15 @@ def _select(condition: jax.Array, x: PyTree, y: PyTree) -> PyTree:
 
 
 class PipelineModule(nn.Module):
-    """A pipeline whose stages are all made by one function.
+    """A pipeline whose stages are created by one function.
 
-    Initialised inside of `shard_map`, each device makes the parameters of its own stage; fold
-    `lax.axis_index(model_axis_name)` into the key, so that stages begin differently.
+    Initialize it inside of `shard_map`, where each device creates the parameters of its own stage.
+    Fold `lax.axis_index(model_axis_name)` into the key to initialize the stages differently.
 
     Attributes:
-        model_axis_name: The mesh axis of the stages.
-        num_microbatches: Number of equal parts into which the input is cut.
-        module_fn: Makes the stage.
+        model_axis_name: Mesh axis of the stages.
+        num_microbatches: Number of equal parts that the input is split into.
+        module_fn: Function that creates the stage.
     """
 
     model_axis_name: str

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from xlstm.distributed.mesh import vary_alike
+from xlstm.distributed.mesh import match_varying_axes
 from xlstm.distributed.pipeline_parallel import (
     PipelineModule,
     bubble_fraction,
@@ -22,13 +22,13 @@ with_and_without_check = pytest.mark.parametrize("check_vma", [True, False])
 
 
 def assert_close(actual, expected):
-    """Equal but for rounding, measured by the largest element."""
+    """Asserts equality up to rounding, relative to the largest element."""
     atol = 1e-5 * np.max(np.abs(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
 def on_stages(fn, check_vma=True, num_stages=STAGES):
-    """The function on every stage with its part of the first argument, its results stacked."""
+    """Returns the function on all stages, with a sharded first argument and stacked outputs."""
     mesh = jax.make_mesh(
         (num_stages,), ("pp",), (AxisType.Auto,), devices=jax.devices()[:num_stages]
     )
@@ -53,7 +53,7 @@ def of_stage(tree, stage):
 
 
 def init_stages(stage, x, num_stages=STAGES):
-    """Variables of stages that begin differently, stacked, as `PipelineModule` names them."""
+    """Returns stacked variables of differently initialized stages, named as in `PipelineModule`."""
     keys = jax.random.split(jax.random.key(0), num_stages)
     variables = jax.jit(jax.vmap(lambda key: stage().init(key, x)))(keys)
     return {name: {"stage": tree} for name, tree in variables.items()}
@@ -74,7 +74,7 @@ def variables(x):
 
 
 class Stage(nn.Module):
-    """Works on each example by itself; its options are extra arguments."""
+    """A stage that treats examples separately, with options as extra arguments."""
 
     @nn.compact
     def __call__(self, x, scale=1.0, *, shift=0.0):
@@ -113,7 +113,7 @@ def test_output_and_gradients_are_those_of_the_stages_in_a_row(
             outputs = module.apply(variables, x, scale, shift=0.5)
             return jnp.sum(outputs**2), outputs
 
-        arguments = vary_alike((variables, x, scale), ["pp"])
+        arguments = match_varying_axes((variables, x, scale), ["pp"])
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
 
     (grads, *shared), outputs = on_stages(local, check_vma)(variables, x, scale)
@@ -122,7 +122,7 @@ def test_output_and_gradients_are_those_of_the_stages_in_a_row(
     assert_close(outputs[-1], expected_outputs)
     assert not np.any(outputs[:-1])
     jax.tree.map(assert_close, grads, expected)
-    # What the stages share has the sum of their gradients.
+    # Arguments that the stages share get the sum of their gradients.
     jax.tree.map(lambda a, b: assert_close(a.sum(0), b), shared, expected_shared)
 
 
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A stage of several blocks: a scan over those that this device has."""
+    """A stage of several blocks: a scan over the local blocks."""
 
     num_blocks: int
 
@@ -181,7 +181,7 @@ class Blocks(nn.Module):
 
 
 class Model(nn.Module):
-    """A network around blocks, which are in a pipeline if there are several stages."""
+    """A network around blocks, which run in a pipeline if there are several stages."""
 
     num_stages: int
 
@@ -197,7 +197,7 @@ class Model(nn.Module):
 
 @with_and_without_check
 def test_a_network_around_the_pipeline_and_a_divided_batch(check_vma, x):
-    """Parameters are made once for all stages, and cut over them; examples are cut over `dp`."""
+    """Initializes parameters globally and shards them over the stages, and examples over `dp`."""
     params = Model(num_stages=1).init(jax.random.key(0), x)["params"]
     mesh = jax.make_mesh((2, STAGES), ("dp", "pp"), (AxisType.Auto,) * 2)
     specs = {"embed": P(), "blocks": P("pp"), "head": P()}
@@ -208,7 +208,7 @@ def test_a_network_around_the_pipeline_and_a_divided_batch(check_vma, x):
             is_last = lax.axis_index("pp") == STAGES - 1
             return jnp.sum(jnp.where(is_last, outputs, 0) ** 2)
 
-        value, grads = jax.value_and_grad(loss)(vary_alike(params, ["dp", "pp"]))
+        value, grads = jax.value_and_grad(loss)(match_varying_axes(params, ["dp", "pp"]))
         shared = {name: lax.psum(grads[name], ("dp", "pp")) for name in ("embed", "head")}
         return lax.psum(value, ("dp", "pp")), shared | {"blocks": lax.psum(grads["blocks"], "dp")}
 
@@ -225,7 +225,7 @@ def test_a_network_around_the_pipeline_and_a_divided_batch(check_vma, x):
 
 
 class Masked(nn.Module):
-    """Leaves masked examples alone, counts, keeps a running mean and tells what it sees."""
+    """A stage that skips masked examples, counts, keeps a running mean and sows its inputs."""
 
     @nn.compact
     def __call__(self, x):
@@ -247,7 +247,7 @@ def masked_batch(x):
 
 
 def masked_in_order(variables, batch, num_microbatches):
-    """Every micro-batch through every stage, with the state of each stage handed on."""
+    """Runs each micro-batch through all stages, passing on the state of each stage."""
 
     def run(states, y):
         states, largest = list(states), []
@@ -266,7 +266,7 @@ def masked_in_order(variables, batch, num_microbatches):
 
 
 def init_masked(batch):
-    """Another state for every stage, so that one in the wrong place would show."""
+    """Returns a different state for each stage, so that a misplaced state is detected."""
     variables = init_stages(Masked, batch)
     variables["state"]["stage"]["mean"] += jnp.arange(1.0, STAGES + 1)[:, None]
     variables["constants"]["stage"]["factor"] *= jnp.arange(1.0, STAGES + 1)
@@ -339,14 +339,14 @@ def test_initialised_in_place(check_vma, x):
     assert kernels.shape == (STAGES, DIM, DIM)
     assert len(np.unique(kernels)) == kernels.size
     np.testing.assert_array_equal(variables["state"]["stage"]["count"], np.zeros(STAGES))
-    # What it made is what it works with.
+    # The stage uses the variables that it created.
     variables = {name: variables[name] for name in ("params", "state", "constants")}
     actual = on_stages(pipeline(Masked, 4).apply, check_vma)(variables, batch)
     assert np.any(actual["x"][-1]) and not np.any(actual["x"][:-1])
 
 
 class Dropping(nn.Module):
-    """Tells what it drops."""
+    """A stage that sows its dropout."""
 
     @nn.compact
     def __call__(self, x):
@@ -356,7 +356,7 @@ class Dropping(nn.Module):
 
 
 def pipeline_with_dropout(fold_stage, check_vma=True):
-    """A function of `x` and a seed: what is kept, 0 or 2, (stages, micro-batches, -1)."""
+    """Returns a function of `x` and a seed: kept factors 0 or 2, (stages, micro-batches, -1)."""
 
     def local(own, x, seed):
         key = jax.random.key(seed)
@@ -390,7 +390,7 @@ def test_dropout_with_one_key_for_all_stages_is_that_of_the_tick(x):
 
 
 class Normalising(nn.Module):
-    """Makes NaN from zeros, forward and backward."""
+    """A stage that turns zeros into NaN, forward and backward."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,4 +1,4 @@
-"""Gradient accumulation over the minibatches of one device's batch."""
+"""Gradient accumulation over the minibatches of a device's batch."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from jax import lax
 
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree, TrainState
 from xlstm.distributed.batches import split_batch
-from xlstm.distributed.mesh import vary_alike, varying_axes
+from xlstm.distributed.mesh import match_varying_axes, varying_axes
 
 # loss_fn(params, apply_fn, batch, rng) -> (loss, (metrics, mutable_variables))
 LossFn = Callable[
@@ -27,13 +27,13 @@ def accumulate_gradients_loop(
     num_minibatches: int,
     loss_fn: LossFn,
 ) -> tuple[PyTree, Metrics, PyTree]:
-    """Accumulates gradients with a Python loop, so that the minibatches are compiled one by one.
+    """Accumulates gradients with a Python loop, which compiles each minibatch separately.
 
     Args:
-        state: Train state; its `params` and `apply_fn` are handed to `loss_fn`.
-        batch: Pytree of arrays with the examples on the leading axis.
-        rng: Key from which every minibatch gets its own.
-        num_minibatches: Number of equal parts that the batch is cut into.
+        state: Train state, whose `params` and `apply_fn` are passed to `loss_fn`.
+        batch: Tree of arrays with the examples on the leading axis.
+        rng: Random key, from which each minibatch derives its own.
+        num_minibatches: Number of equal parts that the batch is split into.
         loss_fn: `loss_fn(params, apply_fn, batch, rng) -> (loss, (metrics, mutable_variables))`.
 
     Returns:
@@ -41,7 +41,7 @@ def accumulate_gradients_loop(
         mutable variables stacked on a new leading axis of size `num_minibatches`.
 
     Raises:
-        ValueError: If the batch does not divide into `num_minibatches`.
+        ValueError: If the batch size is not a multiple of `num_minibatches`.
     """
     minibatches = split_batch(batch, num_minibatches, "minibatches")
     rngs = jax.random.split(rng, num_minibatches)
@@ -66,9 +66,9 @@ def accumulate_gradients_scan(
     num_minibatches: int,
     loss_fn: LossFn,
 ) -> tuple[PyTree, Metrics, PyTree]:
-    """Accumulates gradients with `lax.scan`: one compiled body whatever the number of minibatches.
+    """Accumulates gradients with `lax.scan`, which compiles one body for all minibatches.
 
-    Args and returned values are those of `accumulate_gradients_loop`.
+    Arguments and return values are those of `accumulate_gradients_loop`.
     """
     minibatches = split_batch(batch, num_minibatches, "minibatches")
     rngs = jax.random.split(rng, num_minibatches)
@@ -85,7 +85,7 @@ def accumulate_gradients_scan(
     first = jax.tree.map(lambda x: x[0], (minibatches, rngs))
     grads_shape, (metrics_shape, _) = jax.eval_shape(minibatch_grads, *first)
     zeros = jax.tree.map(
-        lambda s: vary_alike(jnp.zeros(s.shape, s.dtype), varying_axes(s)),
+        lambda s: match_varying_axes(jnp.zeros(s.shape, s.dtype), varying_axes(s)),
         (grads_shape, metrics_shape),
     )
     (grads, metrics), mutables = lax.scan(body, zeros, (minibatches, rngs))
@@ -100,9 +100,9 @@ def accumulate_gradients(
     loss_fn: LossFn,
     use_scan: bool = False,
 ) -> tuple[PyTree, Metrics, PyTree]:
-    """Accumulates gradients over minibatches, by a loop or, with `use_scan`, by a scan.
+    """Accumulates gradients over minibatches with a loop or, with `use_scan`, a scan.
 
-    Args and returned values are those of `accumulate_gradients_loop`.
+    Other arguments and return values are those of `accumulate_gradients_loop`.
     """
     accumulate = accumulate_gradients_scan if use_scan else accumulate_gradients_loop
     return accumulate(state, batch, rng, num_minibatches, loss_fn)

@@ -159,7 +159,7 @@ def test_works_under_shard_map(accumulate, check_vma, state, batch):
     mesh = jax.make_mesh((2,), ("dp",), (jax.sharding.AxisType.Auto,))
 
     def step(params, batch):
-        # Parameters that are marked as varying: gradients are summed once, at the end.
+        # Parameters are marked as varying, so that gradients are summed once, at the end.
         params = jax.lax.pcast(params, "dp", to="varying") if check_vma else params
         grads, metrics, _ = accumulate(state.replace(params=params), batch, state.rng, 3, loss_fn)
         return jax.lax.pmean(grads, "dp"), jax.lax.psum(metrics, "dp")

@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from xlstm.distributed.mesh import vary_alike
+from xlstm.distributed.mesh import match_varying_axes
 from xlstm.distributed.tensor_parallel import (
     SCATTERED,
     column_parallel,
@@ -15,8 +15,8 @@ from xlstm.distributed.tensor_parallel import (
     embed_tokens,
     features_to_tokens,
     gather_tokens,
-    is_predicted,
-    own_tokens,
+    is_correct,
+    local_tokens,
     row_parallel,
     scatter_features,
     scatter_tokens,
@@ -30,13 +30,13 @@ over_one_and_two_axes = pytest.mark.parametrize("axes", ["tp", ("pp", "tp")])
 
 
 def assert_close(actual, expected):
-    """Equal but for rounding, measured by the largest element."""
+    """Asserts equality up to rounding, relative to the largest element."""
     atol = 1e-5 * np.max(np.abs(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
 def shard(fn, in_specs, out_specs, check_vma=True):
-    """The function on a mesh of 2 x 4 devices."""
+    """Returns the function on a mesh of 2 x 4 devices."""
     mesh = jax.make_mesh((2, 4), ("pp", "tp"), (AxisType.Auto,) * 2)
     return jax.jit(
         jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
@@ -63,7 +63,7 @@ def x():
 
 
 def net(params, x, overlap=False):
-    """A gated feed-forward with a scale and a residual: all of this runs on a device's tokens."""
+    """Computes a gated feed-forward layer with a scale and a residual on local tokens."""
 
     def up(x):
         return {"gate": x @ params["gate"], "up": x @ params["up"]}
@@ -81,11 +81,11 @@ def net_loss(params, x, overlap=False):
 
 
 def sharded_net(overlap, check_vma=True):
-    """Gradients and outputs of the network."""
+    """Returns gradients and outputs of the network."""
 
     def local(params, x):
         grads, outputs = jax.grad(net_loss, argnums=(0, 1), has_aux=True)(
-            vary_alike(params, ["tp"]), x, overlap
+            match_varying_axes(params, ["tp"]), x, overlap
         )
         grads[0]["scale"] = lax.psum(grads[0]["scale"], "tp")
         return grads, outputs
@@ -126,13 +126,13 @@ def test_a_tree_of_features_for_all_tokens(overlap, x):
 
 @with_and_without_overlap
 def test_what_is_kept_need_not_be_sent_again(overlap, params, x):
-    """With the sum kept, the backward pass does without the row-parallel layer's communication."""
+    """If the sum is kept, the backward pass does not repeat the row-parallel communication."""
     name = "ppermute" if overlap else "reduce_scatter"
 
     def count(policy):
         def local(params, x):
             loss = jax.checkpoint(lambda params, x: net_loss(params, x, overlap)[0], policy=policy)
-            return jax.grad(loss)(vary_alike(params, ["tp"]), x)
+            return jax.grad(loss)(match_varying_axes(params, ["tp"]), x)
 
         specs = PARAM_SPECS | {"scale": P("tp")}
         jaxpr = jax.make_jaxpr(shard(local, (PARAM_SPECS, TOKENS), specs))(params, x)
@@ -147,7 +147,7 @@ def test_outside_of_shard_map_it_is_the_plain_computation(params, x):
     expected = x + hidden @ params["down"]
     for overlap in (True, False):
         assert_close(net(params, x, overlap), expected)
-    for fn in (own_tokens, gather_tokens, scatter_tokens):
+    for fn in (local_tokens, gather_tokens, scatter_tokens):
         np.testing.assert_array_equal(fn(x, ("pp", "tp")), x)
     np.testing.assert_array_equal(scatter_features(x, "tp"), x)
     table, tokens, logits = normal(1, V, D), jnp.arange(T)[None], normal(2, 1, T, V)
@@ -160,9 +160,9 @@ def test_outside_of_shard_map_it_is_the_plain_computation(params, x):
 @over_one_and_two_axes
 def test_moving_tokens(axes, check_vma, x):
     def local(x):
-        x = vary_alike(x, [axes] if isinstance(axes, str) else axes)
+        x = match_varying_axes(x, [axes] if isinstance(axes, str) else axes)
         weight = 1.0 + lax.axis_index("tp")
-        own = own_tokens(x, axes)
+        own = local_tokens(x, axes)
         return own, gather_tokens(own, axes)[None], scatter_tokens(x * weight, axes)
 
     own_specs = P(None, axes)
@@ -219,7 +219,7 @@ def test_rows_of_a_divided_table(axes, check_vma, tokens):
 
 
 def sharded_cross_entropy(axes, check_vma=True):
-    """Gradient with respect to the logits, and the negative log-likelihood."""
+    """Returns the gradient with respect to the logits, and the negative log-likelihood."""
 
     def local(logits, targets, weights):
         def loss(logits):
@@ -282,9 +282,9 @@ def test_tokens_are_exchanged_for_features(x):
 
 @over_one_and_two_axes
 def test_a_target_is_predicted_if_its_logit_is_the_largest(axes):
-    logits = jnp.round(normal(3, B, T, V))  # Two often share the first place.
+    logits = jnp.round(normal(3, B, T, V))  # Often two are equal and largest.
     targets = jnp.argmax(logits, axis=-1).at[:, ::4].add(1) % V
-    fn = shard(lambda x, y: is_predicted(x, y, axes), (P(None, None, axes), P()), P(None, axes))
+    fn = shard(lambda x, y: is_correct(x, y, axes), (P(None, None, axes), P()), P(None, axes))
     first, second = np.sort(logits, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
     of_target = np.take_along_axis(np.asarray(logits), np.asarray(targets)[..., None], -1)[..., 0]
     expected = (of_target == first) & (first > second)
@@ -296,7 +296,7 @@ def test_a_target_is_predicted_if_its_logit_is_the_largest(axes):
     "fn",
     [
         lambda x: features_to_tokens(x, "tp"),
-        lambda x: own_tokens(x, "tp"),
+        lambda x: local_tokens(x, "tp"),
         lambda x: scatter_tokens(x, "tp"),
         lambda x: row_parallel(lambda x: x, x, "tp"),
         lambda x: row_parallel(lambda x: x, x, "tp", overlap=True),

@@ -16,7 +16,7 @@ from xlstm.huggingface import convert, layout
 from xlstm.huggingface.convert import export_model, import_model
 from xlstm.huggingface.safetensors_files import write_json
 from xlstm.huggingface.tokenizer import write_byte_tokenizer_files
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.testing.full_disk import full_disk
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, CheckpointGone

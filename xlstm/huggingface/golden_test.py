@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from xlstm.huggingface.layout import from_hf_config, hf_tensors, parameter_shapes
 from xlstm.inference.decode import generate
 from xlstm.inference.sampling import SamplingConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from xlstm.dataset.config import DataConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.config import (
@@ -123,7 +123,7 @@ def test_values_are_brought_to_their_types(section, field, given, expected):
         ("data", "stores", None, r"data\.stores=None: expected a tuple"),
         # What a section itself refuses.
         ("model", "dtype", "float16", r"model\.dtype='float16'"),
-        ("backend", "name", "fw", r"backend\.name='fw' is unknown; there are fwbw"),
+        ("backend", "name", "fw", r"backend\.name='fw' is unknown; expected one of fwbw"),
     ],
 )
 def test_wrong_values(section, field, given, message):

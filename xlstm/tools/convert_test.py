@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.huggingface.layout import hf_tensors, parameter_shapes, to_hf_config
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import convert, evaluate

@@ -35,7 +35,7 @@ from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.train_step import BATCH_SPEC
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
-from xlstm.trainer.llm.expected_collectives import Traffic, expected_traffic
+from xlstm.trainer.llm.expected_collectives import ExpectedCollective, expected_collectives
 from xlstm.trainer.llm.language_model import create_training
 from xlstm.trainer.logger.terminal import mesh_line
 
@@ -55,7 +55,7 @@ class StepDescription:
 
     memory: dict[str, int]
     collectives: list[Collective]
-    expected: list[Traffic]
+    expected: list[ExpectedCollective]
 
 
 def describe_step(config: RunConfig, mesh: Mesh) -> StepDescription:
@@ -79,7 +79,7 @@ def describe_step(config: RunConfig, mesh: Mesh) -> StepDescription:
         "temporary": analysis.temp_size_in_bytes,
     }
     collectives = find_collectives(compiled.as_text(), mesh)
-    return StepDescription(memory, collectives, expected_traffic(config, mesh, state.params))
+    return StepDescription(memory, collectives, expected_collectives(config, mesh, state.params))
 
 
 def lower_step(config: RunConfig, mesh: Mesh) -> tuple[TrainState, Batch, jax.stages.Lowered]:

@@ -16,7 +16,7 @@ import pytest
 
 from xlstm.dataset.config import DataConfig
 from xlstm.distributed.mesh import MeshConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.tools import describe_step
 from xlstm.tools.config import load_config, to_run_config

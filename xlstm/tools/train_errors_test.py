@@ -80,7 +80,7 @@ _BAD_INPUT = {
     "flag": (["--wrokdir=x"], "wrokdir"),
     "config": (["--config=smok"], "there is no file"),
     "config file": (["--config=one_line.py"], "one_line.py:2: ZeroDivisionError"),
-    "mesh": (["--config.mesh.tp=3"], "tp=3 needs a multiple of 3 devices, there are 1"),
+    "mesh": (["--config.mesh.tp=3"], "tp=3 needs a multiple of 3 devices; found 1"),
     "batch": (
         ["--simulate_devices=3"],
         "data.batch_size=8 does not divide into 3 shares",

@@ -1,4 +1,4 @@
-"""Causal convolution over time, of every channel by itself."""
+"""Depthwise causal convolution over time."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from xlstm.models.shared.linear import boxed_parameter, small_init
 
 
 class ConvolutionalState(NamedTuple):
-    """State, after a token, of a layer with a convolution before its cell.
+    """State of a layer with a convolution in front of its cell.
 
     Attributes:
-        cell: That of the cell.
-        inputs: The convolution's last inputs, float32 `(B, W - 1, C)`.
+        cell: State of the cell.
+        inputs: Last inputs of the convolution, float32 `(B, W - 1, C)`.
     """
 
     cell: PyTree
@@ -23,13 +23,13 @@ class ConvolutionalState(NamedTuple):
 
 
 class CausalConvolution(nn.Module):
-    """`y_t = bias + sum_j kernel_j x_(t - W + 1 + j)`, by channel; before the first token is zero.
+    """Depthwise convolution: `y_t = bias + sum_j kernel_j x_(t - W + 1 + j)` for each channel.
 
-    It is a sum of shifted products: XLA on CPU takes thirty times as long for a convolution with as
-    many groups as channels.
+    Inputs before the first token are zero. The layer sums shifted products, since XLA on CPU takes
+    thirty times as long for a convolution with as many groups as channels.
 
     Attributes:
-        width: Tokens that a token sees, itself included, W.
+        width: Number of tokens that each output depends on, W.
         dtype: Type of the computation and of the output.
     """
 
@@ -44,19 +44,17 @@ class CausalConvolution(nn.Module):
         padding: jax.Array | None = None,
         state: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Convolves this device's channels, C.
+        """Convolves local channels; `xlstm.common_types` describes the arguments.
 
         Args:
-            x: `(B, T, C)`.
-            reset: Tokens that do not see those before them, nor do later ones beyond, bool
-                `(B, T)`, or None.
-            padding: True for the last tokens of an example, which leave no trace in the state, bool
-                `(B, T)`, or None.
+            x: Inputs `(B, T, C)`.
+            reset: Where documents start: no output depends on inputs of earlier documents.
+            padding: Which tokens do not change the state.
             state: The last inputs before the first token, `(B, W - 1, C)`, or None for zeros.
 
         Returns:
-            The output `(B, T, C)`, and the last inputs, like `state`, if that was given, else None.
-            Of those inputs the ones from before the last reset are zero.
+            The output `(B, T, C)`, and the last inputs, shaped like `state`, or None if no state
+            was given. Those of earlier documents are zero.
         """
         (_, time, channels), before = x.shape, self.width - 1
         shape, axes = (self.width, 1, channels), (None, None, "tp")
@@ -71,12 +69,12 @@ class CausalConvolution(nn.Module):
         if reset is not None:
             document = jnp.pad(jnp.cumsum(reset, axis=1), ((0, 0), (before, 0)))
         y = bias.astype(self.dtype)
-        for place in range(self.width):
-            seen = inputs[:, place : place + time]
+        for offset in range(self.width):
+            seen = inputs[:, offset : offset + time]
             if document is not None:
-                is_same = document[:, place : place + time] == document[:, before:]
+                is_same = document[:, offset : offset + time] == document[:, before:]
                 seen = jnp.where(is_same[..., None], seen, 0)
-            y = y + kernel[place] * seen
+            y = y + kernel[offset] * seen
         if state is None:
             return y, None
         last = _last_before_padding(inputs, before, padding)
@@ -87,7 +85,7 @@ class CausalConvolution(nn.Module):
 
 
 def _last_before_padding(x: jax.Array, count: int, padding: jax.Array | None) -> jax.Array:
-    """The last `count` entries before the padding of `x (B, count + T, ...)`."""
+    """Returns the last `count` entries before the padding of `x (B, count + T, ...)`."""
     if padding is None:
         return x[:, x.shape[1] - count :]
     starts = jnp.sum(~padding, axis=1)

@@ -22,7 +22,7 @@ def convolve(x, reset=None, padding=None, state=None):
 
 
 def one_after_the_other(x, reset, state):
-    """The definition; a reset forgets all inputs so far. Returns the inputs at the end too."""
+    """Computes the definition, where a reset drops all inputs so far; returns the last inputs."""
     y = np.empty_like(x)
     for row in range(len(x)):
         last = list(state[row])

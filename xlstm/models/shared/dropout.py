@@ -1,4 +1,4 @@
-"""Dropout whose masks do not depend on how the work is divided."""
+"""Dropout with masks that do not depend on the mesh or on the number of minibatches."""
 
 import jax
 import jax.numpy as jnp
@@ -7,34 +7,33 @@ from xlstm.common_types import PRNGKeyArray
 
 
 def token_keys(example_keys: PRNGKeyArray, num_tokens: int, first: jax.Array | int) -> PRNGKeyArray:
-    """Derives a random key for every token from those of the examples.
+    """Derives a random key for each token from the keys of the examples.
 
     Args:
         example_keys: A key for each example, `(B, ...)`.
         num_tokens: `T`.
-        first: Place of the first token in its sequence.
+        first: Position of the first token in its sequence.
 
     Returns:
         Keys `(B, T, ...)`.
     """
-    places = first + jnp.arange(num_tokens)
-    return jax.vmap(lambda key: jax.vmap(lambda place: jax.random.fold_in(key, place))(places))(
-        example_keys
-    )
+    positions = first + jnp.arange(num_tokens)
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(lambda key: fold_in(key, positions))(example_keys)
 
 
 def dropout(
     x: jax.Array, rate: float, keys: PRNGKeyArray | None, site: jax.Array | int
 ) -> jax.Array:
-    """Drops elements at random, and scales up the others so that the mean stays.
+    """Sets random elements to zero, and scales the others so that the mean is preserved.
 
-    Every token has a key of its own: on any mesh, in any minibatch, the same elements are dropped.
+    Each token has its own key, so the same elements are dropped on any mesh and in any minibatch.
 
     Args:
-        x: `(B, T, D)`.
-        rate: Probability with which an element is dropped.
-        keys: A key for each token, `(B, T, ...)`; None for no dropout.
-        site: Number that differs wherever in the network dropout is applied.
+        x: Activations `(B, T, D)`.
+        rate: Probability of dropping an element.
+        keys: Random key for each token, `(B, T, ...)`; None for no dropout.
+        site: Number of this dropout in the network; each has a different one.
 
     Returns:
         An array like `x`.

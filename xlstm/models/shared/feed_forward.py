@@ -1,4 +1,4 @@
-"""Gated feed-forward layer."""
+"""The gated feed-forward layer."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from xlstm.models.shared.linear import Dense, small_init, wang_init
 
 
 def feed_forward_dim(embedding_dim: int, proj_factor: float, round_up_to: int) -> int:
-    """The hidden size: `proj_factor * D` rounded up to a multiple of `round_up_to`."""
+    """Returns the hidden size: `proj_factor * D` rounded up to a multiple of `round_up_to`."""
     return -(-int(embedding_dim * proj_factor) // round_up_to) * round_up_to
 
 
@@ -20,12 +20,12 @@ class GatedFeedForward(nn.Module):
     """`proj_down(activation(proj_up_gate(x)) * proj_up(x))`: SwiGLU, or GEGLU with `nn.gelu`.
 
     Attributes:
-        hidden_dim: Size between the projections.
-        num_blocks: Number of residual blocks of the model, for the initial scale.
+        hidden_dim: Hidden size, between the projections.
+        num_blocks: Number of residual blocks in the model, for the initial scale.
         dtype: Type of the computation.
-        overlap: Whether `tp` sends and multiplies at once.
-        activation: Of the gate.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        overlap: Whether to overlap the communication over `tp` with the products.
+        activation: Activation of the gate.
+        precision: See `product_precision`.
 
     References:
         Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6.
@@ -40,9 +40,8 @@ class GatedFeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps this device's tokens, `(B, T / tp, D)`, to their outputs of the same shape."""
+        """Maps local tokens `(B, T / tp, D)` to outputs of the same shape."""
         embedding_dim = x.shape[-1]
-
         numerics = {"dtype": self.dtype, "precision": self.precision}
 
         def up(name: str) -> Dense:

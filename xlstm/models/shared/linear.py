@@ -1,4 +1,4 @@
-"""Linear layers and embeddings: initial weights, products, the soft cap on what they give."""
+"""Linear layers, the embedding, their boxed parameters and initializers, and the soft cap."""
 
 import functools
 import math
@@ -14,9 +14,16 @@ from xlstm.distributed.mesh import VOCAB_AXES, axis_size
 from xlstm.distributed.tensor_parallel import embed_tokens, scatter_tokens
 from xlstm.models.shared.precision import product_precision
 
+# The mesh axes that a dimension is sharded over: one, several, or None.
+Axes = str | tuple[str, ...] | None
+
+_LARGEST_SUM = 8  # Block sizes up to which products are summed term by term.
+
 
 def small_init(embedding_dim: int) -> initializers.Initializer:
-    """Normal with standard deviation `sqrt(2 / (5 D))`, for embeddings and in-projections.
+    """Returns a normal initializer with deviation `sqrt(2 / (5 D))`, for in-projections.
+
+    Embeddings and the head use it as well.
 
     Args:
         embedding_dim: `D`.
@@ -28,7 +35,7 @@ def small_init(embedding_dim: int) -> initializers.Initializer:
 
 
 def wang_init(embedding_dim: int, num_blocks: int) -> initializers.Initializer:
-    """Normal with standard deviation `2 / (num_blocks sqrt(D))`, for out-projections.
+    """Returns a normal initializer with deviation `2 / (num_blocks sqrt(D))`, for out-projections.
 
     Args:
         embedding_dim: `D`.
@@ -40,10 +47,6 @@ def wang_init(embedding_dim: int, num_blocks: int) -> initializers.Initializer:
     return initializers.normal(2 / (num_blocks * math.sqrt(embedding_dim)))
 
 
-# The mesh axes that a dimension is cut over: one, several, or None.
-Axes = str | tuple[str, ...] | None
-
-
 def boxed_parameter(
     module: nn.Module,
     name: str,
@@ -51,44 +54,39 @@ def boxed_parameter(
     shape: tuple[int, ...],
     axis_names: tuple[Axes, ...],
 ) -> jax.Array:
-    """Creates or reads a float32 parameter that is stored in an `nn.Partitioned` box.
+    """Creates or reads a float32 parameter stored in an `nn.Partitioned` box.
 
     Args:
         module: The module that owns the parameter.
         name: Its name in the module.
         init_fn: `init_fn(rng, shape, dtype)`.
-        shape: Its shape on this device: outside of `shard_map`, where parameters are initialised,
-            the global one.
-        axis_names: For every dimension the mesh axes that it is cut over.
+        shape: Its local shape; the global one outside of `shard_map`, where parameters are
+            initialized.
+        axis_names: For each dimension, the mesh axes that it is sharded over.
 
     Returns:
-        The array itself. A parameter that is given without its box does as well.
+        The array. Parameters without a box are accepted as well.
     """
     init_fn = nn.with_partitioning(init_fn, axis_names)
     box = module.param(name, init_fn, shape, jnp.float32, unbox=False)
-    # `nn.Partitioned.unbox` would add a sharding constraint, an error inside `shard_map`.
+    # `nn.Partitioned.unbox` adds a sharding constraint, which fails inside of `shard_map`.
     return box.value if isinstance(box, nn.Partitioned) else box
 
 
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """Bounds `x` smoothly to `(-cap, cap)` by `cap * tanh(x / cap)`; a cap of 0 bounds nothing."""
-    return cap * jnp.tanh(x / cap) if cap else x
-
-
 class Dense(nn.Module):
-    """`y = x W + b` over the last axis, with boxed parameters.
+    """Dense layer with boxed parameters: `y = x W + b` over the last axis.
 
-    All leading axes are flattened to one before the product: with two, XLA on CPU transposes inside
-    of a fused copy for the weight gradient, which costs more than the product itself.
+    Leading axes are flattened before the product: with two of them, XLA on CPU transposes inside a
+    fused copy for the weight gradient, which costs more than the product itself.
 
     Attributes:
-        features: Size of the last axis of the output; of all devices that it is cut over together.
+        features: Global size of the last axis of the output.
         kernel_init: Initializer of the `kernel`, shape `(in_features, features)`.
-        kernel_axes: Mesh axes that the kernel's two dimensions are cut over. The product is this
-            device's alone: `xlstm.distributed.tensor_parallel` says what goes around it.
+        kernel_axes: Mesh axes that the two dimensions of the kernel are sharded over. The layer
+            computes the local product alone; `xlstm.distributed.tensor_parallel` communicates.
         bias_init: Initializer of the `bias`, shape `(features,)`; None for no bias.
         dtype: Type of the computation and of the output.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        precision: See `product_precision`.
     """
 
     features: int
@@ -100,7 +98,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(..., in_features)` to this device's `(..., features)`."""
+        """Maps local `(..., in_features)` to local `(..., features)`."""
         out_axes = self.kernel_axes[1]
         features = self.features // (axis_size(out_axes) if out_axes else 1)
         shape = (x.shape[-1], features)
@@ -113,58 +111,23 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], features)
 
 
-_LARGEST_SUM = 8  # Channels of a block up to which products are summed one by one.
-
-
-class BlockDiagonal(nn.Module):
-    """`y = x W + b` over the last axis, where W is zero but for square blocks on its diagonal.
-
-    Attributes:
-        block_size: Channels that are mixed, S.
-        dtype: Type of the computation and of the output.
-        bias_init: Initializer of the `bias`, shape `(C,)`; None for no bias.
-        precision: How exactly float32 is multiplied, see `product_precision`.
-
-    References:
-        Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figures 10 (a block a head) and 11 (blocks of
-        4).
-    """
-
-    block_size: int
-    dtype: jnp.dtype = jnp.float32
-    bias_init: Callable | None = None
-    precision: lax.Precision | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps this device's channels `(..., C)` to as many; S has to divide C."""
-        shape = (x.shape[-1] // self.block_size, self.block_size, self.block_size)
-        init_fn = small_init(self.block_size)
-        kernel = boxed_parameter(self, "kernel", init_fn, shape, ("tp", None, None))
-        y = multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype), self.precision)
-        if self.bias_init is not None:
-            bias = boxed_parameter(self, "bias", self.bias_init, x.shape[-1:], ("tp",))
-            y = y + bias.astype(self.dtype)
-        return y
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def multiply_blocks(
     x: jax.Array, kernel: jax.Array, precision: lax.Precision | None = None
 ) -> jax.Array:
-    """Multiplies by a matrix of blocks on the diagonal.
+    """Multiplies by a block-diagonal matrix.
 
-    With small blocks it and its gradient for `x` are sums of few products that XLA fuses. For the
-    gradient of the blocks a batched matrix product is the fastest; for all three it takes five
-    times as long.
+    With small blocks, the product and its gradient for `x` are sums of a few terms that XLA fuses.
+    The gradient of the blocks is a batched matrix product, which is the fastest way for it but
+    takes five times as long for all three.
 
     Args:
-        x: `(..., C)`.
-        kernel: The blocks `(C / S, S, S)`, rows for inputs.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        x: Inputs `(..., C)`.
+        kernel: Blocks `(C / S, S, S)`, with the inputs on the rows.
+        precision: See `product_precision`.
 
     Returns:
-        `(..., C)`.
+        Outputs `(..., C)`.
     """
     num_blocks, size, _ = kernel.shape
     blocks = x.reshape(*x.shape[:-1], num_blocks, size)
@@ -196,12 +159,44 @@ multiply_blocks.defvjp(
 )
 
 
-class Embedding(nn.Module):
-    """Looks token ids up in a table.
+class BlockDiagonal(nn.Module):
+    """Block-diagonal layer: `y = x W + b` over the last axis, W with square blocks.
 
     Attributes:
-        vocab_size: `V`.
-        embedding_dim: `D`.
+        block_size: Number of channels in a block, S.
+        dtype: Type of the computation and of the output.
+        bias_init: Initializer of the `bias`, shape `(C,)`; None for no bias.
+        precision: See `product_precision`.
+
+    References:
+        Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figures 10 (one block per head) and 11
+        (blocks of 4).
+    """
+
+    block_size: int
+    dtype: jnp.dtype = jnp.float32
+    bias_init: Callable | None = None
+    precision: lax.Precision | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps local channels `(..., C)` to as many outputs; S must divide C."""
+        shape = (x.shape[-1] // self.block_size, self.block_size, self.block_size)
+        init_fn = small_init(self.block_size)
+        kernel = boxed_parameter(self, "kernel", init_fn, shape, ("tp", None, None))
+        y = multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype), self.precision)
+        if self.bias_init is not None:
+            bias = boxed_parameter(self, "bias", self.bias_init, x.shape[-1:], ("tp",))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """Embedding table, sharded over the vocabulary.
+
+    Attributes:
+        vocab_size: Number of token ids, `V`.
+        embedding_dim: Size of a vector, `D`.
         init_fn: Initializer of the table.
         dtype: Type of the output.
     """
@@ -213,10 +208,15 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps ids `(B, T)` to the vectors of this device's tokens, `(B, T / tp, D)`."""
+        """Maps ids `(B, T)` to the vectors of the local tokens, `(B, T / tp, D)`."""
         shape = (self.vocab_size // axis_size(VOCAB_AXES), self.embedding_dim)
         table = boxed_parameter(self, "embedding", self.init_fn, shape, (VOCAB_AXES, None))
-        # The gradient of a row is summed over its tokens in the type of the table.
+        # Convert after the lookup, so that gradients of a row are summed in the table's type.
         x = embed_tokens(table, tokens, VOCAB_AXES).astype(self.dtype)
         x = scatter_tokens(x, "tp")
         return lax.psum(x, "pp") if axis_size("pp") > 1 else x
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Returns `cap * tanh(x / cap)`, which is within `(-cap, cap)`; a cap of 0 returns `x`."""
+    return cap * jnp.tanh(x / cap) if cap else x

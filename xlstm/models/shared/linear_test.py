@@ -34,12 +34,12 @@ def test_normal_with_the_published_deviation(init, std):
     x = np.asarray(init(jax.random.key(0), (300, 300), jnp.float32))
     np.testing.assert_allclose(x.std(), std, rtol=0.02)
     assert abs(x.mean()) < 0.02 * std
-    # Not cut off: of 90,000 normal numbers some 240 are beyond three deviations.
+    # Not truncated: about 240 of 90,000 normal numbers are beyond three deviations.
     assert 100 < np.sum(np.abs(x) > 3 * std) < 400
 
 
 class Scale(nn.Module):
-    """One parameter."""
+    """A module with one parameter."""
 
     @nn.compact
     def __call__(self, x):
@@ -64,19 +64,6 @@ def test_can_be_read_inside_shard_map():
     spec = jax.sharding.PartitionSpec("tp")
     apply = jax.shard_map(Scale().apply, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
     np.testing.assert_array_equal(jax.jit(apply)(variables, jnp.arange(3.0)), np.arange(3.0))
-
-
-def test_bounds_smoothly():
-    x = np.array([-1e6, -15.0, -0.01, 0.0, 0.01, 15.0, 1e6], np.float32)
-    y = np.asarray(soft_cap(x, 15.0))
-    np.testing.assert_allclose(y, 15 * np.tanh(x / 15), rtol=1e-5)
-    assert np.abs(y).max() <= 15
-    np.testing.assert_allclose(y[2:5], x[2:5], rtol=1e-5)
-
-
-def test_a_cap_of_zero_is_none():
-    x = np.array([-1e6, 0.1, 1e6], np.float32)
-    np.testing.assert_array_equal(soft_cap(x, 0.0), x)
 
 
 def test_product_over_the_last_axis():
@@ -111,14 +98,14 @@ def test_no_bias_by_default():
 
 
 def dense_product(x, kernel):
-    """The product with the matrix that has the blocks on its diagonal."""
+    """Multiplies by the matrix with the blocks on its diagonal."""
     num_blocks, size, _ = kernel.shape
-    places = jnp.arange(num_blocks * size).reshape(num_blocks, size)
+    indices = jnp.arange(num_blocks * size).reshape(num_blocks, size)
     matrix = jnp.zeros((num_blocks * size,) * 2)
-    return x @ matrix.at[places[:, :, None], places[:, None, :]].set(kernel)
+    return x @ matrix.at[indices[:, :, None], indices[:, None, :]].set(kernel)
 
 
-# Small blocks are multiplied otherwise than large ones.
+# Small and large blocks have different implementations.
 @pytest.mark.parametrize("size", [3, 12])
 def test_product_and_gradients_are_those_of_the_matrix(size):
     rng = np.random.default_rng(0)
@@ -183,3 +170,16 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
 
     grads = jax.grad(total)(jnp.zeros((7, 3)))
     np.testing.assert_array_equal(grads, np.eye(7)[4][:, None] * np.full((1, 3), 1200.0))
+
+
+def test_bounds_smoothly():
+    x = np.array([-1e6, -15.0, -0.01, 0.0, 0.01, 15.0, 1e6], np.float32)
+    y = np.asarray(soft_cap(x, 15.0))
+    np.testing.assert_allclose(y, 15 * np.tanh(x / 15), rtol=1e-5)
+    assert np.abs(y).max() <= 15
+    np.testing.assert_allclose(y[2:5], x[2:5], rtol=1e-5)
+
+
+def test_a_cap_of_zero_is_none():
+    x = np.array([-1e6, 0.1, 1e6], np.float32)
+    np.testing.assert_array_equal(soft_cap(x, 0.0), x)

@@ -1,4 +1,4 @@
-"""Normalisation layers; their reductions are in float32 whatever the compute type."""
+"""Normalization layers, which reduce in float32 whatever the compute type."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from xlstm.models.shared.linear import boxed_parameter
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last axis and scales by a weight.
+    """RMS norm: division by the root mean square over the last axis, then a weight.
 
     Attributes:
         eps: Added to the mean square.
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Subtracts the mean, divides by the standard deviation over the last axis; a weight, no bias.
+    """Layer norm over the last axis, with a weight and without a bias.
 
     Attributes:
         eps: Added to the variance.
@@ -52,7 +52,7 @@ class LayerNorm(nn.Module):
 
 
 class MultiHeadLayerNorm(nn.Module):
-    """Layer norm of every head by itself, with a weight and no bias.
+    """Layer norm over the channels of each head, with a weight and without a bias.
 
     Attributes:
         eps: Added to the variance.
@@ -64,7 +64,7 @@ class MultiHeadLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps this device's heads, `(B, NH, T, DHV)`, to `(B, T, NH * DHV)`."""
+        """Maps local heads, `(B, NH, T, DHV)`, to `(B, T, NH * DHV)`."""
         batch, num_heads, time, head_dim = x.shape
         scale = boxed_parameter(
             self, "scale", nn.initializers.ones, (num_heads * head_dim,), ("tp",)
@@ -75,7 +75,7 @@ class MultiHeadLayerNorm(nn.Module):
 
 
 def _standardized(x: jax.Array, eps: float) -> jax.Array:
-    """`x` with mean 0 and variance 1 over the last axis, float32."""
+    """Returns `x` with mean 0 and variance 1 over the last axis, float32."""
     x = x.astype(jnp.float32)
     centered = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centered * centered, axis=-1, keepdims=True)

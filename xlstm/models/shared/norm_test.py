@@ -44,7 +44,7 @@ def test_scales_start_at_one_in_a_box(norm):
 
 @pytest.mark.parametrize("norm", [RMSNorm, LayerNorm, MultiHeadLayerNorm])
 def test_reductions_are_in_float32(norm):
-    # In bfloat16 the sum of 4096 ones would stop at 256.
+    # In bfloat16 a sum of 4096 ones stops at 256.
     x = jnp.tile(jnp.asarray([1.0, -1.0], jnp.bfloat16), 2048).reshape(1, 1, 1, 4096)
     y, _ = norm(dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16

@@ -1,10 +1,10 @@
-"""How exactly matrix products of float32 numbers are computed."""
+"""The precision of float32 matrix products."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# What a configuration may name. None leaves it to JAX's own setting.
+# Precisions that a configuration can name; None leaves the choice to JAX.
 PRECISIONS: dict[str, lax.Precision | None] = {
     "default": None,
     "high": lax.Precision.HIGH,
@@ -15,17 +15,18 @@ PRECISIONS: dict[str, lax.Precision | None] = {
 def product_precision(
     precision: lax.Precision | None, *operands: jax.Array
 ) -> lax.Precision | None:
-    """Returns the precision to ask of a product.
+    """Returns the precision to request for a product.
 
-    Narrower numbers are multiplied as they are, and exactly. For them nothing is asked: XLA on GPUs
-    would keep some of its kernels from a product that asks for more than the default.
+    Narrower types are always multiplied exactly, so the precision concerns float32 alone. Without
+    float32 operands the function requests none, since XLA on GPUs excludes some kernels from
+    products that request more than the default.
 
     Args:
-        precision: How exactly float32 numbers are multiplied.
-        *operands: What is multiplied.
+        precision: Precision of products with float32 operands.
+        *operands: The factors.
 
     Returns:
-        The same, if there is a float32 (or wider) number among the operands, else None.
+        `precision` if any operand is float32 or wider, else None.
     """
     is_float32 = any(jnp.finfo(x.dtype).bits >= 32 for x in operands)
     return precision if is_float32 else None

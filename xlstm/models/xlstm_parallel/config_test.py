@@ -21,7 +21,7 @@ def test_sizes_of_xlstm_7b():
 def test_sizes_of_the_block_of_2024():
     config = ModelConfig(block="xlstm_2024", embedding_dim=768, num_heads=4)
     assert (config.inner_dim, config.qk_dim, config.v_dim, config.ffn_dim) == (1536, 1536, 1536, 0)
-    # What only the other block has does not matter, sizes that would not fit it included.
+    # Fields of the other block have no effect, even with sizes that it would reject.
     others = {"qk_dim_factor": 0.3, "v_dim_factor": 0.7, "ffn_proj_factor": 9.0}
     config = dataclasses.replace(config, **others)
     assert (config.qk_dim, config.v_dim, config.ffn_dim) == (1536, 1536, 0)
@@ -66,39 +66,39 @@ def test_sizes_are_at_least_one(name, value):
             {"output_logit_soft_cap": -1.0},
             "logit_soft_cap=-1.0: it must be positive, or 0 for none",
         ),
-        ({"block": "xlstm"}, "block='xlstm' is unknown; there are xlstm_7b, xlstm_2024"),
+        ({"block": "xlstm"}, "block='xlstm' is unknown; expected one of xlstm_7b, xlstm_2024"),
         (
             {"block": "xlstm_2024", "num_heads": 3},
             r"num_heads=3 does not divide inner_dim = 256 \(model.inner_dim_factor \* model",
         ),
         (
             {"block": "xlstm_2024", "qkv_block_size": 3},
-            "qkv_block_size=3 does not divide the 64 channels of a head",
+            "qkv_block_size=3 does not divide the 64 channels of each head",
         ),
         (
             {"ffn_round_up_to_multiple_of": 0},
             "ffn_round_up_to_multiple_of=0: it must be at least 1",
         ),
-        ({"ratio": "7:1"}, r"ratio='7:1': write it as '\[7:1\]', of eight blocks seven mLSTM"),
-        ({"ratio": "[0:0]"}, r"ratio='\[0:0\]': write it as '\[7:1\]'"),
-        ({"ratio": "[2:1]"}, r"num_blocks=4 is no multiple of the 3 blocks of model.ratio='\[2:1"),
-        ({"ratio": "[1:1]", "slstm_at": (1,)}, "both say which blocks are sLSTM blocks: give one"),
-        ({"slstm_at": (4,)}, r"slstm_at=\(4,\): they must be different numbers from 0 to .* = 3"),
-        ({"slstm_at": (1, 1)}, r"slstm_at=\(1, 1\): they must be different numbers"),
+        ({"ratio": "7:1"}, r"ratio='7:1': expected a form such as '\[7:1\]', seven mLSTM"),
+        ({"ratio": "[0:0]"}, r"ratio='\[0:0\]': expected a form such as '\[7:1\]'"),
+        ({"ratio": "[2:1]"}, r"num_blocks=4 is not a multiple of the 3 blocks in model.ratio"),
+        ({"ratio": "[1:1]", "slstm_at": (1,)}, "both select the sLSTM blocks; set only one"),
+        ({"slstm_at": (4,)}, r"slstm_at=\(4,\): expected distinct indices from 0 to .* = 3"),
+        ({"slstm_at": (1, 1)}, r"slstm_at=\(1, 1\): expected distinct indices"),
         (
             {"ratio": "[0:1]", "num_heads": 3},
-            "num_heads=3 does not divide model.embedding_dim=128, as sLSTM blocks need",
+            "num_heads=3 does not divide model.embedding_dim=128, which sLSTM blocks require",
         ),
         (
             {"slstm_forget_gate": "linear"},
-            "slstm_forget_gate='linear' is unknown; there are sigmoid, exponential",
+            "slstm_forget_gate='linear' is unknown; expected one of sigmoid, exponential",
         ),
-        ({"remat": "all"}, "remat='all' is unknown; there are none, dots, block"),
+        ({"remat": "all"}, "remat='all' is unknown; expected one of none, dots, block"),
         (
             {"matmul_precision": "tf32"},
-            "matmul_precision='tf32' is unknown; there are default, high, highest",
+            "matmul_precision='tf32' is unknown; expected one of default, high, highest",
         ),
-        ({"dtype": "float16"}, "dtype='float16' is unknown; there are float32, bfloat16"),
+        ({"dtype": "float16"}, "dtype='float16' is unknown; expected one of float32, bfloat16"),
     ],
 )
 def test_values_that_do_not_fit(options, message):

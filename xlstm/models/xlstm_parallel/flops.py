@@ -1,21 +1,21 @@
-"""Counts the floating-point operations that training needs."""
+"""The number of floating-point operations in a training step."""
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
 
 def count_flops_per_token(config: LanguageModelConfig, context_length: int) -> int:
-    """Counts the useful operations of a training step: of matrix products and convolutions.
+    """Counts the useful operations of a training step, in matrix products and convolutions.
 
-    The backward pass needs twice what the forward pass does. What is computed again in order not to
-    be kept (`model.remat`), masked pairs of tokens and padding do not count.
+    The backward pass counts twice as much as the forward pass. Recomputation (`model.remat`),
+    masked pairs of tokens, and padding do not count.
 
     Args:
-        config: Configuration of the model; the backend matters, since some need less work.
-        context_length: Tokens in an example, T.
+        config: Configuration of the model and its backend, whose work per token differs.
+        context_length: Number of tokens in an example, T.
 
     Returns:
-        Floating-point operations a token, two for a multiplication with its addition.
+        Floating-point operations per token; a multiplication and its addition are two.
     """
     model = config.model
     total = 2 * model.embedding_dim * model.vocab_size
@@ -29,21 +29,21 @@ def count_flops_per_token(config: LanguageModelConfig, context_length: int) -> i
 
 
 def _products_of_7b(model: ModelConfig) -> int:
-    """Multiplications a token around the cell of a block, forward."""
+    """Returns the forward multiplications per token outside of the cell, for `xlstm_7b`."""
     qkv = 2 * model.qk_dim + model.v_dim
     gates_and_out = 2 * model.num_heads + 2 * model.v_dim
     return model.embedding_dim * (qkv + gates_and_out + 3 * model.ffn_dim)
 
 
 def _products_of_2024(model: ModelConfig) -> int:
-    """Multiplications a token around the cell of a block, forward."""
+    """Returns the forward multiplications per token outside of the cell, for `xlstm_2024`."""
     up_and_down = 3 * model.embedding_dim
     qkv_and_gates = 3 * model.qkv_block_size + 3 * 2 * model.num_heads
     return model.inner_dim * (up_and_down + model.conv_width + qkv_and_gates)
 
 
 def _products_of_slstm(model: ModelConfig) -> int:
-    """Multiplications a token around the cell of a block, forward."""
+    """Returns the forward multiplications per token outside of the cell, for `slstm`."""
     gates = 4 * model.embedding_dim // model.num_heads
     return model.embedding_dim * (model.conv_width + gates + 3 * model.slstm_ffn_dim)
 
@@ -56,12 +56,12 @@ _PRODUCTS = {
 
 
 def _mlstm_flops(model: ModelConfig, backend: BackendConfig, context_length: int) -> int:
-    """Operations of the mLSTM cell of all heads of a block, forward."""
-    # A token sees half of the tokens of its chunk, on average, with two products for each.
-    a_pair = model.qk_dim + model.v_dim
+    """Returns the forward operations per token of the mLSTM cell of a block, over all heads."""
+    # On average a token attends to half of its chunk, with two products for each token.
+    per_pair = model.qk_dim + model.v_dim
     if backend.name == "parallel_stabilized":
-        return context_length * a_pair
+        return context_length * per_pair
     chunk_size = backend.chunk_size or context_length if backend.name == "fwbw" else 1
-    # Two products more, to write the state and to read it.
+    # Two more products, to write the state and to read it.
     state = 4 * model.qk_dim * model.v_dim // model.num_heads
-    return min(chunk_size, context_length) * a_pair + state
+    return min(chunk_size, context_length) * per_pair + state

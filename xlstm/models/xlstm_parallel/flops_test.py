@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
@@ -15,7 +15,7 @@ _MODEL = ModelConfig(vocab_size=96, embedding_dim=64, num_blocks=3, remat="none"
 
 
 def _count_products(jaxpr):
-    """Operations of the products in a program, in which a loop's body counts every time."""
+    """Counts the operations of the products in a program, with all iterations of loops."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -31,7 +31,7 @@ def _count_products(jaxpr):
 
 
 def _products_per_token(config):
-    """Of a forward pass, and of a forward and a backward pass."""
+    """Returns the operations of a forward pass, and of a forward and a backward pass."""
     model = xLSTMLMModel(config)
     tokens = jnp.zeros((_B, _T), int)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -53,7 +53,7 @@ def test_count_is_that_of_the_program_without_masked_pairs(chunk_size):
     masked = _MODEL.num_blocks * length * (_MODEL.qk_dim + _MODEL.v_dim)
     expected = count_flops_per_token(config, _T)
     assert forward == expected / 3 + masked
-    # The gradient of the forget gates sums over pairs by a product that none needs.
+    # The gradient of the forget gates sums over pairs with a product that is not necessary.
     sums = _MODEL.num_blocks * _MODEL.num_heads * 2 * length**2
     assert both == expected + 3 * masked + sums
 
@@ -64,8 +64,8 @@ def test_count_is_that_of_the_program_for_the_block_of_2024():
     forward, both = _products_per_token(config)
     masked = model.num_blocks * 16 * 2 * model.inner_dim
     sums = model.num_blocks * model.num_heads * 2 * 16**2
-    # Written as sums of products of arrays: the convolution, and but for the gradient of their
-    # kernels the block-diagonal projections.
+    # Elementwise sums, not products, compute the convolution and, except for the gradient of their
+    # kernels, the block-diagonal projections.
     channels = 2 * model.num_blocks * model.inner_dim
     convolution, projections = channels * model.conv_width, channels * 3 * model.qkv_block_size
     expected = count_flops_per_token(config, _T)
@@ -77,9 +77,9 @@ def test_count_is_that_of_the_program_for_slstm_blocks():
     model = dataclasses.replace(_MODEL, ratio="[0:1]")
     config = LanguageModelConfig(model)
     forward, both = _products_per_token(config)
-    # The convolution is written as sums of products of arrays.
+    # Elementwise sums, not products, compute the convolution.
     convolution = 2 * model.num_blocks * model.embedding_dim * model.conv_width
-    # The backward pass computes the recurrent products once more, rather than keep them.
+    # The backward pass recomputes the recurrent products.
     again = model.num_blocks * 8 * model.embedding_dim**2 // model.num_heads
     expected = count_flops_per_token(config, _T)
     assert forward == expected / 3 - convolution
@@ -103,14 +103,14 @@ def test_a_chunk_is_not_longer_than_the_sequence():
 
     assert count(chunk_size=1000) == count(chunk_size=48) == count(chunk_size=0)
     assert count(name="recurrent") == count(chunk_size=1) < count(chunk_size=2)
-    # Without a state there is nothing to write and to read.
+    # Without a state nothing is written or read.
     state = 4 * _MODEL.qk_dim * _MODEL.v_dim // _MODEL.num_heads
     expected = count(chunk_size=0) - 3 * _MODEL.num_blocks * state
     assert count(name="parallel_stabilized") == expected
 
 
 def test_xlstm_7b():
-    """Close to 6 operations for each parameter but the embedding's, and some for the cell."""
+    """Expects about 6 operations per parameter outside of the embedding, plus the cell."""
     model = ModelConfig(vocab_size=50304, embedding_dim=4096, num_blocks=32, num_heads=8)
     count = count_flops_per_token(LanguageModelConfig(model), 8192)
     num_params = 6_865_424_896 - 50304 * 4096

@@ -1,4 +1,4 @@
-"""How the kinds of blocks follow each other in a model."""
+"""The order of the kinds of blocks in a model."""
 
 import dataclasses
 import itertools
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Neighbouring blocks of one kind.
+class BlockGroup:
+    """Consecutive blocks of one kind.
 
     Attributes:
-        kind: Their kind.
-        length: How many they are.
-        first: Place of the first one among the blocks of a repetition.
-        first_of_kind: Place of the first one among those of its kind.
+        kind: Kind of the blocks.
+        length: Number of blocks.
+        first: Index of the first block in a repetition of the pattern.
+        first_of_kind: Index of the first block among the blocks of its kind in a repetition.
     """
 
     kind: str
@@ -25,40 +25,40 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class BlockPattern:
-    """The shortest sequence of blocks that, repeated, makes the model.
+    """The shortest sequence of blocks whose repetition is the model.
 
     Attributes:
-        runs: The sequence.
-        repeats: How often it is repeated.
+        groups: The sequence, as groups of blocks of one kind.
+        repeats: Number of repetitions of the sequence.
     """
 
-    runs: tuple[Run, ...]
+    groups: tuple[BlockGroup, ...]
     repeats: int
 
     @property
     def is_uniform(self) -> bool:
         """Whether all blocks are of one kind."""
-        return len(self.runs) == 1
+        return len(self.groups) == 1
 
     def length(self, kind: str | None = None) -> int:
-        """The number of blocks of one repetition: of one kind, or all."""
-        return sum(run.length for run in self.runs if kind in (None, run.kind))
+        """Returns the number of blocks in a repetition, of one kind or of all."""
+        return sum(group.length for group in self.groups if kind in (None, group.kind))
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of blocks of each kind in the model, in the order of their first ones."""
-        return {run.kind: self.repeats * self.length(run.kind) for run in self.runs}
+        """Number of blocks of each kind in the model, in order of first appearance."""
+        return {group.kind: self.repeats * self.length(group.kind) for group in self.groups}
 
 
 def find_pattern(kinds: Sequence[str], repeats: int = 1) -> BlockPattern:
-    """Finds the pattern of a sequence of kinds of blocks, at least one.
+    """Finds the pattern of a sequence of blocks.
 
     Args:
-        kinds: The kinds.
-        repeats: How often the sequence is repeated; the time does not depend on it.
+        kinds: Kinds of the blocks, at least one.
+        repeats: Number of repetitions of `kinds`; the time does not depend on it.
 
     Returns:
-        The pattern.
+        The pattern of all repetitions.
     """
     count = len(kinds)
     size = next(
@@ -66,19 +66,25 @@ def find_pattern(kinds: Sequence[str], repeats: int = 1) -> BlockPattern:
         for size in range(1, count + 1)
         if count % size == 0 and list(kinds) == list(kinds[:size]) * (count // size)
     )
-    runs, first, of_kind = [], 0, dict.fromkeys(kinds, 0)
+    groups, first, of_kind = [], 0, dict.fromkeys(kinds, 0)
     for kind, blocks in itertools.groupby(kinds[:size]):
         length = len(list(blocks))
-        runs.append(Run(kind, length, first, of_kind[kind]))
+        groups.append(BlockGroup(kind, length, first, of_kind[kind]))
         first, of_kind[kind] = first + length, of_kind[kind] + length
-    return BlockPattern(tuple(runs), repeats * (count // size))
+    return BlockPattern(tuple(groups), repeats * (count // size))
 
 
 def parse_ratio(text: str) -> tuple[int, int]:
-    """Reads the notation `[a:b]`: of `a + b` blocks in a row the last `b` are sLSTM blocks.
+    """Parses the notation `[a:b]`: the last `b` of every `a + b` blocks are sLSTM blocks.
+
+    Args:
+        text: The ratio.
+
+    Returns:
+        The numbers `a` and `b`.
 
     Raises:
-        ValueError: If it is not that, or both are 0.
+        ValueError: If `text` has another form, or both numbers are 0.
 
     References:
         Beck et al., "xLSTM", 2024 (arXiv 2405.04517), section 4.
@@ -87,6 +93,7 @@ def parse_ratio(text: str) -> tuple[int, int]:
     ratio = tuple(map(int, match.groups())) if match else (0, 0)
     if not any(ratio):
         raise ValueError(
-            f"model.ratio={text!r}: write it as '[7:1]', of eight blocks seven mLSTM and one sLSTM"
+            f"model.ratio={text!r}: expected a form such as '[7:1]', seven mLSTM blocks"
+            " and then one sLSTM block"
         )
     return ratio

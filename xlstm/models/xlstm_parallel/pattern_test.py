@@ -6,7 +6,7 @@ from xlstm.models.xlstm_parallel.pattern import find_pattern, parse_ratio
 
 
 @pytest.mark.parametrize(
-    "kinds, runs, repeats",
+    "kinds, groups, repeats",
     [
         ("mmmm", [("m", 1)], 4),
         ("s", [("s", 1)], 1),
@@ -16,15 +16,15 @@ from xlstm.models.xlstm_parallel.pattern import find_pattern, parse_ratio
         ("mmsmsmmsms", [("m", 2), ("s", 1), ("m", 1), ("s", 1)], 2),
     ],
 )
-def test_the_shortest_pattern_is_found(kinds, runs, repeats):
+def test_the_shortest_pattern_is_found(kinds, groups, repeats):
     pattern = find_pattern(kinds)
-    assert [(run.kind, run.length) for run in pattern.runs] == runs
+    assert [(group.kind, group.length) for group in pattern.groups] == groups
     assert pattern.repeats == repeats
     assert pattern.is_uniform == (len(set(kinds)) == 1)
-    # Numbers and places within the kind are those of a count.
-    for run in pattern.runs:
-        assert kinds[run.first : run.first + run.length] == run.kind * run.length
-        assert run.first_of_kind == kinds[: run.first].count(run.kind)
+    # Indices in the sequence and within the kind agree with counting.
+    for group in pattern.groups:
+        assert kinds[group.first : group.first + group.length] == group.kind * group.length
+        assert group.first_of_kind == kinds[: group.first].count(group.kind)
     assert pattern.counts == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     assert pattern.length() * repeats == len(kinds)
 
@@ -33,7 +33,7 @@ def test_every_short_sequence_is_its_pattern_repeated():
     for size in range(1, 8):
         for kinds in itertools.product("ms", repeat=size):
             pattern = find_pattern(kinds)
-            once = "".join(run.kind * run.length for run in pattern.runs)
+            once = "".join(group.kind * group.length for group in pattern.groups)
             assert once * pattern.repeats == "".join(kinds)
 
 
@@ -41,5 +41,5 @@ def test_the_ratio_s_notation():
     assert parse_ratio("[7:1]") == (7, 1)
     assert parse_ratio("[0:1]") == (0, 1)
     for text in ("7:1", "[7:1", "[7-1]", "[-1:1]", "[0:0]", "[1:1:1]", "[ 1:1]"):
-        with pytest.raises(ValueError, match="write it as"):
+        with pytest.raises(ValueError, match="expected a form such as"):
             parse_ratio(text)

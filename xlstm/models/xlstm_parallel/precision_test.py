@@ -1,4 +1,4 @@
-"""What `model.matmul_precision` asks of every product, read off programs lowered for a GPU."""
+"""Tests of the precision that each product requests, in programs lowered for a GPU."""
 
 import functools
 
@@ -44,7 +44,7 @@ def params_of(config):
 
 
 def gradient(config):
-    """The training step's products; those of the gates' statistics are among them."""
+    """Returns the products of the training step, including those of the gates' statistics."""
 
     def loss(params, *batch):
         outputs, _ = xLSTMLMModel(config).apply(
@@ -58,14 +58,14 @@ def gradient(config):
 
 
 def programs(config):
-    """The products of all programs that a model is used by."""
+    """Returns the products of all programs that run a model."""
     model, params = xLSTMLMModel(config), params_of(config)
     state = jax.eval_shape(functools.partial(initial_state, config, 2))
     progress = jax.eval_shape(functools.partial(begin, config, 2))
     one_each = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def evaluate(params, *batch):
-        return model.apply({"params": params}, *batch, method="count_predicted")
+        return model.apply({"params": params}, *batch, method="eval_sums")
 
     def head(params, x):
         return model.apply({"params": params}, x, method="_logits")
@@ -84,7 +84,7 @@ def programs(config):
 
 
 def sums_gates(product):
-    """Whether a product is a sum over pairs of tokens, which is always exact."""
+    """Returns whether a product is a sum over pairs of tokens, which is always exact."""
     return product.operands[1] in ("4x4xf32", "12x12xf32")
 
 
@@ -103,12 +103,12 @@ def test_bfloat16_is_multiplied_in_bfloat16_and_what_is_float32_there_in_float32
     for name, products in programs(config_of(block, backend, dtype="bfloat16")).items():
         assert any(product.operands[0].endswith("bf16") for product in products), name
         for product in products:
-            # In the gradient of a head's gate, which sees 32 channels, one factor is float32.
+            # The gradient of a gate of a head, which depends on 32 channels, has a float32 factor.
             is_gate = product.operands[1] == "32x2xbf16"
             asked = "HIGHEST" if product.has_float32 or is_gate else "DEFAULT"
             assert product.precisions == (asked, asked), (name, product)
             count += product.has_float32
-    # sLSTM blocks have none.
+    # sLSTM blocks have no such products.
     assert bool(count) == (block != "slstm")
 
 

@@ -1,11 +1,11 @@
-"""A small model for tests."""
+"""Small models for tests."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from xlstm.common_types import PRNGKeyArray, PyTree
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 
@@ -27,14 +27,14 @@ def small_config(
 
 
 def lively_params(config: LanguageModelConfig, rng: PRNGKeyArray) -> PyTree:
-    """Returns unboxed parameters far from the initial ones, so that every gate moves.
+    """Returns unboxed parameters far from the initial ones, so that every gate varies.
 
     Args:
         config: Configuration of the model.
         rng: Random key.
 
     Returns:
-        The `params` collection, plain arrays.
+        The collection `params`, of plain arrays.
     """
     model = xLSTMLMModel(config)
     params = jax.eval_shape(model.init, rng, jnp.zeros((1, 2), int))["params"]

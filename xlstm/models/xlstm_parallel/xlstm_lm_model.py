@@ -12,25 +12,25 @@ from xlstm.distributed.pipeline_parallel import execute_pipeline
 from xlstm.distributed.tensor_parallel import (
     cross_entropy,
     gather_tokens,
-    is_predicted,
-    own_tokens,
+    is_correct,
+    local_tokens,
 )
 from xlstm.models.shared.dropout import dropout, token_keys
 from xlstm.models.shared.linear import Dense, Embedding, small_init, soft_cap
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
-from xlstm.models.xlstm_parallel.blocks.block import KINDS, Stream
-from xlstm.models.xlstm_parallel.blocks.stack import block_stack, stack_places
+from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockCarry
+from xlstm.models.xlstm_parallel.blocks.stack import block_stack, stack_indices
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
-# The norm before the head, by the mLSTM block.
+# The norm before the head, by the kind of mLSTM block.
 _OUT_NORMS = {"xlstm_7b": RMSNorm, "xlstm_2024": LayerNorm}
 
 
 class xLSTMLMModel(nn.Module):
-    """Embedding, residual blocks (see `block_stack`), a norm and an untied head.
+    """Language model: embedding, residual blocks (see `block_stack`), norm and untied head.
 
-    The blocks' parameters have a leading axis of the blocks, which is cut over `pp`: inside of
-    `shard_map` each device runs its own blocks.
+    The parameters of the blocks have a leading axis of blocks, which is sharded over `pp`: inside
+    of `shard_map` each device runs its own blocks.
 
     Attributes:
         config: Configuration of the model.
@@ -39,11 +39,11 @@ class xLSTMLMModel(nn.Module):
     config: LanguageModelConfig
 
     def setup(self):
-        """Makes the layers; a parameter is read by one of them alone."""
+        """Creates the layers; each parameter belongs to exactly one of them."""
         config = self.config.model
         dtype, gathered = config.compute_dtype, self._gathering_parameters
         in_init = small_init(config.embedding_dim)
-        # A pipeline runs its blocks many times, and gathers them once before, see `_run_stages`.
+        # A pipeline runs its blocks many times and gathers them once, in `_run_stages`.
         wrap = gathered if axis_size("pp") == 1 else lambda block: block
         self.embeddings = gathered(Embedding)(
             config.vocab_size, config.embedding_dim, in_init, dtype
@@ -65,53 +65,53 @@ class xLSTMLMModel(nn.Module):
         reset: jax.Array | None = None,
         state: PyTree | None = None,
     ) -> jax.Array | tuple[jax.Array, PyTree]:
-        """Computes the logits of the token that follows each token.
+        """Returns the logits of the next token after each token.
 
         Args:
             tokens: Ids `(B, T)`.
-            reset: True where a document begins: the state is dropped before that token, bool
-                `(B, T)`; None for nowhere.
-            state: State before the first token (`initial_state`, or one that was returned), leading
-                axes `(num_blocks, B)`; None for the zero state.
+            reset: Bool `(B, T)`, True where a document starts: the state is dropped before that
+                token. None for no resets.
+            state: State before the first token (`initial_state`, or a returned state), leading axes
+                `(num_blocks, B)`; None for the zero state.
 
         Returns:
-            Logits, float32 `(B, T, V)`, of this device's part of the vocabulary; if `state` was
-            given, the pair of them and the last state.
+            Logits, float32 `(B, T, V)`, of the local part of the vocabulary; with `state`, a pair
+            of them and the state after the last token.
 
         Raises:
             ValueError: If a state is given inside of a `shard_map` with pipeline stages.
         """
         x = self.embeddings(tokens)
         if state is None:
-            return self._logits(self._run_stages(Stream(x, reset)))
-        stream = self._carry_state(Stream(x, reset, states=state))
-        return self._logits(stream.x), stream.states
+            return self._logits(self._run_stages(BlockCarry(x, reset)))
+        carry = self._carry_state(BlockCarry(x, reset, states=state))
+        return self._logits(carry.x), carry.states
 
     def next_token_logits(
         self, tokens: jax.Array, state: PyTree, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, PyTree]:
-        """Reads tokens, and computes the logits of the one that follows them.
+        """Reads tokens, and returns the logits of the next token after them.
 
         Args:
             tokens: Ids `(B, T)`.
             state: State before the first token, see `__call__`.
-            lengths: How many of the tokens count, int `(B,)`; those behind are padding. None for
-                all.
+            lengths: Number of valid tokens in each row, int `(B,)`; the others are padding. None
+                if all tokens are valid.
 
         Returns:
-            Logits, float32 `(B, V)`, and the state after the tokens that count. Where none counts
-            the state is as before, and the logits mean nothing.
+            Logits, float32 `(B, V)`, and the state after the valid tokens. In a row without valid
+            tokens the state does not change, and the logits are meaningless.
         """
         x, padding = self.embeddings(tokens), None
         if lengths is not None:
             padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
-        stream = self._carry_state(Stream(x, padding=padding, states=state))
+        carry = self._carry_state(BlockCarry(x, padding=padding, states=state))
         if lengths is None:
-            last = stream.x[:, -1:]
+            last = carry.x[:, -1:]
         else:
-            places = jnp.maximum(lengths, 1) - 1
-            last = jnp.take_along_axis(stream.x, places[:, None, None], axis=1)
-        return self._logits(last)[:, 0], stream.states
+            positions = jnp.maximum(lengths, 1) - 1
+            last = jnp.take_along_axis(carry.x, positions[:, None, None], axis=1)
+        return self._logits(last)[:, 0], carry.states
 
     def next_token_nll(
         self,
@@ -121,9 +121,10 @@ class xLSTMLMModel(nn.Module):
         reset: jax.Array | None = None,
         dropout_keys: PRNGKeyArray | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Computes the negative log-likelihood of targets.
+        """Returns the summed negative log-likelihood of the targets and their number.
 
-        Every token counts on one device: the sums over the mesh are those of the whole batch.
+        Each token counts on exactly one device, so a `psum` over the mesh gives the sums of the
+        global batch.
 
         Args:
             tokens: Ids `(B, T)`.
@@ -133,74 +134,73 @@ class xLSTMLMModel(nn.Module):
             dropout_keys: A random key for each example, `(B, ...)`; None for no dropout.
 
         Returns:
-            The sum over this device's targets that count, in nats, and their number; float32
-            scalars.
+            The sum over the local unmasked targets, in nats, and their number; float32 scalars.
         """
         x, config = self.embeddings(tokens), self.config.model
         keys = None
         if config.dropout and dropout_keys is not None:
             keys = token_keys(dropout_keys, x.shape[1], axis_index("tp") * x.shape[1])
             x = dropout(x, config.dropout, keys, 0)
-        logits = self._logits(self._run_stages(Stream(x, reset, keys)))
+        logits = self._logits(self._run_stages(BlockCarry(x, reset, keys)))
         nll = cross_entropy(logits, targets, VOCAB_AXES)
-        mask = own_tokens(targets_mask, VOCAB_AXES)
+        mask = local_tokens(targets_mask, VOCAB_AXES)
         return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
 
-    def count_predicted(
+    def eval_sums(
         self,
         tokens: jax.Array,
         targets: jax.Array,
         targets_mask: jax.Array,
         reset: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Judges predictions of targets; arguments as for `next_token_nll`.
+        """Returns the sums of an evaluation; `next_token_nll` describes the arguments.
 
         Returns:
-            The sum of the negative log-likelihoods over this device's targets that count, in nats;
-            how many of them have the largest logit of all tokens; and their number; float32
-            scalars.
+            Three float32 scalars over the local unmasked targets: the sum of their negative
+            log-likelihoods, in nats; the number that have the largest logit of all tokens; and
+            their number.
         """
-        logits = self._logits(self._run_stages(Stream(self.embeddings(tokens), reset)))
+        logits = self._logits(self._run_stages(BlockCarry(self.embeddings(tokens), reset)))
         nll = cross_entropy(logits, targets, VOCAB_AXES)
-        is_right = is_predicted(logits, targets, VOCAB_AXES)
-        mask = own_tokens(targets_mask, VOCAB_AXES)
-        sums = jnp.where(mask, nll, 0), is_right & mask, mask
+        correct = is_correct(logits, targets, VOCAB_AXES)
+        mask = local_tokens(targets_mask, VOCAB_AXES)
+        sums = jnp.where(mask, nll, 0), correct & mask, mask
         return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)
 
     def _gathering_parameters(self, target: Target) -> Target:
-        """The module class or function of a module, gathering over `fsdp` what it uses."""
+        """Returns the target with its parameters gathered over `fsdp` when it is called."""
         mesh = self.config.mesh
         return gather_on_use(
             target, gather_dtype=mesh.gather_dtype, scatter_dtype=mesh.scatter_dtype
         )
 
-    def _carry_state(self, stream: Stream) -> Stream:
-        """Runs all blocks, each from its own state on."""
+    def _carry_state(self, carry: BlockCarry) -> BlockCarry:
+        """Runs all blocks, starting from their states."""
         if axis_size("pp") > 1:
-            raise ValueError("a state does not go through pipeline stages; pass state=None")
-        return self.blocks(stream, stack_places(self.config.model.pattern))[0]
+            raise ValueError("state is not supported with pipeline stages; pass state=None")
+        return self.blocks(carry, stack_indices(self.config.model.pattern))[0]
 
-    def _run_stages(self, stream: Stream) -> jax.Array:
+    def _run_stages(self, carry: BlockCarry) -> jax.Array:
         """Runs all blocks; the output `(B, T / tp, D)` is the same on all stages."""
         num_stages = axis_size("pp")
         if num_stages == 1:
-            return self.blocks(stream, stack_places(self.config.model.pattern))[0].x
+            return self.blocks(carry, stack_indices(self.config.model.pattern))[0].x
 
-        def run(model: xLSTMLMModel, stream: Stream) -> Stream:
+        def run(model: xLSTMLMModel, carry: BlockCarry) -> BlockCarry:
             return execute_pipeline(
                 model.stage,
-                stream,
-                stack_places(model.config.model.pattern),
+                carry,
+                stack_indices(model.config.model.pattern),
                 num_microbatches=model.config.mesh.count_microbatches(num_stages),
                 model_axis_name="pp",
             )
 
-        stream = self._gathering_parameters(run)(self, stream)
-        # All stages share the head's work: each has its part of the vocabulary.
-        return lax.psum(stream.x, "pp")
+        carry = self._gathering_parameters(run)(self, carry)
+        # All stages share the work of the head: each has a part of the vocabulary.
+        return lax.psum(carry.x, "pp")
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        """Maps `(B, T / tp, D)` to logits `(B, T, V)` of this device's part of the vocabulary."""
+        """Maps `(B, T / tp, D)` to logits `(B, T, V)` of the local part of the vocabulary."""
         x = gather_tokens(self.out_norm(x), "tp")
         return soft_cap(
             self.lm_head(x).astype(jnp.float32), self.config.model.output_logit_soft_cap
@@ -208,46 +208,46 @@ class xLSTMLMModel(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks as a stage of the pipeline."""
+    """The local blocks as a stage of the pipeline."""
 
     blocks: nn.Module
 
-    def __call__(self, stream: Stream, places: PyTree) -> Stream:
-        return self.blocks(stream, places)[0]
+    def __call__(self, carry: BlockCarry, indices: PyTree) -> BlockCarry:
+        return self.blocks(carry, indices)[0]
 
 
 def initial_state(config: LanguageModelConfig, batch_size: int) -> PyTree:
-    """The state before a document, for every block.
+    """Returns the state before a document, for all blocks.
 
     Args:
         config: Configuration of the model.
         batch_size: `B`.
 
     Returns:
-        The zero state of the blocks, leading axes `(num_blocks, B)`; if they are of several kinds,
-        a dictionary of those of each kind. See `KINDS`.
+        The zero state with leading axes `(num_blocks, B)`, see `KINDS`; for a model with several
+        kinds of blocks, a dictionary of the states of each kind.
     """
     model = config.model
     states = {
         kind: KINDS[kind].zero_state(model, (count, batch_size))
         for kind, count in model.pattern.counts.items()
     }
-    return _of_the_only_kind(states)
+    return _unwrap_single_kind(states)
 
 
 def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None) -> PyTree:
-    """How a state is cut over a mesh.
+    """Returns the partition specs of a state.
 
     Args:
         config: Configuration of the model.
-        rows: The mesh axes that the rows are cut over, or None.
+        rows: The mesh axes that the rows are sharded over, or None.
 
     Returns:
-        The partition specs of `initial_state`: heads and their channels are cut over `tp`.
+        The partition specs of `initial_state`, with heads and their channels sharded over `tp`.
     """
     specs = {kind: KINDS[kind].state_specs(rows) for kind in config.model.pattern.counts}
-    return _of_the_only_kind(specs)
+    return _unwrap_single_kind(specs)
 
 
-def _of_the_only_kind(states: dict[str, PyTree]) -> PyTree:
+def _unwrap_single_kind(states: dict[str, PyTree]) -> PyTree:
     return states if len(states) > 1 else next(iter(states.values()))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm.models.xlstm_parallel.blocks.block import Stream
+from xlstm.models.xlstm_parallel.blocks.block import BlockCarry
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import (
     initial_state,
@@ -21,7 +21,7 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 TIME = 14
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, TIME))
 RESET = np.isin(np.arange(TIME), (0, 5, 6)) | np.zeros((2, TIME), bool)
-# Stacks by what makes them. The last has a pattern that begins with two blocks of one kind.
+# Options of stacks by name. The pattern of the last one starts with two blocks of one kind.
 STACKS = {
     "xlstm_7b": {},
     "xlstm_2024": {"block": "xlstm_2024"},
@@ -74,7 +74,7 @@ def test_step_by_step_is_the_whole(backend, stack):
         logits.append(new)
     expected = logits_of(config, reset=RESET)
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-4)
-    # The test can fail: without the resets the logits are others.
+    # The test can fail: without the resets the logits differ.
     assert np.abs(logits_of(config) - expected).max() > 1e-2
 
 
@@ -82,7 +82,7 @@ def test_step_by_step_is_the_whole(backend, stack):
 def test_packed_documents_are_the_documents_alone(stack):
     config = stack_config(stack)
     packed = logits_of(config, reset=RESET)
-    # Read alone, a document is followed by tokens that it cannot see; so one compilation does.
+    # Later tokens, which a document does not depend on, follow it, so that one compilation does.
     for start, end in ((0, 5), (5, 6), (6, TIME)):
         alone = logits_of(config, np.roll(TOKENS, -start, axis=1))[:, : end - start]
         np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
@@ -103,7 +103,7 @@ def test_padding_leaves_no_trace(backend, stack):
     lengths = np.array([6, 9])
     first = read(TOKENS, initial_state(config, 2), lengths)
     followed = read(np.roll(TOKENS, -1, axis=0), first[1], lengths)
-    whole = np.zeros((2, 2 * TIME), int)  # The same without padding in between.
+    whole = np.zeros((2, 2 * TIME), int)  # The same tokens without padding in between.
     for row, length in enumerate(lengths):
         whole[row, : 2 * length] = np.append(TOKENS[row, :length], TOKENS[1 - row, :length])
     expected = read(whole, initial_state(config, 2), 2 * lengths)
@@ -121,7 +121,7 @@ def test_logits_do_not_see_the_future(stack):
     assert np.all(np.abs(before - after)[:, 9:].max(axis=-1) > 0)
 
 
-@pytest.mark.parametrize("stack", ["xlstm_7b", "xlstm_2024"])  # Of three blocks each.
+@pytest.mark.parametrize("stack", ["xlstm_7b", "xlstm_2024"])  # Both have three blocks.
 def test_bfloat16_is_near_float32(stack):
     logits = logits_of(stack_config(stack, dtype="bfloat16"))
     expected = logits_of(stack_config(stack))
@@ -142,22 +142,22 @@ def test_logits_are_bounded():
 
 
 def test_a_mixed_stack_is_its_blocks_one_after_the_other():
-    """The same parameters, block by block, each as a stack of its own."""
+    """Runs the same parameters block by block, each as its own stack."""
     config = stack_config("mixed")
     params = PARAMS[config.model.pattern]
 
     @functools.partial(quick_jit, static_argnums=0)
     def run(config, blocks, x):
         variables = {"params": params | {"blocks": blocks}}
-        return xLSTMLMModel(config).apply(variables, Stream(x, RESET), method="_run_stages")
+        return xLSTMLMModel(config).apply(variables, BlockCarry(x, RESET), method="_run_stages")
 
     x = jax.random.normal(jax.random.key(2), (2, TIME, 16))
     found, counts = run(config, params["blocks"], x), {"0_xlstm_2024": 0, "1_slstm": 0}
-    for number in range(6):
-        name, ratio = ("1_slstm", "[0:1]") if number in (2, 5) else ("0_xlstm_2024", "[1:0]")
+    for index in range(6):
+        name, ratio = ("1_slstm", "[0:1]") if index in (2, 5) else ("0_xlstm_2024", "[1:0]")
         alone = stack_config("mixed", num_blocks=1, slstm_at=(), ratio=ratio)
-        place, counts[name] = counts[name], counts[name] + 1
-        blocks = jax.tree.map(lambda leaf, place=place: leaf[place : place + 1], params["blocks"])
+        at, counts[name] = counts[name], counts[name] + 1
+        blocks = jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], params["blocks"])
         x = run(alone, blocks[name], x)
     np.testing.assert_allclose(found, x, atol=1e-5)
 
@@ -274,10 +274,10 @@ SLSTM = {
 def test_parameters_of_a_mixed_stack():
     boxes = boxes_of(stack_config("mixed"))
     found = {name: (x.value.shape, x.names) for name, x in boxes.items() if "blocks" in name}
-    runs = {"0_xlstm_2024": (4, BLOCK_2024), "1_slstm": (2, SLSTM)}
+    groups = {"0_xlstm_2024": (4, BLOCK_2024), "1_slstm": (2, SLSTM)}
     assert found == {
-        f"blocks.{run}.{name}": ((count, *shape), ("pp", *axes))
-        for run, (count, block) in runs.items()
+        f"blocks.{group}.{name}": ((count, *shape), ("pp", *axes))
+        for group, (count, block) in groups.items()
         for name, (shape, axes) in block.items()
     }
     layer = "blocks.1_slstm.slstm_layer."
@@ -311,7 +311,7 @@ def test_initial_values():
     ) | dict.fromkeys([f"{layer}out_proj.kernel", "blocks.ffn.proj_down.kernel"], wang)
     for name, std in deviations.items():
         np.testing.assert_allclose(values[name].std(), std, rtol=0.03, err_msg=name)
-        if name.startswith("blocks."):  # The blocks are not copies of one another.
+        if name.startswith("blocks."):  # The blocks are not copies of each other.
             assert not np.allclose(values[name][0], values[name][1])
     for gate in ("igate_preact", "fgate_preact"):
         assert np.all(values[f"{layer}{gate}.kernel"] == 0)

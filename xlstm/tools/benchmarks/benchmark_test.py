@@ -19,7 +19,7 @@ def benchmark(folder, *words):
     """Runs the tool as a user in `folder` would."""
     path = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
-        [sys.executable, "-m", "xlstm.tools.benchmark", "--repeats=1", *words],
+        [sys.executable, "-m", "xlstm.tools.benchmarks.benchmark", "--repeats=1", *words],
         env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(folder)},
         capture_output=True,
         text=True,
@@ -95,7 +95,7 @@ def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(mon
 @pytest.mark.parametrize(
     "words, named",
     [
-        (["--backends=fwbv"], "'fwbv' is unknown; there are fwbw, parallel_stabilized, recurrent"),
+        (["--backends=fwbv"], "'fwbv' is unknown; expected one of fwbw, parallel_stabilized"),
         (["--shapes=1x4x8x4"], "--shapes=1x4x8x4: expected five sizes"),
         (["--chunk_sizes=64,-1"], "--chunk_sizes=-1: expected a whole number"),
         (["--shapes=1x1x8x4x4", "--chunk_sizes=16"], "nothing to time for --shapes=1x1x8x4x4"),

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
-    BackendConfig,
     backend_config,
     create_backend,
 )

@@ -33,7 +33,7 @@ from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.huggingface.convert import import_model
 from xlstm.huggingface.layout import hf_tensors, parameter_shapes, to_hf_config
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.tools.command_line import run
 from xlstm.tools.testing import mutations

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from xlstm.dataset.config import STDLIB, DataConfig
 from xlstm.distributed.mesh import MeshConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.logger.base_logger import LoggerConfig

@@ -1,6 +1,6 @@
-"""What a training step should send, counted from the configuration alone.
+"""The collectives that a training step should execute, derived from its configuration.
 
-`xlstm.distributed.communication` reads off a compiled step what it does send.
+`xlstm.distributed.hlo_collectives` finds those of a compiled step.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ _KEY_BYTES, _FLOAT_BYTES = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind, for one purpose, of a step.
+class ExpectedCollective:
+    """Collectives of a step with one kind and one purpose.
 
     Attributes:
-        kind: The XLA operation, such as `all-gather`.
-        axes: The mesh axes along which devices exchange something.
-        count: How often it is executed in a step.
-        num_bytes: Size, in all executions together, of the whole arrays that a group of devices
-            brings together, sums or hands on.
-        purpose: What is sent.
+        kind: XLA operation, such as `all-gather`.
+        axes: Mesh axes along which devices communicate.
+        count: Number of executions in a step.
+        num_bytes: Total size, over all executions, of the whole arrays that a group of devices
+            gathers, sums or permutes.
+        purpose: Data that is sent.
     """
 
     kind: str
@@ -41,47 +41,47 @@ class Traffic:
     purpose: str
 
 
-def expected_traffic(config: RunConfig, mesh: Mesh, params: PyTree) -> list[Traffic]:
-    """Counts what a training step has to send.
+def expected_collectives(config: RunConfig, mesh: Mesh, params: PyTree) -> list[ExpectedCollective]:
+    """Returns the collectives that a training step should execute.
 
-    Not counted are the numbers for metrics and norms, a few bytes a parameter, once a step.
+    The sums for metrics and norms, a few bytes per parameter and step, are not included.
 
     Args:
-        config: The run's configuration.
-        mesh: Its mesh.
-        params: Parameters of the train state; abstract ones do.
+        config: Configuration of the run.
+        mesh: Mesh of the run.
+        params: Parameters of the train state, possibly abstract.
 
     Returns:
-        The traffic along mesh axes of more than one device.
+        The collectives along mesh axes with more than one device.
     """
     counted = [
-        *_tensor_traffic(config, mesh),
-        *_vocabulary_traffic(config, mesh),
-        *_pipeline_traffic(config, mesh),
-        *_parameter_traffic(config, mesh, params),
-        *_gradient_traffic(mesh, params),
+        *_tensor_collectives(config, mesh),
+        *_vocabulary_collectives(config, mesh),
+        *_pipeline_collectives(config, mesh),
+        *_parameter_collectives(config, mesh, params),
+        *_gradient_collectives(mesh, params),
     ]
     found = []
-    for traffic in counted:
-        axes = tuple(axis for axis in traffic.axes if mesh.shape[axis] > 1)
-        if axes and traffic.count:
-            found.append(dataclasses.replace(traffic, axes=axes))
+    for collective in counted:
+        axes = tuple(axis for axis in collective.axes if mesh.shape[axis] > 1)
+        if axes and collective.count:
+            found.append(dataclasses.replace(collective, axes=axes))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """How a step's work is cut: what is computed how often on how much."""
+    """The division of a step: what is executed how often, on how many tokens."""
 
     minibatches: int
-    ticks: int  # Runs of a stage for each minibatch.
+    ticks: int  # Executions of a stage for each minibatch.
     stages: int
-    tokens: int  # Of a minibatch, on one device of the batch axes.
+    tokens: int  # Tokens of a minibatch on one device of the batch axes.
     tokens_per_tick: int
-    embedding_bytes: int  # Of one token's vector.
+    embedding_bytes: int  # Bytes of the vector of a token.
 
-    def block_runs(self, num_blocks: int) -> int:
-        """How often a device runs its blocks, of so many in all stages."""
+    def block_executions(self, num_blocks: int) -> int:
+        """Returns how many blocks a device executes in a step, of `num_blocks` in all stages."""
         return self.minibatches * self.ticks * num_blocks // self.stages
 
 
@@ -101,125 +101,139 @@ def _work(config: RunConfig, mesh: Mesh) -> _Work:
     )
 
 
-def _tensor_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
-    """Tokens between the layers: a gather and a scatter for each, and their transposes."""
+def _tensor_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
+    """Tokens between the layers: a gather and a scatter for each layer, and their transposes."""
     work = _work(config, mesh)
     for kind, count in config.model.pattern.counts.items():
-        yield from _layer_traffic(config, mesh, _GATHERING_LAYERS[kind], work.block_runs(count))
+        yield from _layer_collectives(
+            config, mesh, _GATHERING_LAYERS[kind], work.block_executions(count)
+        )
         if kind == "xlstm_2024":
-            yield from _gate_traffic(config, work, work.block_runs(count))
+            yield from _gate_collectives(config, work, work.block_executions(count))
         if kind == "slstm":
-            yield _exchange_traffic(config, mesh, work.block_runs(count))
+            yield _exchange_collectives(config, mesh, work.block_executions(count))
     for kind in ("all-gather", "reduce-scatter"):
-        count = 2 * work.minibatches  # One is forward, the other's transpose backward.
+        count = 2 * work.minibatches  # One forward, and the transpose of the other kind backward.
         num_bytes = count * work.tokens * work.embedding_bytes
-        yield Traffic(kind, ("tp",), count, num_bytes, "tokens of embedding, head")
+        yield ExpectedCollective(kind, ("tp",), count, num_bytes, "tokens of embedding, head")
 
 
 # Layers of a block that gather the tokens and scatter sums, by the block's kind.
 _GATHERING_LAYERS = {"xlstm_7b": 2, "xlstm_2024": 1, "slstm": 1}
 
 
-def _layer_traffic(config: RunConfig, mesh: Mesh, layers: int, runs: int) -> Iterator[Traffic]:
-    """What layers that gather and scatter send in so many runs of their block."""
+def _layer_collectives(
+    config: RunConfig, mesh: Mesh, layers: int, executions: int
+) -> Iterator[ExpectedCollective]:
+    """Tokens of layers that gather and scatter, for the given executions of their block."""
     work, size = _work(config, mesh), mesh.shape["tp"]
     num_bytes = work.tokens_per_tick * work.embedding_bytes
-    # A backward pass that computes the block again gathers its inputs again; if nothing at all was
-    # kept, it scatters again too, but for the last layer's output.
+    # A backward pass that recomputes the block gathers its inputs again. If nothing was kept, it
+    # also scatters again, except for the output of the last layer.
     gathers = (2 if config.model.remat == "none" else 3) * layers
     scatters = 2 * layers + (layers - 1 if config.model.remat == "block" else 0)
     if config.mesh.tp_overlap:
-        # A ring of `size - 1` steps, each with a part of the tokens; a scatter's transpose is one.
-        count = runs * (gathers + scatters) * (size - 1)
+        # A ring of `size - 1` steps, each with a part of the tokens, also for the transposes.
+        count = executions * (gathers + scatters) * (size - 1)
         purpose = "tokens of layers"
-        yield Traffic("collective-permute", ("tp",), count, count * num_bytes // size, purpose)
+        yield ExpectedCollective(
+            "collective-permute", ("tp",), count, count * num_bytes // size, purpose
+        )
         return
     for kind, each in (("all-gather", gathers), ("reduce-scatter", scatters)):
-        count = runs * each
-        yield Traffic(kind, ("tp",), count, count * num_bytes, "tokens of layers")
+        count = executions * each
+        yield ExpectedCollective(kind, ("tp",), count, count * num_bytes, "tokens of layers")
 
 
-def _exchange_traffic(config: RunConfig, mesh: Mesh, runs: int) -> Traffic:
+def _exchange_collectives(config: RunConfig, mesh: Mesh, executions: int) -> ExpectedCollective:
     """Tokens for channels and back in sLSTM layers, and the transposes."""
     work = _work(config, mesh)
-    again = {"none": 0, "dots": 1, "block": 2}[config.model.remat]
-    count = runs * (4 + again)
+    repeated = {"none": 0, "dots": 1, "block": 2}[config.model.remat]
+    count = executions * (4 + repeated)
     num_bytes = count * work.tokens_per_tick * work.embedding_bytes // mesh.shape["tp"]
-    return Traffic("all-to-all", ("tp",), count, num_bytes, "tokens of sLSTM layers")
+    return ExpectedCollective("all-to-all", ("tp",), count, num_bytes, "tokens of sLSTM layers")
 
 
-def _gate_traffic(config: RunConfig, work: _Work, runs: int) -> Iterator[Traffic]:
-    """Gates that see the channels of all heads: two sums a block, and their transposes."""
+def _gate_collectives(
+    config: RunConfig, work: _Work, executions: int
+) -> Iterator[ExpectedCollective]:
+    """Gates that depend on all heads: two sums for each block, and their transposes."""
     num_bytes = work.tokens_per_tick * config.model.num_heads * _FLOAT_BYTES
     sums = 4 if config.model.remat == "block" else 2
     for kind, each in (("reduce-scatter", sums), ("all-gather", 2)):
-        count = runs * each
-        yield Traffic(kind, ("tp",), count, count * num_bytes, "gates")
+        count = executions * each
+        yield ExpectedCollective(kind, ("tp",), count, count * num_bytes, "gates")
 
 
-def _vocabulary_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
-    """Three numbers a token for the loss; over `pp` what the stages share."""
+def _vocabulary_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
+    """Three numbers per token for the loss, and, over `pp`, the tokens that the stages share."""
     work = _work(config, mesh)
     numbers = work.minibatches * work.tokens * _FLOAT_BYTES
     purpose = "loss"
-    yield Traffic("all-reduce", VOCAB_AXES, work.minibatches, numbers, purpose)
-    yield Traffic("reduce-scatter", VOCAB_AXES, work.minibatches, 2 * numbers, purpose)
-    yield Traffic("all-gather", VOCAB_AXES, work.minibatches, 2 * numbers, purpose)
-    count = 4 * work.minibatches  # Each forward, and its transpose.
+    yield ExpectedCollective("all-reduce", VOCAB_AXES, work.minibatches, numbers, purpose)
+    yield ExpectedCollective("reduce-scatter", VOCAB_AXES, work.minibatches, 2 * numbers, purpose)
+    yield ExpectedCollective("all-gather", VOCAB_AXES, work.minibatches, 2 * numbers, purpose)
+    count = 4 * work.minibatches  # Embedding and head, forward and transposed.
     num_bytes = count * work.tokens * work.embedding_bytes // mesh.shape["tp"]
-    yield Traffic("all-reduce", ("pp",), count, num_bytes, "tokens of embedding, head")
+    yield ExpectedCollective("all-reduce", ("pp",), count, num_bytes, "tokens of embedding, head")
 
 
-def _pipeline_traffic(config: RunConfig, mesh: Mesh) -> Iterator[Traffic]:
+def _pipeline_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
     """A micro-batch from stage to stage at every tick, and its gradient back."""
     work, size = _work(config, mesh), mesh.shape["tp"]
     ticks = work.minibatches * work.ticks
     vectors = work.tokens_per_tick * work.embedding_bytes // size
     num_bytes = 2 * ticks * vectors
-    yield Traffic("collective-permute", ("pp",), 2 * ticks, num_bytes, "micro-batches")
+    yield ExpectedCollective("collective-permute", ("pp",), 2 * ticks, num_bytes, "micro-batches")
     resets = ticks * work.tokens_per_tick
-    yield Traffic("collective-permute", ("pp",), ticks, resets, "resets")
+    yield ExpectedCollective("collective-permute", ("pp",), ticks, resets, "resets")
     if config.model.dropout:
         keys = ticks * work.tokens_per_tick // size * _KEY_BYTES
-        yield Traffic("collective-permute", ("pp",), ticks, keys, "dropout keys")
+        yield ExpectedCollective("collective-permute", ("pp",), ticks, keys, "dropout keys")
 
 
 def _boxes(params: PyTree) -> list[tuple[str, nn.Partitioned]]:
-    """The boxes, each with the part of the model that it is in."""
+    """Returns the boxes with the name of their part of the model."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_partitioned)
     return [(path[0].key, box) for path, box in leaves]
 
 
-def _parameter_traffic(config: RunConfig, mesh: Mesh, params: PyTree) -> Iterator[Traffic]:
-    """Sharded weights: gathered for use, their gradients scattered once for each minibatch."""
+def _parameter_collectives(
+    config: RunConfig, mesh: Mesh, params: PyTree
+) -> Iterator[ExpectedCollective]:
+    """Sharded weights: gathered for use, with gradients scattered once for each minibatch."""
     work = _work(config, mesh)
     gather_size = np.dtype(config.mesh.gather_dtype).itemsize
     scatter_size = np.dtype(config.mesh.scatter_dtype).itemsize
-    again = 1 if config.model.remat == "none" else 2
+    gathers_per_use = 1 if config.model.remat == "none" else 2
     for part, box in _boxes(params):
-        cut = axes_of(box.names)
-        if "fsdp" not in cut:
+        sharded = axes_of(box.names)
+        if "fsdp" not in sharded:
             continue
-        held = box.value.size // math.prod(mesh.shape[axis] for axis in cut if axis != "fsdp")
-        # Weights stay the same for all minibatches: XLA moves the gather out of their loop.
+        held = box.value.size // math.prod(mesh.shape[axis] for axis in sharded if axis != "fsdp")
+        # Weights do not change between minibatches, so XLA moves the gather out of their loop.
         gathers, gathered = 1, held
         scatters, scattered = work.minibatches, work.minibatches * held
         if part == "blocks" and mesh.shape["pp"] == 1:
-            # Block by block, and again in the backward pass.
-            scatters = work.block_runs(box.value.shape[0])
-            gathers, gathered = again * scatters, again * scattered
+            # Gathered block by block, and again in the backward pass.
+            scatters = work.block_executions(box.value.shape[0])
+            gathers, gathered = gathers_per_use * scatters, gathers_per_use * scattered
         purpose = "weights"
-        yield Traffic("all-gather", ("fsdp",), gathers, gathered * gather_size, purpose)
-        yield Traffic("reduce-scatter", ("fsdp",), scatters, scattered * scatter_size, purpose)
+        yield ExpectedCollective("all-gather", ("fsdp",), gathers, gathered * gather_size, purpose)
+        yield ExpectedCollective(
+            "reduce-scatter", ("fsdp",), scatters, scattered * scatter_size, purpose
+        )
 
 
-def _gradient_traffic(mesh: Mesh, params: PyTree) -> Iterator[Traffic]:
-    """Gradients of what is not cut, once a step; those of the same axes together."""
+def _gradient_collectives(mesh: Mesh, params: PyTree) -> Iterator[ExpectedCollective]:
+    """Gradients of replicated parameters, summed once per step, together for the same axes."""
     sums = {}
     for _, box in _boxes(params):
-        cut = axes_of(box.names)
-        axes = tuple(axis for axis in mesh.axis_names if axis not in cut and mesh.shape[axis] > 1)
-        held = box.value.size // math.prod(mesh.shape[axis] for axis in cut)
+        sharded = axes_of(box.names)
+        axes = tuple(
+            axis for axis in mesh.axis_names if axis not in sharded and mesh.shape[axis] > 1
+        )
+        held = box.value.size // math.prod(mesh.shape[axis] for axis in sharded)
         sums[axes] = sums.get(axes, 0) + held * _FLOAT_BYTES
     for axes, num_bytes in sums.items():
-        yield Traffic("all-reduce", axes, 1, num_bytes, "gradients")
+        yield ExpectedCollective("all-reduce", axes, 1, num_bytes, "gradients")

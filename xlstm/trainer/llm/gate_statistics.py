@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm.common_types import PyTree
-from xlstm.models.xlstm_parallel.blocks.moments import Moments
-from xlstm.models.xlstm_parallel.blocks.stack import named_runs, own_repeats, places_of
+from xlstm.models.shared.moments import Moments
+from xlstm.models.xlstm_parallel.blocks.stack import block_groups, group_indices, local_repeats
 from xlstm.models.xlstm_parallel.pattern import BlockPattern
 
 
@@ -28,7 +28,7 @@ def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]
     """
     sown = variables["intermediates"]["blocks"]
     if pattern.is_uniform:
-        sown = {name: sown for name in named_runs(pattern)}
+        sown = {name: sown for name in block_groups(pattern)}
 
     def place(numbers: jax.Array, sown: jax.Array) -> jax.Array:
         # Before the blocks a pipeline has an axis of micro-batches.
@@ -37,12 +37,12 @@ def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]
         return blocks.at[numbers].set(here)
 
     placed = []
-    for name, run in named_runs(pattern).items():
+    for name, group in block_groups(pattern).items():
         (layer,) = sown[name].values()
         (moments,) = layer["gate_moments"]
-        numbers = places_of(pattern, run, own_repeats(pattern)).number.ravel()
+        numbers = group_indices(pattern, group, local_repeats(pattern)).in_model.ravel()
         placed.append(jax.tree.map(functools.partial(place, numbers), moments))
-    return jax.tree.map(lambda *runs: sum(runs), *placed)
+    return jax.tree.map(lambda *groups: sum(groups), *placed)
 
 
 def gate_row(moments: dict[str, Moments]) -> dict[str, float]:

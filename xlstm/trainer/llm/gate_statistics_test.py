@@ -13,7 +13,7 @@ from xlstm.dataset.batch import Batch
 from xlstm.distributed.data_parallel import shard_parameters, sum_gradients
 from xlstm.distributed.mesh import BATCH_AXES, MeshConfig, create_mesh
 from xlstm.distributed.single_gpu import accumulate_gradients
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION

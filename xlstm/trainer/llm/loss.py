@@ -32,9 +32,9 @@ def next_token_nll(
 def count_predicted(
     params: PyTree, apply_fn: Callable, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.count_predicted`."""
+    """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.eval_sums`."""
     tokens = batch.inputs, batch.targets, batch.targets_mask, batch.reset
-    return apply_fn({"params": params}, *tokens, method="count_predicted")
+    return apply_fn({"params": params}, *tokens, method="eval_sums")
 
 
 def _apply(

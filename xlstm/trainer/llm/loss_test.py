@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xlstm.dataset.batch import Batch
-from xlstm.models.xlstm_parallel.blocks.moments import Moments
+from xlstm.models.shared.moments import Moments
 from xlstm.models.xlstm_parallel.pattern import find_pattern
 from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
 

@@ -23,7 +23,7 @@ from xlstm.dataset.batch import Batch
 from xlstm.dataset.config import DataConfig
 from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import MeshConfig, create_mesh
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.base.trainer import TrainerConfig
@@ -31,7 +31,7 @@ from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh, global_batches
-from xlstm.trainer.llm.expected_collectives import expected_traffic
+from xlstm.trainer.llm.expected_collectives import expected_collectives
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
 _B, _T, _V = 32, 16, 96  # No other size is 96.
@@ -194,7 +194,7 @@ def _assert_sends_what_it_should(config, run):
     found = find_collectives(run.train_step.as_text(), run.mesh)
     # At the end of a step: XLA joins the sums of gradients with those for metrics and norms.
     sums = [c for c in found if c.kind == "all-reduce" and not c.loops]
-    traffic = expected_traffic(config, run.mesh, run.initial.params)
+    traffic = expected_collectives(config, run.mesh, run.initial.params)
     in_loop = config.trainer.num_minibatches > 1
     at_end = [
         t for t in traffic if t.purpose == "gradients" or (t.kind == "all-reduce" and not in_loop)

@@ -1,4 +1,4 @@
-"""The kinds of blocks, and what is carried from one to the next."""
+"""The kinds of blocks, and the carry that passes from one block to the next."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,37 +15,38 @@ from xlstm.models.shared.convolution import ConvolutionalState
 from xlstm.models.shared.dropout import dropout
 from xlstm.models.shared.feed_forward import GatedFeedForward
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend import config as mlstm
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import inputs as mlstm
 from xlstm.models.xlstm_parallel.blocks.mlstm.layer import mLSTMLayer, mLSTMPreUpLayer
 from xlstm.models.xlstm_parallel.blocks.slstm import cell as slstm
 from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
 
-class BlockPlace(NamedTuple):
-    """Where a block stands in the model; int32 scalars that count from 0.
+class BlockIndex(NamedTuple):
+    """Index of a block, as int32 scalars that count from 0.
 
     Attributes:
-        number: Among all blocks.
-        of_kind: Among the blocks of its kind.
+        in_model: Index among all blocks of the model.
+        of_kind: Index among the blocks of its kind.
     """
 
-    number: jax.Array
+    in_model: jax.Array
     of_kind: jax.Array
 
 
-class Stream(NamedTuple):
-    """What goes from block to block, with the examples on the leading axis.
+class BlockCarry(NamedTuple):
+    """Carry of the scan over blocks, with the examples on the leading axis.
+
+    `xlstm.common_types` describes `x`, `reset` and `padding`.
 
     Attributes:
-        x: This device's tokens, `(B, T / tp, D)`.
-        reset: Where the state is dropped before the token, bool `(B, T)`, or None.
-        dropout_keys: A random key for each of this device's tokens, `(B, T / tp, ...)`, or None.
-        padding: True for tokens that leave no trace in any state, bool `(B, T)`, or None. They are
-            the last ones of an example.
-        states: The states of all blocks before the first token, or None: for a block, those of its
-            kind, leading axes `(number of these blocks, B)`. Each block replaces its own, in place
-            where XLA can.
+        x: Local tokens `(B, T / tp, D)`.
+        reset: Where documents start, bool `(B, T)`, or None.
+        dropout_keys: A random key for each local token, `(B, T / tp, ...)`, or None.
+        padding: Which tokens do not change any state, bool `(B, T)`, or None.
+        states: States of all blocks before the first token, or None. A block gets those of its
+            kind, with leading axes `(number of blocks of the kind, B)`, and replaces its own, in
+            place where XLA can.
     """
 
     x: jax.Array
@@ -54,17 +55,17 @@ class Stream(NamedTuple):
     padding: jax.Array | None = None
     states: PyTree | None = None
 
-    def state_of(self, place: BlockPlace) -> PyTree | None:
-        """The state of one block, without the axis of the blocks."""
+    def state_of(self, index: BlockIndex) -> PyTree | None:
+        """Returns the state of one block, without the axis of blocks."""
         return jax.tree.map(
-            lambda states: lax.dynamic_index_in_dim(states, place.of_kind, keepdims=False),
+            lambda states: lax.dynamic_index_in_dim(states, index.of_kind, keepdims=False),
             self.states,
         )
 
-    def after(self, place: BlockPlace, x: jax.Array, state: PyTree | None) -> "Stream":
-        """What one block hands on: its output, and its state replaced."""
+    def after(self, index: BlockIndex, x: jax.Array, state: PyTree | None) -> "BlockCarry":
+        """Returns the carry after a block, with its output and its new state."""
         states = jax.tree.map(
-            lambda states, new: lax.dynamic_update_index_in_dim(states, new, place.of_kind, 0),
+            lambda states, new: lax.dynamic_update_index_in_dim(states, new, index.of_kind, 0),
             self.states,
             state,
         )
@@ -72,7 +73,7 @@ class Stream(NamedTuple):
 
 
 class mLSTMBlock(nn.Module):
-    """The block of xLSTM-7B: `x + mlstm_layer(norm_mlstm(x))`, then `x + ffn(norm_ffn(x))`.
+    """Block of xLSTM-7B: `x + mlstm_layer(norm_mlstm(x))`, then `x + ffn(norm_ffn(x))`.
 
     Attributes:
         config: Configuration of the model.
@@ -81,23 +82,23 @@ class mLSTMBlock(nn.Module):
     config: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, stream: Stream, place: BlockPlace) -> tuple[Stream, None]:
+    def __call__(self, carry: BlockCarry, index: BlockIndex) -> tuple[BlockCarry, None]:
         """Runs the block.
 
         Args:
-            stream: What came from the block before.
-            place: Which block this is.
+            carry: Carry from the previous block.
+            index: Index of this block.
 
         Returns:
-            What goes to the next block, and None, as a scan wants it.
+            The carry for the next block, and None, the output that a scan requires.
         """
         config = self.config.model
-        dtype, x = config.compute_dtype, stream.x
-        # Site 0 is the embedding; every block has two.
+        dtype, x = config.compute_dtype, carry.x
+        # Dropout site 0 is the embedding; each block has two sites.
         normed = RMSNorm(config.norm_eps, dtype, name="norm_mlstm")(x)
         layer = mLSTMLayer(self.config, name="mlstm_layer")
-        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(place))
-        x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * place.number + 1)
+        y, state = layer(normed, carry.reset, carry.padding, carry.state_of(index))
+        x = x + dropout(y, config.dropout, carry.dropout_keys, 2 * index.in_model + 1)
         normed = RMSNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         overlap = self.config.mesh.tp_overlap
         ffn = GatedFeedForward(
@@ -108,12 +109,12 @@ class mLSTMBlock(nn.Module):
             precision=config.precision,
             name="ffn",
         )
-        x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * place.number + 2)
-        return stream.after(place, x, state), None
+        x = x + dropout(ffn(normed), config.dropout, carry.dropout_keys, 2 * index.in_model + 2)
+        return carry.after(index, x, state), None
 
 
 class mLSTMPreUpBlock(nn.Module):
-    """The mLSTM block of the 2024 paper: `x + mlstm_layer(norm_mlstm(x))`.
+    """mLSTM block of the 2024 paper: `x + mlstm_layer(norm_mlstm(x))`.
 
     Attributes:
         config: Configuration of the model.
@@ -125,18 +126,18 @@ class mLSTMPreUpBlock(nn.Module):
     config: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, stream: Stream, place: BlockPlace) -> tuple[Stream, None]:
+    def __call__(self, carry: BlockCarry, index: BlockIndex) -> tuple[BlockCarry, None]:
         """Runs the block; see `mLSTMBlock`."""
         config = self.config.model
-        normed = LayerNorm(config.norm_eps, config.compute_dtype, name="norm_mlstm")(stream.x)
+        normed = LayerNorm(config.norm_eps, config.compute_dtype, name="norm_mlstm")(carry.x)
         layer = mLSTMPreUpLayer(self.config, name="mlstm_layer")
-        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(place))
-        x = stream.x + dropout(y, config.dropout, stream.dropout_keys, 2 * place.number + 1)
-        return stream.after(place, x, state), None
+        y, state = layer(normed, carry.reset, carry.padding, carry.state_of(index))
+        x = carry.x + dropout(y, config.dropout, carry.dropout_keys, 2 * index.in_model + 1)
+        return carry.after(index, x, state), None
 
 
 class sLSTMBlock(nn.Module):
-    """Post up-projection: `x + slstm_layer(norm_slstm(x))`, then `x + ffn(norm_ffn(x))`.
+    """sLSTM block: `x + slstm_layer(norm_slstm(x))`, then `x + ffn(norm_ffn(x))`.
 
     Attributes:
         config: Configuration of the model.
@@ -148,15 +149,14 @@ class sLSTMBlock(nn.Module):
     config: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, stream: Stream, place: BlockPlace) -> tuple[Stream, None]:
+    def __call__(self, carry: BlockCarry, index: BlockIndex) -> tuple[BlockCarry, None]:
         """Runs the block; see `mLSTMBlock`."""
         config = self.config.model
-        dtype, x = config.compute_dtype, stream.x
+        dtype, x = config.compute_dtype, carry.x
         normed = LayerNorm(config.norm_eps, dtype, name="norm_slstm")(x)
         layer = sLSTMLayer(self.config, name="slstm_layer")
-        y, state = layer(normed, stream.reset, stream.padding, stream.state_of(place))
-        # Site 0 is the embedding; every block has two.
-        x = x + dropout(y, config.dropout, stream.dropout_keys, 2 * place.number + 1)
+        y, state = layer(normed, carry.reset, carry.padding, carry.state_of(index))
+        x = x + dropout(y, config.dropout, carry.dropout_keys, 2 * index.in_model + 1)
         normed = LayerNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         ffn = GatedFeedForward(
             config.slstm_ffn_dim,
@@ -167,20 +167,21 @@ class sLSTMBlock(nn.Module):
             config.precision,
             name="ffn",
         )
-        x = x + dropout(ffn(normed), config.dropout, stream.dropout_keys, 2 * place.number + 2)
-        return stream.after(place, x, state), None
+        x = x + dropout(ffn(normed), config.dropout, carry.dropout_keys, 2 * index.in_model + 2)
+        return carry.after(index, x, state), None
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockKind:
-    """A kind of block, and the states of blocks of this kind.
+    """A kind of block and the states of its blocks.
 
     Attributes:
-        block: The module's class.
-        zero_state: Makes the state before a document, of a configuration and leading axes, such as
-            `(number of blocks, B)`.
-        state_specs: How these are cut over a mesh: partition specs, of the mesh axes that the rows
-            are cut over, or None. Heads and their channels are cut over `tp`.
+        block: Module class of the block.
+        zero_state: Function of a configuration and leading axes, such as `(number of blocks, B)`,
+            that returns the state before a document.
+        state_specs: Function that returns the partition specs of states; its argument is the mesh
+            axes that the rows are sharded over, or None. Heads and their channels are sharded over
+            `tp`.
     """
 
     block: type[nn.Module]
@@ -215,6 +216,7 @@ def _convolved_specs(cell: PyTree, rows: str | tuple[str, ...] | None) -> Convol
     return ConvolutionalState(cell, P(None, rows, None, "tp"))
 
 
+# The kinds of blocks by their names in a configuration.
 KINDS = {
     "xlstm_7b": BlockKind(mLSTMBlock, _mlstm_state, _mlstm_specs),
     "xlstm_2024": BlockKind(

@@ -1,9 +1,9 @@
-"""All blocks of a model, or of a pipeline's stage: a scan, with one in it for each run of a kind.
+"""The stack of all blocks in a model, or in a pipeline stage, as a scan.
 
-Blocks of one kind are one scan, and their parameters have a leading axis of the blocks. Where kinds
-alternate, the scan is over the repetitions of their pattern, and goes through its runs, each a scan
-too. So what has to be compiled depends on the pattern and not on the depth. Every run has
-parameters of its own, with one leading axis of the run's blocks in all repetitions.
+If all blocks are of one kind, one scan runs them, and their parameters have a leading axis of
+blocks. If kinds alternate, the scan runs over the repetitions of the pattern, with an inner scan
+for each group of blocks of one kind. Each group has its own parameters, whose leading axis counts
+its blocks in all repetitions. The compiled program thus grows with the pattern, not with the depth.
 """
 
 from collections.abc import Callable
@@ -16,25 +16,25 @@ from xlstm.common_types import PyTree
 from xlstm.distributed.data_parallel import is_partitioned
 from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.distributed.tensor_parallel import SCATTERED
-from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockPlace, Stream
-from xlstm.models.xlstm_parallel.blocks.slstm.cell import KEPT
+from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockCarry, BlockIndex
+from xlstm.models.xlstm_parallel.blocks.slstm.cell import RESIDUALS
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
-from xlstm.models.xlstm_parallel.pattern import BlockPattern, Run
+from xlstm.models.xlstm_parallel.pattern import BlockGroup, BlockPattern
 
-# Wraps the class of a block.
+# Wraps the class of a block, for example to gather its parameters.
 Wrapper = Callable[[type[nn.Module]], type[nn.Module]]
 
 
 def block_stack(config: LanguageModelConfig, wrap: Wrapper) -> type[nn.Module]:
-    """Makes the class of a module of all blocks of this device.
+    """Creates the module class of all local blocks.
 
     Args:
         config: Configuration of the model.
-        wrap: Applied to the class of every block.
+        wrap: Function that is applied to the class of each block.
 
     Returns:
-        A class whose modules, made of `config`, are called with a `Stream` and `stack_places`, and
-        return the stream behind the last block, and None.
+        A class whose modules are created with `config`, called with a `BlockCarry` and the
+        `stack_indices`, and return the carry after the last block, and None.
     """
     model = config.model
     pattern = model.pattern
@@ -54,83 +54,83 @@ def block_stack(config: LanguageModelConfig, wrap: Wrapper) -> type[nn.Module]:
         return _rematerialized(wrap(KINDS[kind].block), model.remat)
 
     if pattern.is_uniform:
-        return scan(of_kind(pattern.runs[0].kind), repeats, "pp", model.scan_unroll)
+        return scan(of_kind(pattern.groups[0].kind), repeats, "pp", model.scan_unroll)
 
     class Repetition(nn.Module):
-        """The blocks of a pattern, once."""
+        """One repetition of the pattern."""
 
         config: LanguageModelConfig
 
         @nn.compact
-        def __call__(self, stream: Stream, repeat: jax.Array) -> tuple[Stream, None]:
-            states = stream.states
-            for name, run in named_runs(pattern).items():
-                blocks = scan(of_kind(run.kind), run.length, None, model.scan_unroll)
+        def __call__(self, carry: BlockCarry, repeat: jax.Array) -> tuple[BlockCarry, None]:
+            states = carry.states
+            for name, group in block_groups(pattern).items():
+                blocks = scan(of_kind(group.kind), group.length, None, model.scan_unroll)
                 if states is not None:
-                    stream = stream._replace(states=states[run.kind])
-                places = places_of(pattern, run, repeat)
-                stream, _ = blocks(self.config, name=name)(stream, places)
+                    carry = carry._replace(states=states[group.kind])
+                indices = group_indices(pattern, group, repeat)
+                carry, _ = blocks(self.config, name=name)(carry, indices)
                 if states is not None:
-                    states = states | {run.kind: stream.states}
-            return stream._replace(states=states), None
+                    states = states | {group.kind: carry.states}
+            return carry._replace(states=states), None
 
-    lengths = {name: run.length for name, run in named_runs(pattern).items()}
+    lengths = {name: group.length for name, group in block_groups(pattern).items()}
     return nn.map_variables(
         scan(Repetition, repeats, "pp"),
         ("params", "intermediates"),
         lambda variables: {
-            collection: {name: _split(tree, lengths[name]) for name, tree in runs.items()}
-            for collection, runs in variables.items()
+            collection: {name: _split_repeats(tree, lengths[name]) for name, tree in groups.items()}
+            for collection, groups in variables.items()
         },
-        lambda variables: jax.tree.map(_join, variables, is_leaf=is_partitioned),
+        lambda variables: jax.tree.map(_merge_repeats, variables, is_leaf=is_partitioned),
         mutable=True,
     )
 
 
-def stack_places(pattern: BlockPattern) -> PyTree:
-    """What `block_stack` scans over, on this device.
+def stack_indices(pattern: BlockPattern) -> PyTree:
+    """Returns the inputs that `block_stack` scans over on this device.
 
     Args:
-        pattern: The model's pattern.
+        pattern: Pattern of the model.
 
     Returns:
-        Places of the blocks if they are of one kind, else the numbers of the repetitions.
+        Indices of the blocks if they are of one kind, else indices of the repetitions.
     """
-    numbers = own_repeats(pattern)
-    return BlockPlace(numbers, numbers) if pattern.is_uniform else numbers
+    repeats = local_repeats(pattern)
+    return BlockIndex(repeats, repeats) if pattern.is_uniform else repeats
 
 
-def own_repeats(pattern: BlockPattern) -> jax.Array:
-    """The numbers of the pattern's repetitions that are this stage's, int32 `(repeats / pp,)`."""
+def local_repeats(pattern: BlockPattern) -> jax.Array:
+    """Returns the indices of this stage's repetitions of the pattern, int32 `(repeats / pp,)`."""
     count = pattern.repeats // axis_size("pp")
     return axis_index("pp") * count + jnp.arange(count)
 
 
-def named_runs(pattern: BlockPattern) -> dict[str, Run]:
-    """The runs of a pattern by the names of their parameters."""
-    return {f"{place}_{run.kind}": run for place, run in enumerate(pattern.runs)}
+def block_groups(pattern: BlockPattern) -> dict[str, BlockGroup]:
+    """Returns the groups of a pattern by the names of their parameters."""
+    return {f"{index}_{group.kind}": group for index, group in enumerate(pattern.groups)}
 
 
-def places_of(pattern: BlockPattern, run: Run, repeats: jax.Array) -> BlockPlace:
-    """Places of a run's blocks in some repetitions of the pattern.
+def group_indices(pattern: BlockPattern, group: BlockGroup, repeats: jax.Array) -> BlockIndex:
+    """Returns the indices of a group's blocks in some repetitions of the pattern.
 
     Args:
-        pattern: The model's pattern.
-        run: One of its runs.
-        repeats: Numbers of the repetitions, `(...)`.
+        pattern: Pattern of the model.
+        group: Group of the pattern.
+        repeats: Indices of the repetitions, `(...)`.
 
     Returns:
-        Arrays `(..., run.length)`.
+        Arrays `(..., group.length)`.
     """
-    repeats, blocks = repeats[..., None], jnp.arange(run.length)
-    return BlockPlace(
-        repeats * pattern.length() + run.first + blocks,
-        repeats * pattern.length(run.kind) + run.first_of_kind + blocks,
+    repeats, blocks = repeats[..., None], jnp.arange(group.length)
+    return BlockIndex(
+        repeats * pattern.length() + group.first + blocks,
+        repeats * pattern.length(group.kind) + group.first_of_kind + blocks,
     )
 
 
-def _split(tree: PyTree, length: int) -> PyTree:
-    """Cuts the leading axis of arrays and boxes in two: repetitions, and blocks of a run."""
+def _split_repeats(tree: PyTree, length: int) -> PyTree:
+    """Splits the leading axis of arrays and boxes into repetitions and blocks of a group."""
 
     def split(leaf: PyTree) -> PyTree:
         if not is_partitioned(leaf):
@@ -141,23 +141,23 @@ def _split(tree: PyTree, length: int) -> PyTree:
     return jax.tree.map(split, tree, is_leaf=is_partitioned)
 
 
-def _join(leaf: PyTree) -> PyTree:
-    """Makes one axis of the two."""
+def _merge_repeats(leaf: PyTree) -> PyTree:
+    """Merges the two axes again."""
     if not is_partitioned(leaf):
         return leaf.reshape(-1, *leaf.shape[2:])
-    return leaf.replace(value=_join(leaf.value), names=(leaf.names[0], *leaf.names[2:]))
+    return leaf.replace(value=_merge_repeats(leaf.value), names=(leaf.names[0], *leaf.names[2:]))
 
 
 def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The block, keeping less for its backward pass: what is cheap is computed again."""
+    """Returns the block with the rematerialization that `model.remat` names."""
     if remat == "none":
         return block
     policies = {
         "dots": jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(SCATTERED, KEPT),
+            jax.checkpoint_policies.save_only_these_names(SCATTERED, RESIDUALS),
         ),
         "block": jax.checkpoint_policies.nothing_saveable,
     }
-    # The scan around it already keeps XLA from merging the two computations.
+    # The scan around the block already prevents XLA from merging the two computations.
     return nn.remat(block, policy=policies[remat], prevent_cse=False)

@@ -1,4 +1,4 @@
-"""The layer against its definition, token by token in float64."""
+"""Tests of the layer against its definition, computed token by token in float64."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def blocks_product(x, kernel):
 
 
 def one_example(params, x, reset):
-    """The output `(T, D)` of one example; the cell is not stabilized, as in the paper's eq. 19."""
+    """Returns the output `(T, D)` of an example; the cell is not stabilized, as in eq. 19."""
     u, z = (x @ params[name]["kernel"] for name in ("proj_up", "proj_up_gate"))
     state = C, n = np.zeros((NH, DH, DH)), np.zeros((NH, DH))
     first, outputs = 0, []

@@ -1,25 +1,26 @@
-"""The sLSTM: scalar memory, exponential gates, and heads whose channels mix from token to token.
+"""The sLSTM: scalar memory, exponential gates, and recurrent weights within each head.
 
-For each channel, with pre-activations that have a part of the input and one of the last output,
-`z~_t = z_t + R_z h_(t-1)` and so on, where `R` mixes the channels of a head:
+Each pre-activation sums a part of the input and a part of the last output,
+`z~_t = z_t + R_z h_(t-1)` and so on, where `R` mixes the channels of a head. For each channel:
 
     m_t = max(log f_t + m_(t-1), i~_t),  where f_t = sigmoid(f~_t) or exp(f~_t)
     c_t = exp(log f_t + m_(t-1) - m_t) c_(t-1) + exp(i~_t - m_t) tanh(z~_t)
     n_t = exp(log f_t + m_(t-1) - m_t) n_(t-1) + exp(i~_t - m_t)
     h_t = sigmoid(o~_t) c_t / n_t
 
-The zero state is `h = c = n = m = 0`. Where `n` is 0 nothing has been read yet, and `m` counts as
-minus infinity: so `n` is never below 1 afterwards, and no gate can make it vanish.
+The zero state is `h = c = n = m = 0`. While `n` is 0, no token has been read and `m` counts as
+minus infinity; afterwards `n` is at least 1, so that no gate can make it vanish.
 
-The gradient has a rule of its own. With `y_t = c_t / n_t` and `L_t = log n_t + m_t` the cell is
+The gradient is hand-written. With `y_t = c_t / n_t` and `L_t = log n_t + m_t` the cell is
 
     y_t = w_t y_(t-1) + (1 - w_t) tanh(z~_t),   L_t = log(exp(log f_t + L_(t-1)) + exp(i~_t))
 
-where `w_t = exp(log f_t + L_(t-1) - L_t)`: all terms of its derivative are bounded. Of each token
-`h`, `y` and the odds `w / (1 - w)` are kept; the pre-activations follow from `h` in one product for
-all tokens, and so does the gradient of `R`: a step of either pass has one product with `R`.
+where `w_t = exp(log f_t + L_(t-1) - L_t)`, so all terms of its derivative are bounded. The
+residuals are `h`, `y` and the odds `w / (1 - w)` of each token. One product for all tokens
+recomputes the pre-activations from `h`, and another one yields the gradient of `R`, so that each
+step of either pass has one product with `R`.
 
-Sizes: B batch, NH heads, T tokens, DH channels of a head.
+`xlstm.common_types` describes the notation.
 
 References:
     Beck et al., "xLSTM", 2024 (arXiv 2405.04517), section 2.2 and appendix A.2.
@@ -34,22 +35,21 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.models.shared.precision import product_precision
+from xlstm.models.xlstm_parallel.config import FORGET_GATES
 
-FORGET_GATES = ("sigmoid", "exponential")
-
-# What the forward pass keeps, under this name for `jax.checkpoint_policies`: whoever keeps it too
-# need not go through the tokens again.
-KEPT = "slstm_tokens"
+# The name of the residuals for `jax.checkpoint_policies`: a policy that saves them spares the
+# backward pass a second scan over the tokens.
+RESIDUALS = "slstm_tokens"
 
 
 class SLSTMState(NamedTuple):
-    """State after a token, at least float32 `(B, NH, DH)`.
+    """State after a token; arrays `(B, NH, DH)`, at least float32.
 
     Attributes:
-        h: The output.
-        c: The cell.
-        n: The normalizer.
-        m: The stabilizer, a logarithm.
+        h: Output.
+        c: Cell.
+        n: Normalizer.
+        m: Log scale: `c` and `n` are divided by `exp(m)`.
     """
 
     h: jax.Array
@@ -58,10 +58,15 @@ class SLSTMState(NamedTuple):
     m: jax.Array
 
 
-class _Kept(NamedTuple):
-    """What the backward pass gets of every token, `(T, NH, B, DH)`; `y` is c / n.
+class _Residuals(NamedTuple):
+    """Residuals of all tokens for the backward pass, `(T, NH, B, DH)`.
 
-    `from_state`, where the stabilizer comes from the state before, is there if that counts.
+    Attributes:
+        h: Output.
+        y: `c / n`.
+        odds: `w / (1 - w)`.
+        from_state: Whether the log scale comes from the previous state; None if no last state is
+            returned, since its gradient alone depends on this.
     """
 
     h: jax.Array
@@ -71,7 +76,7 @@ class _Kept(NamedTuple):
 
 
 def zero_state(shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> SLSTMState:
-    """The state before a document; `shape` is that of each array, such as `(B, NH, DH)`."""
+    """Returns the state before a document, of arrays with a shape such as `(B, NH, DH)`."""
     return SLSTMState(*(jnp.zeros(shape, dtype) for _ in SLSTMState._fields))
 
 
@@ -88,28 +93,28 @@ def slstm(
     forget_gate: str = "sigmoid",
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, SLSTMState | None]:
-    """Runs the cell over all tokens, which for one token is a step of decoding.
+    """Runs the cell over all tokens; with one token this is a decoding step.
 
     Args:
-        z: The input's part of the cell input's pre-activations, `(B, NH, T, DH)`.
-        i: That of the input gates'.
-        f: That of the forget gates'.
-        o: That of the output gates'.
-        recurrent: Recurrent weights `(NH, DH, 4 * DH)`, columns for z, i, f and o; products are in
-            their type.
+        z: Input part of the pre-activations of the cell input, `(B, NH, T, DH)`.
+        i: Input part of the pre-activations of the input gates, `(B, NH, T, DH)`.
+        f: Input part of the pre-activations of the forget gates, `(B, NH, T, DH)`.
+        o: Input part of the pre-activations of the output gates, `(B, NH, T, DH)`.
+        recurrent: Recurrent weights `(NH, DH, 4 * DH)`, with columns for z, i, f and o; products
+            are computed in their type.
         state: State before the first token; None for the zero state.
-        reset: Where the state is dropped before the token, bool `(B, T)`, or None.
-        padding: Which tokens leave the state as it is, bool `(B, T)`, or None; their outputs mean
-            nothing.
+        reset: Bool `(B, T)`, or None: True drops the state before that token.
+        padding: Bool `(B, T)`, or None: True marks tokens that do not change the state; their
+            outputs are meaningless.
         forget_gate: `sigmoid` or `exponential`.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        precision: See `product_precision`.
 
     Returns:
         The outputs h, `(B, NH, T, DH)`, at least float32, and the last state if `state` was given,
         else None.
 
     Raises:
-        ValueError: If shapes do not fit each other, or there is no such forget gate.
+        ValueError: If the shapes disagree, or the forget gate is unknown.
     """
     _check(z, i, f, o, recurrent, forget_gate)
     batch, num_heads, _, head_dim = z.shape
@@ -132,12 +137,12 @@ def gate_preactivations(
     *,
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The whole pre-activations of documents that the zero state came before.
+    """Returns the complete pre-activations of sequences that start with the zero state.
 
     Args:
-        x: The inputs' parts of z, i, f and o, each `(B, NH, T, DH)`.
+        x: Input parts of z, i, f and o, each `(B, NH, T, DH)`.
         recurrent: Recurrent weights, see `slstm`.
-        h: What `slstm` made of them, `(B, NH, T, DH)`.
+        h: Outputs of `slstm` for these arguments, `(B, NH, T, DH)`.
         reset: See `slstm`.
         precision: See `slstm`.
 
@@ -154,8 +159,8 @@ def gate_preactivations(
 def _check(z, i, f, o, recurrent, forget_gate) -> None:
     if z.ndim != 4 or not z.shape == i.shape == f.shape == o.shape:
         raise ValueError(
-            "z, i, f and o must be alike, (B, NH, T, DH), not"
-            f" {z.shape}, {i.shape}, {f.shape} and {o.shape}"
+            f"z, i, f and o have the shapes {z.shape}, {i.shape}, {f.shape} and {o.shape};"
+            " expected one shape (B, NH, T, DH)"
         )
     _, num_heads, _, head_dim = z.shape
     if recurrent.shape != (num_heads, head_dim, 4 * head_dim):
@@ -164,26 +169,28 @@ def _check(z, i, f, o, recurrent, forget_gate) -> None:
             f" {(num_heads, head_dim, 4 * head_dim)}"
         )
     if forget_gate not in FORGET_GATES:
-        raise ValueError(f"forget_gate={forget_gate!r}: there are {', '.join(FORGET_GATES)}")
+        raise ValueError(
+            f"forget_gate={forget_gate!r} is unknown; expected one of {', '.join(FORGET_GATES)}"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _slstm(x, recurrent, state, masks, forget_gate, with_state, precision):
-    """With time first and heads before examples: `x (T, NH, B, 4 * DH)`, `state (NH, B, DH)`."""
-    last, kept = _forward(x, recurrent, state, masks, forget_gate, with_state, precision)
-    return kept.h, last if with_state else None
+    """Runs the cell on transposed arrays: `x (T, NH, B, 4 * DH)`, `state (NH, B, DH)`."""
+    last, tokens = _forward(x, recurrent, state, masks, forget_gate, with_state, precision)
+    return tokens.h, last if with_state else None
 
 
 def _slstm_fwd(x, recurrent, state, masks, forget_gate, with_state, precision):
-    last, kept = _forward(x, recurrent, state, masks, forget_gate, with_state, precision)
-    kept = jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), kept)
+    last, tokens = _forward(x, recurrent, state, masks, forget_gate, with_state, precision)
+    tokens = jax.tree.map(lambda leaf: checkpoint_name(leaf, RESIDUALS), tokens)
     last = last if with_state else None
-    return (kept.h, last), (x, recurrent, state, masks, kept, last)
+    return (tokens.h, last), (x, recurrent, state, masks, tokens, last)
 
 
 def _forward(
     x, recurrent, state, masks, forget_gate, with_state, precision
-) -> tuple[SLSTMState, _Kept]:
+) -> tuple[SLSTMState, _Residuals]:
     dtype = state.c.dtype
 
     def body(state, token):
@@ -196,28 +203,28 @@ def _forward(
         if reset is not None:
             carried = jnp.where(reset, -jnp.inf, carried)
         new_m = jnp.maximum(carried, i)
-        # Two exponentials: with one, and a choice, XLA on CPU takes several times as long.
+        # One exponential and a selection would take XLA on CPU several times as long.
         keep, write = jnp.exp(carried - new_m), jnp.exp(i - new_m)
         new_c, new_n = keep * c + write * jnp.tanh(z), keep * n + write
         y = new_c / new_n
         new = SLSTMState(jax.nn.sigmoid(o) * y, new_c, new_n, new_m)
         if padding is not None:
             new = _where(padding, state, new)
-        return new, _Kept(new.h, y, keep * n / write, carried >= i if with_state else None)
+        return new, _Residuals(new.h, y, keep * n / write, carried >= i if with_state else None)
 
-    # Nothing has been read where n = 0: whatever comes first sets the stabilizer.
+    # Where n = 0 no token has been read: the first one sets the log scale.
     state = state._replace(m=jnp.where(state.n == 0, -jnp.inf, state.m))
-    state, kept = lax.scan(body, state, (x, masks))
-    return state._replace(m=jnp.where(state.n == 0, 0, state.m)), kept
+    state, residuals = lax.scan(body, state, (x, masks))
+    return state._replace(m=jnp.where(state.n == 0, 0, state.m)), residuals
 
 
 def _slstm_bwd(forget_gate, with_state, precision, residuals, cotangents):
-    x, recurrent, state, masks, kept, last = residuals
+    x, recurrent, state, masks, forward, last = residuals
     dh, dlast = cotangents
     dtype, has_read = state.c.dtype, state.n != 0
     n = jnp.where(has_read, state.n, 1)
-    h_before = jnp.concatenate([state.h[None], kept.h[:-1]])
-    y_before = jnp.concatenate([jnp.where(has_read, state.c / n, 0)[None], kept.y[:-1]])
+    h_before = jnp.concatenate([state.h[None], forward.h[:-1]])
+    y_before = jnp.concatenate([jnp.where(has_read, state.c / n, 0)[None], forward.y[:-1]])
     reset, _ = masks
     if reset is not None:
         h_before = jnp.where(reset, 0, h_before)
@@ -229,10 +236,10 @@ def _slstm_bwd(forget_gate, with_state, precision, residuals, cotangents):
         dh = dh + carry.h
         z, _, f, o = jnp.split(x, 4, axis=-1)
         z, o = jnp.tanh(z), jax.nn.sigmoid(o)
-        added = 1 / (1 + odds)
-        kept = jnp.where(odds > 1, 1 - added, odds * added)  # Either is exact where it is small.
+        write = 1 / (1 + odds)
+        keep = jnp.where(odds > 1, 1 - write, odds * write)  # Each form is exact where it is small.
         dy = carry.y + dh * o
-        dl_before = dy * (y_before - z) * kept * added + carry.log * kept
+        dl_before = dy * (y_before - z) * keep * write + carry.log * keep
         di, df = carry.log - dl_before, dl_before
         dm = None
         if from_state is not None:
@@ -240,13 +247,13 @@ def _slstm_bwd(forget_gate, with_state, precision, residuals, cotangents):
             di, df = di + carry.m - dm, df + dm
         if forget_gate == "sigmoid":
             df = df * jax.nn.sigmoid(-f)
-        dx = jnp.concatenate([dy * added * (1 - z * z), di, df, dh * y * o * (1 - o)], axis=-1)
+        dx = jnp.concatenate([dy * write * (1 - z * z), di, df, dh * y * o * (1 - o)], axis=-1)
         if padding is not None:
             dx = jnp.where(padding, 0, dx)
         dh_before = _mix(dx, transposed, dtype, precision)
         if reset is not None:
             dh_before = jnp.where(reset, 0, dh_before)
-        new = _Cotangents(dh_before, dy * kept, dl_before, dm)
+        new = _Cotangents(dh_before, dy * keep, dl_before, dm)
         if padding is not None:
             new = _where(padding, carry._replace(h=dh), new)
         return new, dx
@@ -254,10 +261,10 @@ def _slstm_bwd(forget_gate, with_state, precision, residuals, cotangents):
     zeros = jnp.zeros_like(state.c)
     carry = _Cotangents(zeros, zeros, zeros, None)
     if with_state:
-        # The stabilizer is in the states alone: c and n together say the same with any other.
+        # m matters to the state alone: c and n, scaled by any other m, describe the same cell.
         dl = dlast.c * last.c + dlast.n * last.n
         carry = _Cotangents(dlast.h, dlast.c * last.n, dl, dlast.m - dl)
-    tokens = (dh, preactivations, kept.y, y_before, kept.odds, kept.from_state, masks)
+    tokens = (dh, preactivations, forward.y, y_before, forward.odds, forward.from_state, masks)
     first, dx = lax.scan(body, carry, tokens, reverse=True)
     drecurrent = jnp.einsum(
         "tnbd,tnbe->nde",
@@ -279,7 +286,7 @@ _slstm.defvjp(_slstm_fwd, _slstm_bwd)
 
 
 class _Cotangents(NamedTuple):
-    """Cotangents of h, y = c / n, L = log n + m, and of m beyond its part in L; `(NH, B, DH)`."""
+    """Cotangents of h, y = c / n, L = log n + m, and of m apart from L; each `(NH, B, DH)`."""
 
     h: jax.Array
     y: jax.Array
@@ -290,7 +297,7 @@ class _Cotangents(NamedTuple):
 def _mix(
     h: jax.Array, recurrent: jax.Array, dtype: jnp.dtype, precision: lax.Precision | None
 ) -> jax.Array:
-    """Products of `(..., NH, B, DH)` with weights of heads, in their type; `dtype` comes out."""
+    """Multiplies `(..., NH, B, DH)` by the weights of each head, in their type; returns `dtype`."""
     return jnp.einsum(
         "...nbd,nde->...nbe",
         h.astype(recurrent.dtype),
@@ -301,8 +308,8 @@ def _mix(
 
 
 def _log_forget(f: jax.Array, forget_gate: str) -> jax.Array:
-    """The logarithm of the forget gates."""
-    # `jax.nn.log_sigmoid` would look for NaNs besides, at every token.
+    """Returns the logarithm of the forget gates."""
+    # `jax.nn.log_sigmoid` would also check for NaNs at every token.
     is_sigmoid = forget_gate == "sigmoid"
     return jnp.minimum(f, 0) - jnp.log1p(jnp.exp(-jnp.abs(f))) if is_sigmoid else f
 

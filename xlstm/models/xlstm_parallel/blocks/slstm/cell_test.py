@@ -1,4 +1,4 @@
-"""The cell and its gradient against a step-by-step oracle in float64 that JAX differentiates."""
+"""Tests of the cell and its gradient against a step-by-step float64 reference."""
 
 import functools
 
@@ -21,7 +21,7 @@ _TIMES = (1, 2, 7, 64, 257)
 
 
 def _oracle(z, i, f, o, recurrent, state, *, reset, padding, forget_gate):
-    """The equations of the paper, a token at a time; all that `slstm` does, and `n = 0`."""
+    """Computes the equations of the paper token by token, including all options of `slstm`."""
 
     def step(state, token):
         (z, i, f, o), reset, padding = token
@@ -46,7 +46,7 @@ def _oracle(z, i, f, o, recurrent, state, *, reset, padding, forget_gate):
 
 
 def _arguments(seed, num_heads, time, gate_scale, with_state):
-    """Inputs, their weights and biases, recurrent weights and first state; resets and padding."""
+    """Returns inputs, their weights and biases, recurrent weights, state, resets and padding."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, scale=1.0):
@@ -73,7 +73,7 @@ def _arguments(seed, num_heads, time, gate_scale, with_state):
     jax.jit, static_argnames=("cell", "forget_gate"), compiler_options=QUICK_COMPILATION
 )
 def _run(arguments, cotangents, masks, cell, forget_gate):
-    """Outputs, last states, and gradients for all arguments."""
+    """Returns outputs, last states, and gradients of all arguments."""
 
     def run(x, w, b, recurrent, state):
         inputs = jnp.einsum("bntd,gnde->gbnte", x, w) + b[:, None, :, None]
@@ -135,7 +135,7 @@ def test_gates_and_inputs_of_any_size(gate, forget_gate):
         )
         (_, (h, last)), grads = run(inputs, recurrent, state)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((h, last, grads)))
-        # It is an average of cell inputs, times a gate.
+        # The output is an average of cell inputs, times a gate.
         assert np.abs(h).max() <= 1
 
 
@@ -151,7 +151,7 @@ def test_the_last_state_goes_on_where_it_was():
         outputs.append(h)
     np.testing.assert_allclose(np.concatenate(outputs, axis=2), whole, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, last)
-    # Without a state none is returned, and it begins with zeros.
+    # Without a given state the cell starts from zeros and returns no state.
     h, none = run(*inputs, arguments["recurrent"])
     assert none is None
     expected, _ = run(*inputs, arguments["recurrent"], zero_state((_B, 2, _DH)))
@@ -190,9 +190,9 @@ def test_bfloat16_rounds_a_little():
 def test_what_does_not_fit():
     x = jnp.zeros((1, 2, 3, 4))
     recurrent = jnp.zeros((2, 4, 16))
-    with pytest.raises(ValueError, match=r"must be alike, \(B, NH, T, DH\), not"):
+    with pytest.raises(ValueError, match=r"expected one shape \(B, NH, T, DH\)"):
         slstm(x, x, x, x[:, :1], recurrent)
     with pytest.raises(ValueError, match=r"shape \(2, 4, 12\), expected \(2, 4, 16\)"):
         slstm(x, x, x, x, recurrent[..., :12])
-    with pytest.raises(ValueError, match="forget_gate='linear': there are sigmoid, exponential"):
+    with pytest.raises(ValueError, match="forget_gate='linear' is unknown; expected one of"):
         slstm(x, x, x, x, recurrent, forget_gate="linear")

@@ -1,4 +1,7 @@
-"""The sLSTM layer: convolution and gates before the cell, heads divided over `tp`."""
+"""The sLSTM layer: a convolution and gates in front of the cell, with heads sharded over `tp`.
+
+`xlstm.common_types` describes the arguments `(x, reset, padding, state)`.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,17 +13,17 @@ import jax.numpy as jnp
 from xlstm.distributed.tensor_parallel import features_to_tokens, tokens_to_features
 from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalState
 from xlstm.models.shared.linear import BlockDiagonal, boxed_parameter
+from xlstm.models.shared.moments import sow_gate_moments
 from xlstm.models.shared.norm import MultiHeadLayerNorm
-from xlstm.models.xlstm_parallel.blocks.moments import sow_gate_moments
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import gate_preactivations, slstm
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
 class sLSTMLayer(nn.Module):
-    """Multi-head sLSTM; its input and forget gates see `silu(conv(x))`, the others `x`.
+    """sLSTM layer: input and forget gates are computed from `silu(conv(x))`, the others from `x`.
 
-    A head sees its own channels alone, of the input too: devices exchange tokens for channels, and
-    nothing is summed. It sows `gate_moments`, see `sow_gate_moments`.
+    Each head depends on its own channels alone, also of the input: devices exchange tokens for
+    channels, and need no sum. The layer sows `gate_moments`, see `sow_gate_moments`.
 
     Attributes:
         config: Configuration of the model.
@@ -39,18 +42,7 @@ class sLSTMLayer(nn.Module):
         padding: jax.Array | None,
         state: ConvolutionalState | None,
     ) -> tuple[jax.Array, ConvolutionalState | None]:
-        """Runs the layer.
-
-        Args:
-            x: This device's tokens, `(B, T / tp, D)`.
-            reset: Where the state is dropped before the token, bool `(B, T)`, or None.
-            padding: Which tokens leave no trace in the state, bool `(B, T)`, or None.
-            state: State of this device's heads and channels before the first token, its cell's an
-                `SLSTMState`; None for zero.
-
-        Returns:
-            The output `(B, T / tp, D)`, and the last state if `state` was given, else None.
-        """
+        """Runs the layer on local tokens, heads and channels; the cell's state is `SLSTMState`."""
         config = self.config.model
         dtype, head_dim = config.compute_dtype, x.shape[-1] // config.num_heads
         cell_state, last_inputs = state or (None, None)
@@ -95,7 +87,7 @@ class sLSTMLayer(nn.Module):
 
 
 def _forget_bias_init(head_dim: int) -> Callable:
-    """Spreads the initial memory spans of the channels of a head: 3 to 6."""
+    """Returns an initializer of biases from 3 to 6, so that memory spans differ by channel."""
 
     def init(rng, shape, dtype):
         del rng

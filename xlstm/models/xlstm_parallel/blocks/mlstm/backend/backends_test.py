@@ -6,10 +6,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
-    BackendConfig,
-    create_backend,
-)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BACKEND_NAMES, BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BACKENDS, create_backend
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 NAMES = ("fwbw", "parallel_stabilized", "recurrent")
@@ -21,7 +19,7 @@ def jit(function):
 
 
 def cell_of(name, chunk_size=0, stabilize_correctly=True):
-    """Returns the backend as a function of the arguments that we differentiate for."""
+    """Returns the backend as a function of its differentiable arguments."""
     backend = create_backend(BackendConfig(name, chunk_size, stabilize_correctly))
 
     def cell(arguments, reset):
@@ -56,7 +54,7 @@ def test_outputs_states_and_gradients_with_resets(name, time, chunk_size, stabil
 
 
 @pytest.mark.parametrize("time", [2, 200])
-@pytest.mark.parametrize("name", ["parallel_stabilized", "recurrent"])  # For fwbw: grid_test.
+@pytest.mark.parametrize("name", ["parallel_stabilized", "recurrent"])  # grid_test covers fwbw.
 def test_outputs_states_and_gradients(name, time):
     problem = testing.problem(time, with_reset=False)
     actual = testing.outputs_and_gradients(
@@ -103,7 +101,7 @@ def test_packed_documents_are_the_documents_alone(name):
         assert_trees_close([x[:, part] for x in grads[:5]], list(alone_grads[:5]))
         if is_last:
             assert_trees_close(state, alone[1])
-    # The state before the first token is dropped too.
+    # The reset also drops the state before the first token.
     assert all(np.all(x == 0) for x in grads[5:])
 
 
@@ -265,7 +263,7 @@ def test_a_reset_that_is_not_bool(name):
 def test_a_part_of_an_initial_state_is_refused(given):
     arguments = testing.random_arguments(0, (HEADS,), 5)
     arguments = [x if at < 5 or at == given else None for at, x in enumerate(arguments)]
-    with pytest.raises(ValueError, match="needs all of C, n and m"):
+    with pytest.raises(ValueError, match="expected all of C, n and m, or none"):
         create_backend(BackendConfig("fwbw")).apply({}, *arguments)
 
 
@@ -276,8 +274,12 @@ def test_gates_may_have_a_last_axis():
     assert_trees_close(backend.apply({}, *with_axis), backend.apply({}, *arguments), 0)
 
 
+def test_every_name_is_registered():
+    assert tuple(BACKENDS) == BACKEND_NAMES
+
+
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="'fwbv' is unknown; there are fwbw, parallel_stab.*recur"):
+    with pytest.raises(ValueError, match="'fwbv' is unknown; expected one of fwbw, para.*recur"):
         BackendConfig("fwbv")
 
 

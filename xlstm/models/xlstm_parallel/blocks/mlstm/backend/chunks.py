@@ -1,4 +1,8 @@
-"""A sequence in chunks: how it is cut, what its gates mean there, and the states between chunks."""
+"""Sequences in chunks: their split, their gates, and the states between the chunks.
+
+`N` is the product of the leading axes, such as batch and heads; `xlstm.common_types` describes the
+other sizes.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,24 +12,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.models.shared.precision import product_precision
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import LARGEST_GATE, MLSTMState
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import documents, rev_cumsum_off
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    LARGEST_GATE,
+    MLSTMState,
+)
 
-# Input gate of padding: below every other, and finite so that no difference of two is a NaN.
+# Input gate of padding: below every other gate, and finite, so that differences are never NaN.
 _PADDING_GATE = -10 * LARGEST_GATE
 
 
-def cut(x: jax.Array, leading: int, chunk_size: int | None, padding=0) -> jax.Array:
-    """Cuts the axis of time into chunks, and folds the axes before it.
+def split_chunks(x: jax.Array, leading: int, chunk_size: int | None, padding=0) -> jax.Array:
+    """Splits the time axis into chunks, and folds the axes before it.
 
     Args:
-        x: `(..., T, *rest)`.
-        leading: Number of axes before `T`; their sizes make up `N`.
-        chunk_size: Tokens in a chunk; None for one chunk.
-        padding: What fills the last chunk up.
+        x: Array `(..., T, *rest)`.
+        leading: Number of axes before `T`; the product of their sizes is `N`.
+        chunk_size: Number of tokens in a chunk; None for one chunk.
+        padding: Value that fills the last chunk.
 
     Returns:
-        `(N, NC, L, *rest)`, where `L` is the chunk's size, or `T` if that is less.
+        An array `(N, NC, L, *rest)`, where `L` is the chunk size, or `T` if that is smaller.
     """
     time, *rest = x.shape[leading:]
     size = time if chunk_size is None else min(chunk_size, time)
@@ -36,31 +43,31 @@ def cut(x: jax.Array, leading: int, chunk_size: int | None, padding=0) -> jax.Ar
     return x.reshape(x.shape[0], x.shape[1] // size, size, *rest)
 
 
-def join(x: jax.Array, leading: tuple[int, ...], time: int) -> jax.Array:
-    """Joins what `cut` has cut: `(N, NC, L, *rest)` to `(*leading, T, *rest)`."""
+def merge_chunks(x: jax.Array, leading: tuple[int, ...], time: int) -> jax.Array:
+    """Inverts `split_chunks`: `(N, NC, L, *rest)` to `(*leading, T, *rest)`."""
     x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :time]
     return x.reshape(*leading, *x.shape[1:])
 
 
 def fold_state(state: MLSTMState) -> MLSTMState:
-    """Folds the leading axes of a state, or of its gradient, to `N`."""
+    """Folds the leading axes of a state, or of its gradient, into `N`."""
     n = math.prod(state.m.shape)
     return MLSTMState(*(x.reshape(n, *x.shape[state.m.ndim :]) for x in state))
 
 
 def unfold_state(state: MLSTMState, leading: tuple[int, ...]) -> MLSTMState:
-    """The inverse of `fold_state`."""
+    """Inverts `fold_state`."""
     return MLSTMState(*(x.reshape(*leading, *x.shape[1:]) for x in state))
 
 
 class ChunkGates(NamedTuple):
-    """What the gates of a sequence mean within its chunks; each array is `(N, NC, L)`.
+    """Gates of a sequence in chunks, and their sums within each chunk; arrays `(N, NC, L)`.
 
     Attributes:
         i: Input gate pre-activations.
         log_f: Log forget gates.
-        carry: Log weight with which the state before the chunk reaches the token.
-        write: Log weight with which the token reaches the state after the chunk.
+        carry: Log weight of the state before the chunk at the token.
+        write: Log weight of the token in the state after the chunk.
         floor: Log weight of the zero state after a reset, which bounds `m`; None without resets.
         document: Number of resets in the chunk up to the token; None without resets.
     """
@@ -76,24 +83,24 @@ class ChunkGates(NamedTuple):
 def chunk_gates(
     i: jax.Array, log_f: jax.Array, reset: jax.Array | None, chunk_size: int | None
 ) -> ChunkGates:
-    """Cuts the gates into chunks.
+    """Splits the gates into chunks and sums them.
 
     Args:
         i: Input gate pre-activations `(..., T)`.
         log_f: Log forget gates `(..., T)`.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
-        chunk_size: Tokens in a chunk; None for one chunk.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
+        chunk_size: Number of tokens in a chunk; None for one chunk.
 
     Returns:
-        What they mean there.
+        The gates and their sums.
     """
     leading = i.ndim - 1
-    i = cut(i, leading, chunk_size, _PADDING_GATE)
-    log_f = cut(log_f, leading, chunk_size)
+    i = split_chunks(i, leading, chunk_size, _PADDING_GATE)
+    log_f = split_chunks(log_f, leading, chunk_size)
     carry, write = jnp.cumsum(log_f, axis=-1), rev_cumsum_off(log_f) + i
     if reset is None:
         return ChunkGates(i, log_f, carry, write, None, None)
-    reset = cut(reset, leading, chunk_size, padding=False)
+    reset = split_chunks(reset, leading, chunk_size, padding=False)
     document, floor = documents(log_f, reset)
     carry = jnp.where(document == 0, carry, -jnp.inf)
     floor = jnp.where(document == 0, -jnp.inf, floor)
@@ -102,15 +109,15 @@ def chunk_gates(
 
 
 def log_scales(log_weights: jax.Array, gates: ChunkGates, before_m: jax.Array) -> jax.Array:
-    """The log scale `m` of every token.
+    """Returns the log scale `m` of every token.
 
     Args:
-        log_weights: Log weights of the pairs, see `gates.pair_log_weights`, `(N, NC, L, L)`.
-        gates: The gates.
+        log_weights: Log weights of the pairs `(N, NC, L, L)`, see `gates.pair_log_weights`.
+        gates: Gates of the chunks.
         before_m: Log scale before each chunk `(N, NC)`.
 
     Returns:
-        `(N, NC, L)`.
+        The log scales `(N, NC, L)`.
     """
     m = jnp.maximum(jnp.max(log_weights, axis=-1), gates.carry + before_m[..., None])
     return m if gates.floor is None else jnp.maximum(m, gates.floor)
@@ -123,17 +130,17 @@ def chunk_states(
     state: MLSTMState,
     precision: lax.Precision | None,
 ) -> tuple[MLSTMState, MLSTMState]:
-    """Hands the state from chunk to chunk.
+    """Computes the states between the chunks.
 
     Args:
         k: Keys `(N, NC, L, DHQK)`.
         v: Values `(N, NC, L, DHV)`.
-        gates: The gates.
+        gates: Gates of the chunks.
         state: State before the first chunk, leading axis `N`.
         precision: See `product`.
 
     Returns:
-        The states before every chunk, with leading axes `(N, NC)`, and the last state.
+        The state before every chunk, leading axes `(N, NC)`, and the last state.
     """
     local_m = jnp.max(gates.write, axis=-1)
     weighted_k = k * jnp.exp(gates.write - local_m[..., None])[..., None]
@@ -152,7 +159,7 @@ def chunk_states(
         n = keep[:, None] * state.n + add[:, None] * local_n
         return MLSTMState(C, n, m)
 
-    return _hand_on(after, state, xs)
+    return _scan_chunks(after, state, xs)
 
 
 def chunk_state_gradients(
@@ -163,18 +170,18 @@ def chunk_state_gradients(
     last: tuple,
     precision: lax.Precision | None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Hands the state's gradient from chunk to chunk, backward.
+    """Computes the gradients of the states between the chunks.
 
     Args:
-        q: Queries with the weight of the state before the chunk, `(N, NC, L, DHQK)`.
-        d_numerator: Gradient of the outputs' numerator `(N, NC, L, DHV)`.
-        local_n: Gradient of `n` before the chunk through its own outputs, `(N, NC, DHQK)`.
-        keep: Share of the state that a chunk hands on, `(N, NC)`.
+        q: Queries, weighted by the state before the chunk, `(N, NC, L, DHQK)`.
+        d_numerator: Gradient of the numerator of the outputs `(N, NC, L, DHV)`.
+        local_n: Gradient of `n` before the chunk through the chunk's outputs, `(N, NC, DHQK)`.
+        keep: Factor of the state from the start to the end of a chunk, `(N, NC)`.
         last: Gradient of `C` and `n` of the last state.
         precision: See `product`.
 
     Returns:
-        The gradients of `C` and `n` after every chunk, and of the initial ones.
+        The gradients of `C` and `n` after every chunk, and of the initial `C` and `n`.
     """
 
     def before(d_state, xs):
@@ -183,22 +190,22 @@ def chunk_state_gradients(
         local_C = product("nlk,nlv->nkv", q, d_numerator, precision=precision)
         return keep[:, None, None] * d_C + local_C, keep[:, None] * d_n + local_n
 
-    return _hand_on(before, last, (q, d_numerator, local_n, keep), reverse=True)
+    return _scan_chunks(before, last, (q, d_numerator, local_n, keep), reverse=True)
 
 
-def _hand_on(step, state, xs, reverse=False):
-    """A scan over axis 1 of `xs` that collects, in axis 1, the states that its steps begin with.
+def _scan_chunks(step, state, xs, reverse=False):
+    """Scans over axis 1 of `xs`, and stacks the states before each step on axis 1.
 
-    `lax.scan` has axis 0 for both, which would cost a transposed copy of all the states.
+    `lax.scan` uses axis 0 for both, which would cost a transposed copy of all states.
 
     Args:
-        step: `step(state, xs of a chunk) -> state`.
-        state: What the first step begins with, leading axis `N`.
+        step: Function `step(state, xs of a chunk) -> state`.
+        state: State before the first step, leading axis `N`.
         xs: Arrays with the leading axes `(N, NC)`.
-        reverse: Whether to begin with the last chunk.
+        reverse: Whether to start with the last chunk.
 
     Returns:
-        The collected states, with leading axes `(N, NC)`, and the one after the last step.
+        The states before each step, leading axes `(N, NC)`, and the state after the last step.
     """
     num_chunks = jax.tree.leaves(xs)[0].shape[1]
 
@@ -220,7 +227,7 @@ def _hand_on(step, state, xs, reverse=False):
 
 
 def product(spec: str, *operands: jax.Array, precision: lax.Precision | None) -> jax.Array:
-    """Einsum of operands in the compute type, accumulated in at least float32."""
+    """Computes an einsum of operands in the compute type, accumulated in at least float32."""
     return jnp.einsum(
         spec,
         *operands,

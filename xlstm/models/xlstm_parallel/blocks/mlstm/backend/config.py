@@ -1,93 +1,65 @@
-"""What all mLSTM backends share: their interface, their shapes, the gates and the zero state."""
+"""The choice of an mLSTM backend and its options, and the interface of all backends."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+import dataclasses
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from xlstm.distributed.mesh import vary_alike
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMArguments, MLSTMState
 
-# Gates are kept within it: their sums over a sequence stay finite, and nothing can tell the
-# difference, since exp() of a difference of gates is 0, 1 or inf long before.
-LARGEST_GATE = 1e29
+# The names of the backends; `registry.BACKENDS` has their classes.
+BACKEND_NAMES = ("fwbw", "parallel_stabilized", "recurrent")
 
 
-class MLSTMState(NamedTuple):
-    """State of the mLSTM after a token, per sequence and head, at least float32.
+@dataclasses.dataclass(frozen=True)
+class BackendConfig:
+    """Choice of a backend, and the options of all backends, each of which takes those it knows.
 
-    Attributes:
-        C: Matrix memory `(..., DHQK, DHV)`.
-        n: Normalizer `(..., DHQK)`.
-        m: Log scale `(...)`: `C` and `n` are stored divided by `exp(m)`.
+    These are the defaults of a model. `registry.backend_config` maps the options to those of the
+    chosen backend; `mLSTMBackendFwbwConfig` has other defaults for callers of its functions.
+
+    Kept arrays live only during the backward pass of one block, unless `model.remat` is `none`, so
+    by default everything is kept.
     """
 
-    C: jax.Array
-    n: jax.Array
-    m: jax.Array
+    name: str = "fwbw"  # The backend: fwbw (chunkwise), parallel_stabilized (quadratic) or
+    # recurrent.
+    chunk_size: int = 64  # Tokens per chunk in fwbw; 0 takes the whole sequence as one chunk.
+    stabilize_correctly: bool = True  # Bound the normalizer by exp(-m), as in the paper, not by 1.
+    keep_G: bool = True  # Whether fwbw keeps, rather than recomputes, the weights and scores of the
+    # token pairs in each chunk.
+    keep_gates: bool = True  # Whether fwbw keeps the sums of the gates within the chunks.
+    keep_M: bool = True  # Whether fwbw keeps the log scales of the tokens.
+    keep_c: bool = True  # Whether fwbw keeps the states between the chunks.
 
-
-class MLSTMArguments(NamedTuple):
-    """What a backend is called with and differentiated for.
-
-    Attributes:
-        q: Queries `(..., T, DHQK)`.
-        k: Keys `(..., T, DHQK)`.
-        v: Values `(..., T, DHV)`.
-        i: Input gate pre-activations `(..., T)` or `(..., T, 1)`.
-        f: Forget gate pre-activations `(..., T)` or `(..., T, 1)`.
-        initial_C: Matrix memory before the first token `(..., DHQK, DHV)`; None for zero.
-        initial_n: Normalizer `(..., DHQK)`; None for zero.
-        initial_m: Log scale `(...)`; None for zero.
-    """
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    i: jax.Array
-    f: jax.Array
-    initial_C: jax.Array | None = None
-    initial_n: jax.Array | None = None
-    initial_m: jax.Array | None = None
-
-
-class MLSTMInputs(NamedTuple):
-    """Arguments of a backend, checked and in one form.
-
-    Attributes:
-        q: Queries `(..., T, DHQK)`, divided by `sqrt(DHQK)`.
-        k: Keys `(..., T, DHQK)`.
-        v: Values `(..., T, DHV)`.
-        i: Input gate pre-activations `(..., T)`, at least float32.
-        log_f: Log forget gates `(..., T)`, at least float32.
-        state: The state before the first token.
-    """
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    i: jax.Array
-    log_f: jax.Array
-    state: MLSTMState
+    def __post_init__(self):
+        if self.name not in BACKEND_NAMES:
+            raise ValueError(
+                f"backend.name={self.name!r} is unknown; expected one of {', '.join(BACKEND_NAMES)}"
+            )
+        if self.name == "fwbw" and self.chunk_size < 0:
+            raise ValueError(
+                f"backend.chunk_size={self.chunk_size}: it must be at least 1, or 0 for one chunk"
+            )
 
 
 class mLSTMBackendConfig:
-    """What the configurations of all backends share."""
+    """Base class of the configurations of the backends."""
 
     def assign_model_config_params(self, model_config: Any) -> Self:
-        """Returns the configuration adapted to a model: itself, unless a backend needs more."""
+        """Returns the configuration adapted to a model; by default, itself."""
         del model_config
         return self
 
 
 class mLSTMBackend(nn.Module):
-    """Interface of an mLSTM backend: the cell applied to a whole sequence.
+    """Interface of the mLSTM backends, which apply the cell to a sequence.
 
     Attributes:
-        config: The backend's configuration, an instance of `config_class`.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        config: Configuration of the backend, an instance of `config_class`.
+        precision: Precision of float32 products, see `product_precision`.
     """
 
     config: mLSTMBackendConfig
@@ -96,7 +68,7 @@ class mLSTMBackend(nn.Module):
 
     @property
     def can_vmap_over_heads(self) -> bool:
-        """Whether the backend may be vmapped over the axis of the heads."""
+        """Whether the backend can be vmapped over the axis of heads."""
         return True
 
     def __call__(
@@ -123,14 +95,14 @@ class mLSTMBackend(nn.Module):
             c_initial: Matrix memory before the first token `(..., DHQK, DHV)`; None for zero.
             n_initial: Normalizer `(..., DHQK)`; None for zero.
             m_initial: Log scale `(...)`; None for zero.
-            return_last_states: Whether to return the state after the last token too.
+            return_last_states: Whether to return the state after the last token as well.
             reset: Bool, broadcasts to `(..., T)`: True drops the state before that token.
 
         Returns:
             `h (..., T, DHV)` in the type of `v`, or `(h, MLSTMState)`.
 
         Raises:
-            ValueError: If the shapes or the types do not fit.
+            ValueError: If shapes or types are wrong, or the initial state is incomplete.
         """
         arguments = MLSTMArguments(q, k, v, i, f, c_initial, n_initial, m_initial)
         return self.run(arguments, reset, return_last_states)
@@ -138,146 +110,5 @@ class mLSTMBackend(nn.Module):
     def run(
         self, arguments: MLSTMArguments, reset: jax.Array | None, return_last_states: bool
     ) -> jax.Array | tuple[jax.Array, MLSTMState]:
-        """Does what `__call__` says; a backend defines this."""
+        """Implements `__call__`; each backend overrides it."""
         raise NotImplementedError
-
-
-def run_prepared(
-    cell: Callable[[MLSTMInputs, jax.Array | None], tuple[jax.Array, MLSTMState]],
-    arguments: MLSTMArguments,
-    reset: jax.Array | None,
-    return_last_states: bool,
-) -> jax.Array | tuple[jax.Array, MLSTMState]:
-    """Runs a cell that takes prepared inputs; what `mLSTMBackend.run` does is built on it.
-
-    Args:
-        cell: From inputs and `reset (..., T)`, or None, to `h (..., T, DHV)` and the last state.
-        arguments: The arguments.
-        reset: See `mLSTMBackend.__call__`.
-        return_last_states: See `mLSTMBackend.__call__`.
-
-    Returns:
-        What `mLSTMBackend.__call__` returns.
-    """
-    inputs = prepare_inputs(arguments)
-    h, state = cell(inputs, check_reset(reset, inputs.i.shape))
-    h = h.astype(arguments.v.dtype)
-    return (h, state) if return_last_states else h
-
-
-def zero_state(leading: tuple[int, ...], qk_dim: int, v_dim: int, dtype=jnp.float32) -> MLSTMState:
-    """The state before a document.
-
-    Args:
-        leading: Leading axes of the state.
-        qk_dim: `DHQK`.
-        v_dim: `DHV`.
-        dtype: Type of the arrays.
-
-    Returns:
-        The state with `C = 0`, `n = 0`, `m = 0`.
-    """
-    return MLSTMState(
-        C=jnp.zeros((*leading, qk_dim, v_dim), dtype),
-        n=jnp.zeros((*leading, qk_dim), dtype),
-        m=jnp.zeros(leading, dtype),
-    )
-
-
-def neutral_gates(i: jax.Array, f: jax.Array, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives tokens gates with which they leave no trace in the state.
-
-    Args:
-        i: Input gate pre-activations `(..., T)`.
-        f: Forget gate pre-activations `(..., T)`.
-        padding: Which tokens, bool, broadcasts to `(..., T)`.
-
-    Returns:
-        The pre-activations: of those tokens one that writes nothing and one that keeps everything.
-    """
-    return jnp.where(padding, -LARGEST_GATE, i), jnp.where(padding, LARGEST_GATE, f)
-
-
-def check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
-    """Raises a `ValueError` that names the array if its shape is not the expected one."""
-    if x.shape != expected:
-        raise ValueError(f"{name} has the shape {x.shape}, expected {expected}")
-
-
-def _check_types(arguments: MLSTMArguments) -> None:
-    for name, x in arguments._asdict().items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} has the type {x.dtype} (shape {x.shape}), expected a floating-point type"
-            )
-
-
-def check_reset(reset: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """Checks `reset` and broadcasts it to the gates' shape.
-
-    Args:
-        reset: Bool, or None.
-        shape: `(..., T)`.
-
-    Returns:
-        `reset (..., T)`, or None.
-
-    Raises:
-        ValueError: If it does not broadcast, or is not bool.
-    """
-    if reset is None:
-        return None
-    if reset.dtype != bool:
-        raise ValueError(f"reset has the type {reset.dtype} (shape {reset.shape}), expected bool")
-    try:
-        return jnp.broadcast_to(reset, shape)
-    except ValueError:
-        raise ValueError(
-            f"reset has the shape {reset.shape}, which does not broadcast to {shape}"
-        ) from None
-
-
-def prepare_inputs(arguments: MLSTMArguments) -> MLSTMInputs:
-    """Checks a backend's arguments and brings them into one form.
-
-    `q`, `k` and `v` keep their type, except for float16: its range is too small for what the cell
-    computes on its way, so it becomes float32.
-
-    Args:
-        arguments: The arguments.
-
-    Returns:
-        The inputs. Gates and states have the type that float32 and `q`'s type promote to, so they
-        are never less than float32.
-
-    Raises:
-        ValueError: If the shapes or types do not fit, or only a part of the state is given.
-    """
-    _check_types(arguments)
-    q, k, v, i, f, *initial = arguments
-    if q.ndim < 2 or q.shape[-2] < 1 or q.shape[-1] < 1:
-        raise ValueError(f"q has the shape {q.shape}, expected (..., T, DHQK) with T >= 1")
-    *leading, time, qk_dim = q.shape
-    leading = tuple(leading)
-    check_shape("k", k, q.shape)
-    check_shape("v", v, (*leading, time, v.shape[-1] if v.ndim else 0))
-    v_dim = v.shape[-1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    gates = []
-    for name, gate in (("i", i), ("f", f)):
-        gate = gate[..., 0] if gate.shape == (*leading, time, 1) else gate
-        check_shape(name, gate, (*leading, time))
-        gates.append(jnp.clip(gate.astype(dtype), -LARGEST_GATE, LARGEST_GATE))
-    given = [x is not None for x in initial]
-    if all(given):
-        shapes = ((*leading, qk_dim, v_dim), (*leading, qk_dim), leading)
-        for name, x, shape in zip(MLSTMArguments._fields[5:], initial, shapes, strict=True):
-            check_shape(name, x, shape)
-        state = MLSTMState(*(x.astype(dtype) for x in initial))
-    elif any(given):
-        raise ValueError("an initial state needs all of C, n and m; only a part of them was given")
-    else:
-        state = zero_state(leading, qk_dim, v_dim, dtype)
-    q, k, v = (x.astype(dtype if x.dtype == jnp.float16 else x.dtype) for x in (q, k, v))
-    log_f = jax.nn.log_sigmoid(gates[1])
-    return vary_alike(MLSTMInputs(q * qk_dim**-0.5, k, v, gates[0], log_f, state))

@@ -1,4 +1,4 @@
-"""Whatever the gates are, nothing becomes infinite or NaN."""
+"""Tests that outputs and gradients are finite for all finite gates."""
 
 import functools
 
@@ -9,16 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
-    BackendConfig,
-    create_backend,
-)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 TIME, QK_DIM, V_DIM = 5, 2, 3
-SEQUENCES = 8  # Of one example: the batch is cheap, a call is not.
+SEQUENCES = 8  # Sequences per example, since calls cost more than batches.
 LARGEST = float(np.finfo(np.float32).max)
-# What bounds and special cases in the code are made of, besides whatever Hypothesis thinks of.
+# Bounds and special cases of the code, in addition to the values that Hypothesis draws.
 SPECIAL_GATES = [0.0, 1e-45, 40.0, 80.0, 88.7, 88.8, 104.0, 1e9, 1e20, 1e29, 1e30, LARGEST]
 SPECIAL_VALUES = [0.0, 1e-45, 1e-38, 1e-20, 1e-10, 1.0, 1e4]
 
@@ -42,12 +40,12 @@ def _gates():
 
 @functools.cache
 def _cell(name, chunk_size, stabilize_correctly):
-    """The function, compiled once."""
+    """Returns the function, compiled once."""
     backend = create_backend(BackendConfig(name, chunk_size, stabilize_correctly))
 
     def run(first, second, cotangents):
         def both(first, second):
-            # The state that a sequence leaves is as extreme as its gates are.
+            # The last state of a sequence is as extreme as its gates.
             h1, state = backend.apply({}, *first, return_last_states=True)
             h2, state = backend.apply({}, *second, *state, return_last_states=True)
             return h1, h2, tuple(state)
@@ -64,7 +62,7 @@ TOKENS = st.tuples(
 
 
 def _uniform(value, igate, fgate):
-    """Tokens that are all the same."""
+    """Returns identical tokens."""
     full = functools.partial(np.full, dtype=np.float32)
     shape = (SEQUENCES, TIME)
     return (

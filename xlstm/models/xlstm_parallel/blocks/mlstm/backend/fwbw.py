@@ -1,9 +1,9 @@
 """The mLSTM in its chunkwise form, with a hand-written backward pass.
 
-The sequence is cut into `NC` chunks of `L` tokens. Inside of a chunk every pair of tokens is
-weighed as in the parallel form; between chunks the state `(C, n, m)` is handed on as in the
-recurrent form. The work is linear in `T`, and nothing of size `T x T` exists.
-`docs/mlstm.md` derives the backward pass.
+The sequence is split into `NC` chunks of `L` tokens. Within a chunk, all pairs of tokens are
+weighted as in the parallel form; between chunks, the state `(C, n, m)` is passed on as in the
+recurrent form. The work is linear in `T`, and no array has the size `T x T`. `docs/mlstm.md`
+derives the backward pass, and `xlstm.common_types` describes the notation.
 """
 
 import dataclasses
@@ -19,22 +19,16 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     chunk_gates,
     chunk_state_gradients,
     chunk_states,
-    cut,
     fold_state,
-    join,
     log_scales,
+    merge_chunks,
     product,
+    split_chunks,
     unfold_state,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMArguments,
-    MLSTMInputs,
-    MLSTMState,
-    check_reset,
-    check_shape,
     mLSTMBackend,
     mLSTMBackendConfig,
-    prepare_inputs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
@@ -43,6 +37,14 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     rev_cumsum,
     rev_cumsum_off,
     sum_of_spanning_pairs,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMArguments,
+    MLSTMInputs,
+    MLSTMState,
+    check_reset,
+    check_shape,
+    prepare_inputs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     divide_by_normalizer,
@@ -66,17 +68,17 @@ __all__ = [
 class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
     """Options of the `fwbw` backend.
 
-    What is kept from the forward pass for the backward pass takes memory there; what is not is
-    computed again. No option but `stabilize_correctly` changes a result.
+    The backward pass recomputes what the forward pass does not keep in memory for it. Only
+    `stabilize_correctly` changes results.
     """
 
-    chunk_size: int | None = 512  # Tokens in a chunk, L; None for one chunk.
-    return_state: bool = False  # Whether the function returns the last state too.
-    use_initial_state: bool = False  # Whether a state is expected; one that is given is used.
-    keep_G: bool = False  # Keep weights and scores of all pairs in a chunk: 2 * T * L a head.
-    keep_gates: bool = True  # Keep the sums of the gates within the chunks: about 4 * T a head.
-    keep_M: bool = False  # Keep the log scales m of the tokens: T a head.
-    keep_c: bool = False  # Keep the states between chunks: T / L * DHQK * DHV numbers a head.
+    chunk_size: int | None = 512  # Number of tokens in a chunk, L; None for one chunk.
+    return_state: bool = False  # Whether the function returns the last state as well.
+    use_initial_state: bool = False  # Whether to expect an initial state; a given one is used.
+    keep_G: bool = False  # Keep weights and scores of all pairs in a chunk: 2 * T * L per head.
+    keep_gates: bool = True  # Keep the sums of the gates within the chunks: about 4 * T per head.
+    keep_M: bool = False  # Keep the log scales m of the tokens: T per head.
+    keep_c: bool = False  # Keep the states between the chunks: T / L * DHQK * DHV per head.
     stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
 
     def __post_init__(self):
@@ -85,15 +87,15 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
 
 
 class FwbwContext(NamedTuple):
-    """What the forward pass hands to the backward pass.
+    """Residuals of the forward pass for the backward pass.
 
     Attributes:
-        arguments: The arguments as they were given.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
-        h: The output `(N, NC, L, DHV)`, at least float32.
+        arguments: Arguments of the forward pass.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
+        h: Output `(N, NC, L, DHV)`, at least float32.
         qn: `n_t . q_t`, `(N, NC, L)`.
-        last_state: The state after the last token.
-        gates: With `keep_gates`, else None.
+        last_state: State after the last token.
+        gates: Gates of the chunks with `keep_gates`, else None.
         m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
         pairs: Weights and gated scores, each `(N, NC, L, L)`, with `keep_G`, else None.
         before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
@@ -124,7 +126,7 @@ def fwbw_forward(
     *,
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, FwbwContext]:
-    """The forward pass.
+    """Runs the forward pass.
 
     Args:
         q: Queries `(..., T, DHQK)`.
@@ -132,23 +134,23 @@ def fwbw_forward(
         v: Values `(..., T, DHV)`.
         i: Input gate pre-activations `(..., T)` or `(..., T, 1)`.
         f: Forget gate pre-activations `(..., T)` or `(..., T, 1)`.
-        config: Options.
+        config: Options of the backend.
         initial_C: Matrix memory before the first token `(..., DHQK, DHV)`; None for zero.
         initial_n: Normalizer `(..., DHQK)`; None for zero.
         initial_m: Log scale `(...)`; None for zero.
         reset: Bool, broadcasts to `(..., T)`: True drops the state before that token.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        precision: Precision of float32 products, see `product_precision`.
 
     Returns:
-        `h (..., T, DHV)` in the type of `v`, and what `fwbw_backward` needs.
+        `h (..., T, DHV)` in the type of `v`, and the residuals for `fwbw_backward`.
 
     Raises:
-        ValueError: If the shapes or the types do not fit.
+        ValueError: If shapes or types are wrong, or the initial state is incomplete.
     """
     arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
     inputs = prepare_inputs(arguments)
     reset = check_reset(reset, inputs.i.shape)
-    q, k, v = _cut_tokens(inputs, config.chunk_size)
+    q, k, v = _split_tokens(inputs, config.chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
     before, last = chunk_states(k, v, gates, fold_state(inputs.state), precision)
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
@@ -174,7 +176,7 @@ def fwbw_forward(
         pairs=pairs if config.keep_G else None,
         before=before if config.keep_c else None,
     )
-    return join(h, leading, time).astype(arguments.v.dtype), context
+    return merge_chunks(h, leading, time).astype(arguments.v.dtype), context
 
 
 def fwbw_backward(
@@ -187,26 +189,26 @@ def fwbw_backward(
     *,
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The backward pass.
+    """Runs the backward pass.
 
-    With `stabilize_correctly` it is the exact gradient; without, the denominator and `m` are
-    constants, which is exact behind a scale-invariant norm.
+    With `stabilize_correctly` it computes the exact gradient. Without, the denominator and `m` are
+    constants of the gradient, which is exact if a scale-invariant norm follows.
 
     Args:
-        ctx: What `fwbw_forward` returned, with the same `config`.
+        ctx: Residuals that `fwbw_forward` returned for the same `config`.
         dh: Gradient of the output `(..., T, DHV)`.
-        config: Options.
+        config: Options of the backend.
         dc_last: Gradient of the last `C (..., DHQK, DHV)`; None for zero.
         dn_last: Gradient of the last `n (..., DHQK)`; None for zero.
         dm_last: Gradient of the last `m (...)`; None for zero.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        precision: Precision of float32 products, see `product_precision`.
 
     Returns:
         The gradients of `q, k, v, i, f` and of the initial `C, n, m`, in the shapes and types of
-        the arguments; of a state that was not given, in that of its zeros.
+        the arguments, or of the zero state if no initial state was given.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If shapes are wrong.
     """
     inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     check_shape("dh", dh, ctx.arguments.v.shape)
@@ -220,8 +222,8 @@ def fwbw_backward(
         )
     )
     has_d_last = any(dx is not None for dx in (dc_last, dn_last, dm_last))
-    # Without the barrier the compiler would find that it has computed before what is computed again
-    # here, and keep it; or do so long before the gradient is there.
+    # Without the barrier the compiler would merge the recomputation with the forward pass, and keep
+    # its results, or run it long before the gradient is available.
     ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
     d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config, precision)
     (d_arguments,) = pull_back(d_inputs)
@@ -230,9 +232,9 @@ def fwbw_backward(
     return tuple(d_arguments)
 
 
-def _cut_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
-    """Cuts `q`, `k` and `v` into `(N, NC, L, D)`."""
-    return [cut(x, inputs.i.ndim - 1, chunk_size) for x in (inputs.q, inputs.k, inputs.v)]
+def _split_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
+    """Splits `q`, `k` and `v` into chunks `(N, NC, L, DHQK or DHV)`."""
+    return [split_chunks(x, inputs.i.ndim - 1, chunk_size) for x in (inputs.q, inputs.k, inputs.v)]
 
 
 def _weigh_pairs(
@@ -242,13 +244,13 @@ def _weigh_pairs(
     m: jax.Array,
     precision: lax.Precision | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights and gated scores of the pairs of tokens in each chunk, `(N, NC, L, L)`."""
+    """Returns weights and gated scores of the pairs in each chunk, both `(N, NC, L, L)`."""
     weights = jnp.exp(log_weights - m[..., None])
     return weights, product("nctk,ncsk->ncts", q, k, precision=precision) * weights
 
 
 class _Recomputed(NamedTuple):
-    """What the backward pass needs of the forward pass; see `FwbwContext`."""
+    """Intermediate results of the forward pass, as in `FwbwContext`."""
 
     q: jax.Array
     k: jax.Array
@@ -257,7 +259,7 @@ class _Recomputed(NamedTuple):
     before: MLSTMState
     m: jax.Array
     weights: jax.Array  # exp(D_ts - m_t), (N, NC, L, L).
-    scores: jax.Array  # q_t . k_s times that.
+    scores: jax.Array  # q_t . k_s times the weights.
 
 
 def _recompute(
@@ -266,9 +268,9 @@ def _recompute(
     config: mLSTMBackendFwbwConfig,
     precision: lax.Precision | None,
 ) -> _Recomputed:
-    """Takes from the context what it has, and computes the rest again."""
+    """Takes from the residuals what was kept, and recomputes the rest."""
     gates, m, pairs, before = ctx.gates, ctx.m, ctx.pairs, ctx.before
-    q, k, v = _cut_tokens(inputs, config.chunk_size)
+    q, k, v = _split_tokens(inputs, config.chunk_size)
     if gates is None:
         gates = chunk_gates(inputs.i, inputs.log_f, ctx.reset, config.chunk_size)
     if before is None:
@@ -283,7 +285,7 @@ def _recompute(
 
 
 def _dot(a: MLSTMState, d_C: jax.Array, d_n: jax.Array) -> jax.Array:
-    """`<C, dC> + <n, dn>`, over all but the leading axes."""
+    """Returns `<C, dC> + <n, dn>`, over all but the leading axes."""
     return jnp.sum(a.C * d_C, axis=(-2, -1)) + jnp.sum(a.n * d_n, axis=-1)
 
 
@@ -296,22 +298,23 @@ def _gradient_of_inputs(
     config: mLSTMBackendFwbwConfig,
     precision: lax.Precision | None,
 ) -> MLSTMInputs:
-    """The gradient of the prepared inputs; see `fwbw_backward`."""
+    """Returns the gradients of the prepared inputs; see `fwbw_backward`."""
     q, k, v, gates, before, m, weights, scores = _recompute(ctx, inputs, config, precision)
     dtype, (*leading, time) = v.dtype, inputs.i.shape
     multiply = functools.partial(product, precision=precision)
-    dh = cut(dh, len(leading), config.chunk_size).astype(ctx.h.dtype)
+    dh = split_chunks(dh, len(leading), config.chunk_size).astype(ctx.h.dtype)
     d_numerator, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
     d_numerator = d_numerator.astype(dtype)
 
-    # Weights of the state before the chunk, of the tokens in the state after it, and what it keeps.
+    # Weights: of the state before the chunk in its tokens (`carry`), of the tokens in the state
+    # after it (`write`), and of the state before the chunk in the state after it (`keep`).
     after_m = jnp.concatenate([before.m[:, 1:], ctx.last_state.m.reshape(-1, 1)], axis=1)
     log_carry = gates.carry + before.m[..., None]
     carry = jnp.exp(log_carry - m)[..., None]
     write = jnp.exp(gates.write - after_m[..., None])[..., None]
     keep = jnp.exp(log_carry[..., -1] - after_m)
 
-    # Through the states.
+    # Gradients through the states.
     carried_q = q * carry
     (d_C, d_n), d_initial = chunk_state_gradients(
         carried_q.astype(dtype),
@@ -329,7 +332,7 @@ def _gradient_of_inputs(
     dk_write = write * (multiply("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
     dv = write * multiply("ncsk,nckv->ncsv", k, d_C.astype(dtype))
 
-    # Through the pairs inside of the chunk.
+    # Gradients through the pairs within the chunk.
     d_scores = multiply("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
     d_pairs = d_scores * scores
     d_products = (d_scores * weights).astype(dtype)
@@ -337,28 +340,28 @@ def _gradient_of_inputs(
     dk = multiply("ncts,nctk->ncsk", d_products, q) + dk_write
     dv += multiply("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
 
-    # The gates. Sums of what spans a forget gate, never differences of sums: with gates nearly shut
-    # they are tiny beside what does not span it, and in float32 a difference would be noise.
+    # Gradients of the gates. They are sums of the terms that span a forget gate, never differences
+    # of sums: with nearly closed gates these terms are tiny, and a float32 difference is noise.
     q_carry, k_write = jnp.sum(q * dq_carry, axis=-1), jnp.sum(k * dk_write, axis=-1)
     d_i = jnp.sum(d_pairs, axis=-2) + k_write
     d_log_f = sum_of_spanning_pairs(d_pairs)
     d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
     d_log_f += (keep * _dot(before, d_C, d_n))[..., None]
-    d_i, d_log_f = join(d_i, leading, time), join(d_log_f, leading, time)
+    d_i, d_log_f = merge_chunks(d_i, leading, time), merge_chunks(d_log_f, leading, time)
     if ctx.reset is not None:
         d_log_f = jnp.where(ctx.reset, 0, d_log_f)
 
     if config.stabilize_correctly:
         d_m = _dot(inputs.state, *d_initial[:2])
         if has_d_last:
-            left = d_last.m - _dot(ctx.last_state, *d_last[:2])
+            d_last_m = d_last.m - _dot(ctx.last_state, *d_last[:2])
             more_i, more_f, more_m = gradient_of_last_m(
-                inputs.i, inputs.log_f, inputs.state.m, ctx.reset, left
+                inputs.i, inputs.log_f, inputs.state.m, ctx.reset, d_last_m
             )
             d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
         d_initial = d_initial._replace(m=d_m)
     d_tokens = (
-        join(dx, leading, time).astype(x.dtype)
+        merge_chunks(dx, leading, time).astype(x.dtype)
         for dx, x in zip((dq, dk, dv), inputs[:3], strict=True)
     )
     return MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
@@ -371,7 +374,7 @@ def _fwbw(
     config: mLSTMBackendFwbwConfig,
     precision: lax.Precision | None,
 ) -> jax.Array | tuple[jax.Array, MLSTMState]:
-    """The function that `mlstm_fwbw_custom_grad` returns."""
+    """Implements the function that `mlstm_fwbw_custom_grad` returns."""
     return _fwbw_forward_rule(arguments, reset, config, precision)[0]
 
 
@@ -392,11 +395,11 @@ _fwbw.defvjp(_fwbw_forward_rule, _fwbw_backward_rule)
 
 
 def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig, precision: lax.Precision | None = None):
-    """Makes the chunkwise mLSTM function with its hand-written gradient.
+    """Creates the chunkwise mLSTM function with its hand-written gradient.
 
     Args:
-        config: Options.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        config: Options of the backend.
+        precision: Precision of float32 products, see `product_precision`.
 
     Returns:
         A function of `(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None)`,

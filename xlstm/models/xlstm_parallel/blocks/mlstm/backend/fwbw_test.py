@@ -27,7 +27,7 @@ def jit(function):
 
 
 def with_gradients(config, arguments, cotangents):
-    """The output and the last state, and the gradients of the arguments that are given."""
+    """Returns the output and the last state, and the gradients of the given arguments."""
     function = mlstm_fwbw_custom_grad(dataclasses.replace(config, return_state=True))
     return testing.outputs_and_gradients(
         lambda arguments, _: function(*arguments), arguments, None, cotangents
@@ -35,7 +35,7 @@ def with_gradients(config, arguments, cotangents):
 
 
 def directly(config, arguments, cotangents):
-    """The same, by the two passes themselves, which only hand on the context."""
+    """Returns the same from direct calls of the two passes, which share only the context."""
     q, k, v, i, f, *initial = arguments
     forward = jit(lambda q, k, v, i, f, *initial: fwbw_forward(q, k, v, i, f, config, *initial))
     backward = jit(lambda ctx, dh, *d_last: fwbw_backward(ctx, dh, config, *d_last))
@@ -122,7 +122,7 @@ def test_no_initial_state_is_the_zero_state():
     arguments = testing.random_arguments(0, (2,), 9, with_state=False)
     cotangents = testing.random_cotangents(1, arguments)
     nothing = arguments._replace(C=None, n=None, m=None)
-    # The gradients of the state are there too.
+    # The gradients of the state exist as well.
     assert_trees_close(
         directly(CONFIG, nothing, cotangents), directly(CONFIG, arguments, cotangents)
     )
@@ -213,7 +213,7 @@ def test_half_precision_at_a_real_size(dtype):
 
 
 def _temporary_memory(time, layers, **options):
-    """Bytes that a scan of layers takes beside its arguments and gradients, on 4 heads."""
+    """Returns the bytes of a scan of layers without its arguments and gradients, for 4 heads."""
     config = mLSTMBackendFwbwConfig(chunk_size=16, **options)
     function = mlstm_fwbw_custom_grad(config)
 
@@ -234,18 +234,18 @@ def test_what_is_not_kept_takes_no_memory(option, numbers):
     kept, computed_again = (
         _temporary_memory(1024, layers, **{option: value}) for value in (True, False)
     )
-    # All layers keep theirs, but only one at a time computes its own again.
+    # All layers keep their arrays, but only one layer at a time recomputes its own.
     assert kept - computed_again > 4 * numbers * (layers - 1.5)
 
 
 def test_memory_is_linear_in_time():
     small, large = (_temporary_memory(time, 1) for time in (1024, 4096))
     assert large < 4.2 * small
-    assert large < 4 * 4 * 4096**2  # Bytes of one matrix of all pairs.
+    assert large < 4 * 4 * 4096**2  # Bytes of a matrix of all pairs.
 
 
 def _equations(jaxpr):
-    """All equations, also those inside of others."""
+    """Yields all equations, including nested ones."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):

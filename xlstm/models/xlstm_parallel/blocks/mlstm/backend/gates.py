@@ -1,7 +1,7 @@
 """Sums of log forget gates, and their gradients, without cancellation.
 
-The log of a forget gate that is nearly shut is large, and a difference of two cumulative sums that
-span it has lost the digits of the others. Nothing here takes such a difference.
+The log of a nearly closed forget gate is large, so a difference of two cumulative sums that include
+it loses the digits of the other gates. No function here takes such a difference.
 """
 
 import jax
@@ -10,13 +10,13 @@ from jax import lax
 
 
 def rev_cumsum(x: jax.Array) -> jax.Array:
-    """Inclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t >= r`."""
+    """Returns inclusive reverse sums over the last axis: entry `r` is the sum over `t >= r`."""
     return lax.cumsum(x, axis=x.ndim - 1, reverse=True)
 
 
 def rev_cumsum_off(x: jax.Array) -> jax.Array:
-    """Exclusive reverse cumulative sum over the last axis: entry `r` is the sum over `t > r`."""
-    # Shifted, not `rev_cumsum(x) - x`, which would lose what is small beside `x`.
+    """Returns exclusive reverse sums over the last axis: entry `r` is the sum over `t > r`."""
+    # A shift rather than `rev_cumsum(x) - x`, which would lose terms that are small next to `x`.
     return jnp.pad(rev_cumsum(x[..., 1:]), [(0, 0)] * (x.ndim - 1) + [(0, 1)])
 
 
@@ -31,14 +31,14 @@ def _split_for_exact_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sum_since(x: jax.Array, start: jax.Array) -> jax.Array:
-    """Sums over the last axis from a given place on.
+    """Returns sums over the last axis from given indices on.
 
     Args:
-        x: `(..., S)`.
-        start: Indices `(..., S)`, none beyond its own place.
+        x: Array `(..., S)`.
+        start: First index of each sum, `(..., S)`, with `start_t <= t`.
 
     Returns:
-        `(..., S)`; entry `t` is the sum over `[start_t, t]`.
+        Sums `(..., S)`; entry `t` is the sum over `[start_t, t]`.
     """
     total = jnp.zeros_like(x)
     for part in _split_for_exact_sums(x):
@@ -49,40 +49,39 @@ def sum_since(x: jax.Array, start: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def causal_forget_matrix(forget_gates: jax.Array) -> jax.Array:
-    """Log weight with which every token reaches every later one.
+    """Returns the log weights of every token in every later one.
 
     Args:
         forget_gates: Log forget gates `(..., S)`.
 
     Returns:
-        `(..., S, S)`; entry `[t, s]` is the sum over `(s, t]`, -inf above the diagonal.
+        Log weights `(..., S, S)`; entry `[t, s]` is the sum over `(s, t]`, -inf above the diagonal.
     """
     size = forget_gates.shape[-1]
     coarse, fine = (jnp.cumsum(x, axis=-1) for x in _split_for_exact_sums(forget_gates))
-    # The difference of the coarse sums is exact, that of the fine ones has little to lose.
+    # The difference of the coarse sums is exact; the fine sums are small, and so is their error.
     sums = coarse[..., :, None] - coarse[..., None, :] + (fine[..., :, None] - fine[..., None, :])
     return jnp.where(jnp.tril(jnp.ones((size, size), bool)), sums, -jnp.inf)
 
 
 def documents(log_f: jax.Array, reset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What resets mean for the tokens.
+    """Returns the document of each token, and the log weight of the zero state before it.
 
     Args:
         log_f: Log forget gates `(..., S)`.
-        reset: Where the state is dropped before the token, bool `(..., S)`.
+        reset: Bool `(..., S)`, True where the state is dropped before the token.
 
     Returns:
-        The number of resets up to the token, and, where that is not 0, the log weight with which
-        the zero state after the last of them, whose `m = 0` bounds the log scale, reaches it. Both
-        `(..., S)`.
+        The number of resets up to the token, and, where that is not 0, the log weight at the token
+        of the zero state after the last reset, whose `m = 0` bounds the log scale. Both `(..., S)`.
     """
-    places = jnp.where(reset, jnp.arange(reset.shape[-1]), 0)
-    start = lax.cummax(places, axis=reset.ndim - 1)
+    reset_indices = jnp.where(reset, jnp.arange(reset.shape[-1]), 0)
+    start = lax.cummax(reset_indices, axis=reset.ndim - 1)
     return jnp.cumsum(reset, axis=-1), sum_since(log_f, start)
 
 
 def pair_log_weights(i: jax.Array, log_f: jax.Array, document: jax.Array | None) -> jax.Array:
-    """Log weight with which token `s` reaches token `t`.
+    """Returns the log weights of tokens `s` in tokens `t`.
 
     Args:
         i: Input gate pre-activations `(..., S)`.
@@ -90,7 +89,7 @@ def pair_log_weights(i: jax.Array, log_f: jax.Array, document: jax.Array | None)
         document: Number of resets up to the token `(..., S)`; None without resets.
 
     Returns:
-        `(..., S, S)`, entry `[t, s]`; -inf where it does not.
+        Log weights `(..., S, S)`, entry `[t, s]`; -inf for later tokens and other documents.
     """
     pairs = causal_forget_matrix(log_f) + i[..., None, :]
     if document is None:
@@ -99,13 +98,15 @@ def pair_log_weights(i: jax.Array, log_f: jax.Array, document: jax.Array | None)
 
 
 def sum_of_spanning_pairs(pairs: jax.Array) -> jax.Array:
-    """For every token `r` the sum over the pairs `t >= r > s`: transposes `causal_forget_matrix`.
+    """Returns, for each token `r`, the sum over the pairs with `t >= r > s`.
+
+    This is the transpose of `causal_forget_matrix`.
 
     Args:
-        pairs: `(..., S, S)`, entry `[t, s]`.
+        pairs: Values `(..., S, S)`, entry `[t, s]`.
 
     Returns:
-        `(..., S)`.
+        Sums `(..., S)`.
     """
     ones = jnp.ones(pairs.shape[-2:], pairs.dtype)
     reached = jnp.einsum("...ts,sr->...tr", pairs, jnp.triu(ones, 1), precision="highest")
@@ -121,20 +122,20 @@ causal_forget_matrix.defvjp(
 def gradient_of_last_m(
     i: jax.Array, log_f: jax.Array, initial_m: jax.Array, reset: jax.Array | None, d_m: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Follows the maxima of `m` from the last state back to the gates.
+    """Returns the gradients through the maxima that lead from the gates to the last `m`.
 
     Args:
         i: Input gate pre-activations `(..., T)`.
         log_f: Log forget gates `(..., T)`.
-        initial_m: The initial `m (...)`.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
-        d_m: Gradient of the last `m`, all other ways for it accounted for, `(...)`.
+        initial_m: Initial `m (...)`.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
+        d_m: Gradient of the last `m (...)`, without its paths through `C` and `n`.
 
     Returns:
         Gradients of `i (..., T)`, of `log_f (..., T)` and of the initial `m (...)`.
     """
     time = i.shape[-1]
-    to_end = rev_cumsum_off(log_f)  # Log forget gates after the token.
+    to_end = rev_cumsum_off(log_f)  # Sum of the log forget gates after the token.
     start = jnp.zeros(d_m.shape, int)
     is_carried = jnp.ones(d_m.shape, bool)
     if reset is not None:

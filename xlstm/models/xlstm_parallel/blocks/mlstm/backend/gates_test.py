@@ -11,7 +11,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
 
 
 def forget_matrix(x):
-    """The definition, in float64: every entry is a sum of its own."""
+    """Computes the definition in float64, with a separate sum for each entry."""
     x = np.asarray(x, np.float64)
     matrix = np.full((*x.shape, x.shape[-1]), -np.inf)
     for t in range(x.shape[-1]):
@@ -65,7 +65,7 @@ def test_gradient_of_the_forget_matrix():
 
 
 def test_the_gradient_does_not_cancel():
-    # What does not span a gate is huge beside what does.
+    # Terms that do not span a gate are huge compared with terms that do.
     pairs = np.zeros((3, 3), np.float32)
     pairs[0, 0] = pairs[1, 0] = pairs[2, 2] = 1e9
     pairs[2, 1] = 1

@@ -1,4 +1,4 @@
-"""The chunkwise backend on every length, chunk size, kind of gates and option, one by one."""
+"""Tests of the chunkwise backend for all combinations of lengths, chunk sizes and options."""
 
 import functools
 import itertools
@@ -51,7 +51,7 @@ def test_every_option(kept, stabilize_correctly):
     problem = testing.problem(17, with_reset=True, stabilize_correctly=stabilize_correctly)
     actual = solve_with(stabilize_correctly, *kept)
     testing.assert_solves(problem, *actual)
-    # What is kept is not seen in the results at all, but for the order of additions.
+    # The kept arrays change nothing in the results except the order of additions.
     with_all = solve_with(stabilize_correctly, True, True, True, True)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(with_all), strict=True):
-        assert testing.relative_error(x, y, 1e-30) < 1e-6  # Some are zero.
+        assert testing.relative_error(x, y, 1e-30) < 1e-6  # Some gradients are zero.

@@ -1,17 +1,17 @@
-"""The division by the mLSTM's normalizer, and its gradient."""
+"""The division by the normalizer of the mLSTM, and its gradient."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-# Beyond this a gradient says nothing: the normalizer all but vanishes beside what it is made of.
+# Larger gradients carry no information: the normalizer nearly cancels in the sum that forms it.
 _LARGEST_GRADIENT = 1e20
 
 
 def _denominator(qn: jax.Array, m: jax.Array, stabilize_correctly: bool):
     """Returns the denominator, and where it is `|qn|`."""
-    # With m large exp(-m) is zero in floating point, which division must not meet.
+    # With a large m, exp(-m) underflows to zero, by which we must not divide.
     smallest = float(jnp.finfo(qn.dtype).tiny) ** 0.25
     bound = jnp.maximum(jnp.exp(-m), smallest) if stabilize_correctly else jnp.ones_like(m)
     return jnp.maximum(jnp.abs(qn), bound), jnp.abs(qn) > bound
@@ -21,20 +21,20 @@ def _denominator(qn: jax.Array, m: jax.Array, stabilize_correctly: bool):
 def divide_by_normalizer(
     numerator: jax.Array, qn: jax.Array, m: jax.Array, stabilize_correctly: bool
 ) -> jax.Array:
-    """The cell's output from its stabilised numerator and normalizer.
+    """Returns the output of the cell for a stabilized numerator and normalizer.
 
-    The log scale `m` is a constant for the gradient: `h` does not depend on it.
+    The log scale `m` is a constant of the gradient, since `h` does not depend on it.
 
     Args:
         numerator: `C_t^T q_t`, `(..., DHV)`.
         qn: `n_t . q_t`, `(...)`.
         m: Log scale `(...)`.
-        stabilize_correctly: Whether the bound of the normalizer is `exp(-m)`, which makes the
-            output independent of `m`, or 1. With 1 the denominator is a constant for the gradient,
-            which is exact behind a scale-invariant norm.
+        stabilize_correctly: Whether the normalizer is bounded by `exp(-m)`, which makes the output
+            independent of `m`, instead of 1. With 1 the denominator is a constant of the gradient,
+            which is exact if a scale-invariant norm follows.
 
     Returns:
-        `h (..., DHV)`, finite also where the normalizer is zero.
+        `h (..., DHV)`, finite even where the normalizer is zero.
     """
     return numerator / _denominator(qn, m, stabilize_correctly)[0][..., None]
 
@@ -42,11 +42,11 @@ def divide_by_normalizer(
 def normalizer_gradients(
     dh: jax.Array, h: jax.Array, qn: jax.Array, m: jax.Array, stabilize_correctly: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradient of `divide_by_normalizer`.
+    """Returns the gradients of `divide_by_normalizer`.
 
     Args:
         dh: Gradient of the output `(..., DHV)`.
-        h: The output `(..., DHV)`.
+        h: Output `(..., DHV)`.
         qn: `n_t . q_t`, `(...)`.
         m: Log scale `(...)`.
         stabilize_correctly: See `divide_by_normalizer`.

@@ -1,4 +1,4 @@
-"""The mLSTM in its parallel form: all pairs of tokens at once, quadratic in `T`, easy to read."""
+"""The mLSTM in its parallel form: all pairs of tokens at once, quadratic in `T`."""
 
 import dataclasses
 import functools
@@ -9,15 +9,17 @@ from jax import lax
 
 from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMInputs,
-    MLSTMState,
     mLSTMBackend,
     mLSTMBackendConfig,
-    run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     documents,
     pair_log_weights,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMInputs,
+    MLSTMState,
+    run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
 
@@ -26,7 +28,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_b
 class mLSTMBackendParallelStabilizedConfig(mLSTMBackendConfig):
     """Options of the `parallel_stabilized` backend."""
 
-    stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
+    stabilize_correctly: bool  # Bound the normalizer by exp(-m) instead of 1.
 
 
 def mlstm_parallel_stabilized(
@@ -36,17 +38,17 @@ def mlstm_parallel_stabilized(
     stabilize_correctly: bool,
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, MLSTMState]:
-    """Runs the cell over a sequence by weighing every pair of a token and an earlier one.
+    """Runs the cell over a sequence by weighting all pairs of a token and an earlier one.
 
-    Token `s` reaches token `t` with the log weight `D_ts = F_ts + i_s`, where `F_ts` is the sum of
-    the log forget gates over `(s, t]`; the initial state does with `b_t + m_0`, where `b` is their
-    cumulative sum; `m_t` is the maximum.
+    The log weight of token `s` in token `t` is `D_ts = F_ts + i_s`, where `F_ts` is the sum of the
+    log forget gates over `(s, t]`. The log weight of the initial state is `b_t + m_0`, where `b` is
+    the cumulative sum of the log forget gates. `m_t` is the maximum of all of them.
 
     Args:
         inputs: Prepared inputs over `T` tokens.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
         stabilize_correctly: See `divide_by_normalizer`.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        precision: Precision of float32 products, see `product_precision`.
 
     Returns:
         `h (..., T, DHV)` and the last state.
@@ -57,8 +59,8 @@ def mlstm_parallel_stabilized(
     q, k, v, i, log_f, state = inputs
     if not stabilize_correctly:
         state = state._replace(m=lax.stop_gradient(state.m))
-    # The log weight of the state that stands before the token's document: the initial state, or,
-    # after a reset, the zero state, whose m = 0 still bounds the log scale from below.
+    # Log weight of the state before the token's document: the initial state, or, after a reset, the
+    # zero state, whose m = 0 still bounds the log scale from below.
     log_carry = jnp.cumsum(log_f, axis=-1) + state.m[..., None]
     document, carries = None, jnp.ones(i.shape, bool)
     if reset is not None:
@@ -81,7 +83,7 @@ def mlstm_parallel_stabilized(
     h = divide_by_normalizer(numerator, qn, m, stabilize_correctly)
 
     last_m = m[..., -1] if stabilize_correctly else scale[..., -1]
-    rescale = jnp.exp(scale[..., -1] - last_m)  # 1; its gradient is that of the true scale.
+    rescale = jnp.exp(scale[..., -1] - last_m)  # The value 1, with the gradient of the true scale.
     last_weight = rescale[..., None] * weight[..., -1, :]
     last_carry = rescale * carry[..., -1]
     last = MLSTMState(
@@ -94,7 +96,7 @@ def mlstm_parallel_stabilized(
 
 
 class mLSTMBackendParallelStabilized(mLSTMBackend):
-    """Backend `parallel_stabilized`: the readable oracle."""
+    """Backend `parallel_stabilized`: quadratic in `T`, the readable reference."""
 
     config: mLSTMBackendParallelStabilizedConfig
     config_class = mLSTMBackendParallelStabilizedConfig

@@ -1,4 +1,4 @@
-"""The mLSTM step by step: the definition, and the form that decoding uses."""
+"""The mLSTM in its recurrent form: the definition of the cell, and a decoding step."""
 
 import dataclasses
 import functools
@@ -9,10 +9,12 @@ from jax import lax
 
 from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
-    MLSTMInputs,
-    MLSTMState,
     mLSTMBackend,
     mLSTMBackendConfig,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMInputs,
+    MLSTMState,
     run_prepared,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_by_normalizer
@@ -22,7 +24,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import divide_b
 class mLSTMBackendRecurrentConfig(mLSTMBackendConfig):
     """Options of the `recurrent` backend."""
 
-    stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
+    stabilize_correctly: bool  # Bound the normalizer by exp(-m) instead of 1.
 
 
 def mlstm_step(
@@ -36,9 +38,9 @@ def mlstm_step(
     stabilize_correctly: bool,
     precision: lax.Precision | None = None,
 ) -> tuple[MLSTMState, jax.Array]:
-    """One token of the mLSTM.
+    """Runs the cell on one token.
 
-    For the gradient `C` and `n` are taken at a constant scale `exp(m)`; `h` does not depend on it.
+    The gradient treats the scale `exp(m)` of `C` and `n` as constant; `h` does not depend on it.
 
     Args:
         state: State before the token.
@@ -48,7 +50,7 @@ def mlstm_step(
         i: Input gate pre-activation `(...)`.
         log_f: Log forget gate `(...)`.
         stabilize_correctly: See `divide_by_normalizer`.
-        precision: How exactly float32 is multiplied, see `product_precision`.
+        precision: Precision of float32 products, see `product_precision`.
 
     Returns:
         The state after the token, and `h (..., DHV)`.
@@ -80,11 +82,11 @@ def mlstm_recurrent(
     stabilize_correctly: bool,
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, MLSTMState]:
-    """Runs the cell over a sequence, one token after the other.
+    """Runs the cell over a sequence, token by token.
 
     Args:
         inputs: Prepared inputs over `T` tokens.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
         stabilize_correctly: See `divide_by_normalizer`.
         precision: See `mlstm_step`.
 
@@ -92,7 +94,7 @@ def mlstm_recurrent(
         `h (..., T, DHV)` and the last state.
     """
     q, k, v, i, log_f, state = inputs
-    if stabilize_correctly:  # From the true scale to a constant one; a factor of 1.
+    if stabilize_correctly:  # From the true scale to a constant one, by a factor of 1.
         state = _rescale(state, state.m - lax.stop_gradient(state.m))
     tokens = [jnp.moveaxis(x, -2, 0) for x in (q, k, v)]
     tokens += [jnp.moveaxis(x, -1, 0) for x in (i, log_f)]
@@ -120,7 +122,7 @@ def mlstm_recurrent(
 
 
 class mLSTMBackendRecurrent(mLSTMBackend):
-    """Backend `recurrent`: linear in `T`, a token at a time, differentiable by JAX itself."""
+    """Backend `recurrent`: token by token, linear in `T`, differentiated by JAX."""
 
     config: mLSTMBackendRecurrentConfig
     config_class = mLSTMBackendRecurrentConfig

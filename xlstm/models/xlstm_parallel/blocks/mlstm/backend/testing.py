@@ -1,4 +1,4 @@
-"""The mLSTM written down once more, from its equations and in float64, to test the backends by."""
+"""A float64 reference of the mLSTM, written from its equations, for tests of the backends."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 
 class Arguments(NamedTuple):
-    """What a backend is called with and differentiated for; the last three are the first state."""
+    """Arguments of a backend; `C`, `n` and `m` are the initial state."""
 
     q: Any
     k: Any
@@ -38,7 +38,7 @@ def random_arguments(
     """Draws normal arguments, in float32.
 
     Args:
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
         leading: Leading axes, such as `(B, NH)`.
         time: `T`.
         qk_dim: `DHQK`.
@@ -48,7 +48,7 @@ def random_arguments(
         with_state: Whether the state is random instead of zero.
 
     Returns:
-        `q, k (..., T, DHQK)`, `v (..., T, DHV)`, `i, f (..., T)` and the state before them.
+        `q, k (..., T, DHQK)`, `v (..., T, DHV)`, `i, f (..., T)` and the initial state.
     """
     rng = np.random.default_rng(seed)
 
@@ -76,7 +76,7 @@ def random_cotangents(seed: int, arguments: Arguments):
 
 
 def _step(xp, constant: Callable, stabilize_correctly: bool, state, token, reset):
-    """One token; `constant` marks what is held constant if not `stabilize_correctly`."""
+    """Runs one token; `constant` marks constants of the gradient if not `stabilize_correctly`."""
     q, k, v, i, f = token
     C, n, m = (
         xp.where(xp.reshape(reset, reset.shape + (1,) * (x.ndim - reset.ndim)), 0.0, x)
@@ -104,16 +104,16 @@ def _time_first(arguments: Arguments, reset):
 
 
 def oracle(arguments: Arguments, reset: np.ndarray, *, stabilize_correctly: bool):
-    """The mLSTM token by token with NumPy in float64.
+    """Runs the mLSTM token by token with NumPy in float64.
 
     Args:
         arguments: Arguments over `T` tokens.
-        reset: Where the state is dropped before the token, bool `(..., T)`.
-        stabilize_correctly: Whether the normalizer's bound is `exp(-m)` and not 1.
+        reset: Bool `(..., T)`, True where the state is dropped before the token.
+        stabilize_correctly: Whether the normalizer is bounded by `exp(-m)` instead of 1.
 
     Returns:
         `h (..., T, DHV)`; the last state `(C, n, m)`; and where the function is well-conditioned,
-        bool `(..., T)`: the normalizer is not about to pass through zero.
+        that is, the normalizer is not close to zero, bool `(..., T)`.
     """
     arguments = jax.tree.map(lambda x: np.asarray(x, np.float64), arguments)
     tokens, resets = _time_first(arguments, reset)
@@ -129,15 +129,15 @@ def oracle(arguments: Arguments, reset: np.ndarray, *, stabilize_correctly: bool
 def oracle_gradients(
     arguments: Arguments, reset: np.ndarray, cotangents, *, stabilize_correctly: bool
 ) -> Arguments:
-    """The gradient of the mLSTM token by token, by JAX's own differentiation in float64.
+    """Computes the gradients of the mLSTM token by token, with JAX in float64.
 
     Without `stabilize_correctly` the denominator and `m` are held constant.
 
     Args:
         arguments: Arguments over `T` tokens.
-        reset: Where the state is dropped before the token, bool `(..., T)`.
+        reset: Bool `(..., T)`, True where the state is dropped before the token.
         cotangents: Cotangents of `h` and of the last state.
-        stabilize_correctly: Whether the normalizer's bound is `exp(-m)` and not 1.
+        stabilize_correctly: Whether the normalizer is bounded by `exp(-m)` instead of 1.
 
     Returns:
         The gradients of the arguments.
@@ -174,16 +174,16 @@ _jitted_gradients = jax.jit(
 
 
 def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangents):
-    """Runs a function that is to be tested, and differentiates it.
+    """Runs and differentiates a function under test.
 
     Args:
-        cell: `cell(arguments, reset) -> (h, (C, n, m))`.
-        arguments: The arguments that it is differentiated for.
-        reset: Where the state is dropped before the token, bool `(..., T)`, or None.
-        cotangents: Cotangents of what it returns.
+        cell: Function `cell(arguments, reset) -> (h, (C, n, m))`.
+        arguments: Arguments with respect to which it is differentiated.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
+        cotangents: Cotangents of the outputs.
 
     Returns:
-        What it returns, and the gradients of the arguments.
+        The outputs, and the gradients of the arguments.
     """
 
     def run(arguments, reset, cotangents):
@@ -198,7 +198,7 @@ def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangent
 
 
 def relative_error(actual, expected, floor: float = 0.0) -> float:
-    """The norm of the error over that of the expected array and `floor`."""
+    """Returns the norm of the error, divided by the norm of the expected array plus `floor`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {actual.shape}, expected {expected.shape}")
@@ -206,13 +206,13 @@ def relative_error(actual, expected, floor: float = 0.0) -> float:
 
 
 class _Case(NamedTuple):
-    """Gates of a sequence; a forget gate's centre is drawn from `forget_centres`."""
+    """Distribution of the gates; centres of forget gates are drawn from `forget_centres`."""
 
     forget_centres: tuple[float, ...] = (3.0,)
     forget_scale: float = 1.0
     input_bias: float = 0.0
-    input_range: float = 0.0  # If not 0, input gates are uniform up to it.
-    with_state: bool = True  # Else it is zero, and only `h` has a cotangent.
+    input_range: float = 0.0  # If not 0, input gates are uniform within +- this.
+    with_state: bool = True  # If False, the state is zero, and only `h` has a cotangent.
 
 
 CASES = {
@@ -233,15 +233,15 @@ CASES = {
 
 
 class Problem(NamedTuple):
-    """Sequences of all `CASES` in one batch, and what a backend must make of them.
+    """Sequences of all `CASES` in one batch, with the expected outputs and gradients.
 
     Attributes:
-        arguments: With leading axes `(len(CASES), 2)`.
-        reset: Where the state is dropped before the token, bool `(..., T)`.
-        cotangents: Of `(h, (C, n, m))`.
-        outputs: True `(h, (C, n, m))`, in float64.
-        gradients: True gradients of the arguments, in float64.
-        is_well_conditioned: Tokens whose output is compared, and has a cotangent, `(..., T)`.
+        arguments: Arguments with leading axes `(len(CASES), 2)`.
+        reset: Bool `(..., T)`, True where the state is dropped before the token.
+        cotangents: Cotangents of `(h, (C, n, m))`.
+        outputs: Expected `(h, (C, n, m))`, in float64.
+        gradients: Expected gradients of the arguments, in float64.
+        is_well_conditioned: Tokens whose output is compared and has a cotangent, bool `(..., T)`.
     """
 
     arguments: Arguments
@@ -254,7 +254,7 @@ class Problem(NamedTuple):
 
 @functools.cache
 def problem(time: int, *, with_reset: bool, stabilize_correctly: bool = True) -> Problem:
-    """Makes the problem over `time` tokens, with random resets or without any."""
+    """Creates the problem over `time` tokens, with or without random resets."""
     sequences = []
     for seed, case in enumerate(CASES.values()):
         rng = np.random.default_rng(seed)
@@ -279,10 +279,10 @@ def problem(time: int, *, with_reset: bool, stabilize_correctly: bool = True) ->
 
 
 def assert_solves(problem: Problem, outputs, gradients: Arguments) -> None:
-    """Asserts that outputs and gradients are the true ones, case by case.
+    """Asserts that outputs and gradients are as expected, case by case.
 
     Args:
-        problem: What they are the outputs and gradients of.
+        problem: Problem with the expected values.
         outputs: `(h, (C, n, m))`.
         gradients: Gradients of the arguments.
     """
@@ -294,7 +294,7 @@ def assert_solves(problem: Problem, outputs, gradients: Arguments) -> None:
         for key, x, y in zip("hCnm", (h[mask], *state), (true_h[mask], *true_state), strict=True):
             if not (error := relative_error(x, y)) < 3e-5:
                 wrong.append(f"{name}: {key} is off by {error:.1e}")
-        # Some gradients are zero, or nearly so: their errors are measured by the others too.
+        # Some gradients are nearly zero, so errors are relative to the largest gradient as well.
         largest = max(np.linalg.norm(y[at]) for y in problem.gradients)
         for key, x, y in zip(Arguments._fields, gradients, problem.gradients, strict=True):
             error = relative_error(x[at], y[at], 1e-2 * largest)

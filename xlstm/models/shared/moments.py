@@ -1,4 +1,4 @@
-"""Statistics of gates: sums of which mean and deviation can be told, and which can be added."""
+"""Statistics of gates: additive sums that yield the mean and the standard deviation."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from jax import lax
 
 
 class Moments(NamedTuple):
-    """Sums over rows of equal length; those of parts, on several devices say, can be added.
+    """Sums over rows of equal length, which can be added across devices or minibatches.
 
     Attributes:
         count: Number of rows.
-        mean: Sum of the rows' means.
-        square: Sum of the rows' mean squares.
+        mean: Sum of the means of the rows.
+        square: Sum of the mean squares of the rows.
     """
 
     count: jax.Array
@@ -23,9 +23,9 @@ class Moments(NamedTuple):
 
 
 def moments_of(x: jax.Array) -> Moments:
-    """Returns the moments of all numbers in `x`, whose last axis has the rows; no gradient.
+    """Returns the moments of all elements of `x`, whose last axis is a row, without gradient.
 
-    A row's mean comes first: a float32 sum over very many numbers would lose the last ones.
+    Rows are averaged first, since one long float32 sum would round small terms away.
     """
     x = lax.stop_gradient(x).astype(jnp.float32)
     means, squares = jnp.mean(x, axis=-1), jnp.mean(jnp.square(x), axis=-1)
@@ -35,16 +35,16 @@ def moments_of(x: jax.Array) -> Moments:
 def sow_gate_moments(
     layer: nn.Module, igate: jax.Array, fgate: jax.Array, ogate: jax.Array
 ) -> None:
-    """Sows the moments of a layer's gates, from its compact method.
+    """Sows the moments of a layer's gates as `gate_moments`; call it in a compact method.
 
-    Whoever makes the collection `intermediates` mutable finds in it, as the layer's `gate_moments`,
-    the `Moments` of this device's gates over all tokens, by the names of the arguments.
+    With the collection `intermediates` mutable, the layer's `gate_moments` is a dictionary from the
+    argument names below to the `Moments` of the local gates over all tokens.
 
     Args:
         layer: The layer.
         igate: Pre-activations of the input gates, `(..., T)` or `(..., T, DH)`.
-        fgate: Pre-activations of the forget gates, alike.
-        ogate: What the cell's output is multiplied by, any shape.
+        fgate: Pre-activations of the forget gates, shaped like `igate`.
+        ogate: Factor of the cell's output, of any shape.
     """
     if layer.is_mutable_collection("intermediates"):
         gates = {"igate": igate, "fgate": fgate, "ogate": ogate}

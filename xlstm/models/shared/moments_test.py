@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm.models.xlstm_parallel.blocks.moments import moments_of
+from xlstm.models.shared.moments import moments_of
 
 
 def test_parts_add_up_to_the_whole():
