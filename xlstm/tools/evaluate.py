@@ -54,22 +54,32 @@ from xlstm.trainer.logger.terminal import format_accuracy
 from xlstm.visible_text import visible
 
 _DATA = flags.DEFINE_list(
-    "data", None, "Token stores, as name=path or path [the run's validation sets, to their end]."
+    "data",
+    None,
+    "Token stores, as name=path or path. The default are the run's own validation sets.",
 )
 _LENGTHS = flags.DEFINE_list(
-    "lengths", None, "Lengths of the run's task, such as 41-64,65-256 [those of the run]."
+    "lengths",
+    None,
+    "Ranges of lengths of the run's task, such as 41-64,65-256. The default are the run's ranges.",
 )
 _MAX_BATCHES = flags.DEFINE_integer(
-    "max_batches", None, "Largest number of batches of each set [all].", lower_bound=1
+    "max_batches",
+    None,
+    "Largest number of batches of each set. By default whole sets are evaluated.",
+    lower_bound=1,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Rows in a batch [that of the run].", lower_bound=1
+    "batch_size", None, "Rows in a batch. The default is the run's batch size.", lower_bound=1
 )
 _CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context_length", None, "Tokens in a row [the run's].", lower_bound=1
+    "context_length",
+    None,
+    "Tokens in a row. The default is the run's context length.",
+    lower_bound=1,
 )
 _VERIFY_DATA = define_verify_data()
-_JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a JSON object.")
 _MOST_PADDED_TOKENS = 2**24
 
 

@@ -1,4 +1,7 @@
-"""Trains a language model: `bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER`."""
+"""Trains a language model.
+
+    bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER
+"""
 
 import os
 
@@ -25,10 +28,12 @@ from xlstm.trainer.llm.callbacks import evaluated_params
 from xlstm.trainer.llm.train import TrainingRun, train_language_model
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; if it holds the run already, it resumes [runs/CONFIG]."
+    "workdir",
+    None,
+    "Folder of the run. If it holds the run already, training resumes. The default is runs/CONFIG.",
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Resume a run that began with another configuration."
+    "allow_config_change", False, "Resumes a run that began with another configuration."
 )
 _VERIFY_DATA = define_verify_data()
 

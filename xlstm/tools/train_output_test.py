@@ -102,4 +102,6 @@ def test_a_run_under_nohup_goes_on(folder):
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-    assert "SIGTERM: saving a checkpoint" in output and "SIGHUP" not in output
+    assert (
+        "SIGTERM received: the run finishes its current step" in output and "SIGHUP" not in output
+    )
