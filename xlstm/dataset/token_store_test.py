@@ -72,7 +72,7 @@ def test_folder_that_is_no_store(tmp_path):
 
 def test_file_instead_of_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot read .*file"):
+    with pytest.raises(ValueError, match="file is a file, not a token store"):
         TokenStore.open(str(tmp_path / "file"))
 
 

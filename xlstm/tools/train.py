@@ -1,6 +1,8 @@
 """Trains a language model.
 
     bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER
+
+The same command resumes a run that was stopped.
 """
 
 import os
