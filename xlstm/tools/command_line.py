@@ -1,4 +1,4 @@
-"""What the command-line tools share: how they start and fail, their help, and their paths."""
+"""Start, exit, help, paths and output of the command-line tools."""
 
 import contextlib
 import difflib
@@ -180,7 +180,7 @@ def _flag_usage(flag: flags.Flag) -> str:
     kind = "|".join(values) if values else _VALUES.get(flag.flag_type(), "VALUE")
     default = flag.default
     default = ",".join(map(str, default)) if isinstance(default, list) else default
-    # A missing default needs no words, and that of a configuration has too many.
+    # Shows short defaults only, not that of a configuration.
     has_default = isinstance(default, (str, int, float)) and default != ""
     return f"--{flag.name}={kind}" + (f" (default: {default})" if has_default else "")
 
@@ -262,7 +262,9 @@ def _fail(message: str) -> None:
 
 
 def _report_loss(reason: str) -> None:
-    print(f"the standard output cannot be written ({reason}): going on without it", file=sys.stderr)
+    print(
+        f"the standard output cannot be written ({reason}): continuing without it", file=sys.stderr
+    )
 
 
 def _end_without_reader() -> None:

@@ -99,7 +99,7 @@ _WORKERS = flags.DEFINE_integer(
 
 @dataclasses.dataclass
 class LeftOut:
-    """What the input has and a store has not.
+    """Counts of input that is not in a store.
 
     Attributes:
         num_empty: Number of documents without text.

@@ -59,7 +59,7 @@ def test_a_run_outlives_the_reader_of_its_output(folder):
     assert process.wait(timeout=100) == 0
     first, *others = errors.splitlines()
     assert first == "train: loading JAX and the model code ..."
-    lost = "the standard output cannot be written (Broken pipe): going on without it"
+    lost = "the standard output cannot be written (Broken pipe): continuing without it"
     assert [line for line in others if not line.startswith("train: ")] == [lost]
     training = [row for row in _rows(folder / "head") if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 21))

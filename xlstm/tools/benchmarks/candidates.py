@@ -143,8 +143,8 @@ def _backend_candidate(
     choice: BackendConfig, chunk_size: int | None, model: ModelConfig | None
 ) -> Candidate:
     taken = {field.name for field in dataclasses.fields(backend_config(choice))}
-    told = dataclasses.asdict(choice)
-    options = {name: told[name] for name in told if name in taken - {"chunk_size"}}
+    given = dataclasses.asdict(choice)
+    options = {name: given[name] for name in given if name in taken - {"chunk_size"}}
     return Candidate(choice.name, chunk_size, options, create_backend(choice, model))
 
 

@@ -310,7 +310,7 @@ class Fuzz:
             ids = [int(word) for word in answer.text.split()]
             _check(all(0 <= i < _MODEL.vocab_size for i in ids), f"ids {ids}")
             is_same = self._expected[case.kind] in (None, ids)
-            _check(is_same or case.kind != "saved state", "it goes on in another way")
+            _check(is_same or case.kind != "saved state", "it continues in another way")
             return ids
         if KINDS[case.kind].tool == _EVALUATE:
             with open(output, encoding="utf-8") as file:

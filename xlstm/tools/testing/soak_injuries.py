@@ -150,38 +150,40 @@ def _close_pipe(run: HurtRun) -> str:
         thread.join()
     # The run prints something at the next evaluation, and logs a row of metrics after it.
     interval = run.config.eval_interval
-    told_by = (run.last_row_step() // interval + 1) * interval + 3
+    reported_by = (run.last_row_step() // interval + 1) * interval + 3
     try:
-        run.wait_for_steps(told_by - run.last_row_step())
-        return _stop_without_terminal(run, told_by)
+        run.wait_for_steps(reported_by - run.last_row_step())
+        return _stop_without_terminal(run, reported_by)
     except RunIsOver:
-        return _check_without_terminal(run, told_by)
+        return _check_without_terminal(run, reported_by)
 
 
 def _fill_disk_of_log(run: HurtRun) -> str:
-    told_by = run.last_row_step() + 1  # If all steps are done, no row is logged.
+    reported_by = run.last_row_step() + 1  # If all steps are done, no row is logged.
     with open("/dev/full", "w") as full:
         run.start(output=full, errors=run.rng.choice((None, full)))
     try:
         run.wait_for_moment(in_training=True)
-        return _stop_without_terminal(run, told_by)
+        return _stop_without_terminal(run, reported_by)
     except RunIsOver:
-        return _check_without_terminal(run, told_by)
+        return _check_without_terminal(run, reported_by)
 
 
-def _stop_without_terminal(run: HurtRun, told_by: int) -> str:
+def _stop_without_terminal(run: HurtRun, reported_by: int) -> str:
     run.send(signal.SIGTERM)
-    sentence = _check_without_terminal(run, told_by)
+    sentence = _check_without_terminal(run, reported_by)
     _check_stopped(run)
     return sentence
 
 
-def _check_without_terminal(run: HurtRun, told_by: int) -> str:
+def _check_without_terminal(run: HurtRun, reported_by: int) -> str:
     """Checks that the run has succeeded and its metrics mark the lost terminal by a step."""
     statuses = run.join()
     run.check(not any(statuses), f"ended with {statuses} without a terminal")
-    is_told = any(TERMINAL_LOST in row for row in run.all_rows())
-    run.check(is_told or run.last_row_step() < told_by, "does not say that the terminal is lost")
+    is_reported = any(TERMINAL_LOST in row for row in run.all_rows())
+    run.check(
+        is_reported or run.last_row_step() < reported_by, "does not say that the terminal is lost"
+    )
     said = re.search(".*cannot be written.*", run.log())
     return said[0] if said else ""
 
@@ -386,7 +388,7 @@ def _kill_one(run: HurtRun) -> str:
     run.check(statuses[other] != 0, f"ended with {statuses} when one was killed")
     # The process reports it, or JAX does when the coordinator is gone.
     said = re.search("^error: .*|Terminating process because.*", run.log(other), re.MULTILINE)
-    run.check(said, "is mute after one was killed")
+    run.check(said, "printed nothing after one was killed")
     return said[0]
 
 
@@ -396,22 +398,22 @@ def _of_signal(number: signal.Signals) -> Injury:
 
 
 def _of_checkpoint(how: str) -> Injury:
-    then = "named it, and went on from the one before"
+    then = "named it, and resumed from the one before"
     return Injury(f"checkpoint {how}", then, lambda run: _damage(run, how))
 
 
-_ON, _REFUSED = "went on from the last checkpoint", "refused to start, status 2"
+_ON, _REFUSED = "resumed from the last checkpoint", "refused to start, status 2"
 INJURIES = (
     Injury("SIGKILL", _ON, _kill, share=2),
     Injury("SIGKILL while writing", _ON, _kill_while_writing, share=2),
     *map(_of_signal, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)),
-    Injury("paused", "went on", _pause),
+    Injury("paused", "continued", _pause),
     *map(_of_checkpoint, ("flipped", "cut off", "removed", "torn")),
-    Injury("closed pipe", "trained on, and said so in its metrics", _close_pipe),
-    Injury("full disk of the log", "trained on, and said so in its metrics", _fill_disk_of_log),
+    Injury("closed pipe", "trained on, and recorded it in its metrics", _close_pipe),
+    Injury("full disk of the log", "trained on, and recorded it in its metrics", _fill_disk_of_log),
     Injury("damaged store", _REFUSED, _damage_store),
     Injury("shrunk store", "stopped, status 2", _shrink_store),
-    Injury("streak of bad steps", "went on from before the streak", _ruin, share=2),
+    Injury("streak of bad steps", "resumed from before the streak", _ruin, share=2),
     Injury("second run in the folder", _REFUSED, _rival, (1,)),
     Injury("other configuration", _REFUSED, _differ, (2,), share=3),
     Injury("other store", _REFUSED, _differ_in_store, (2,)),
@@ -419,7 +421,7 @@ INJURIES = (
     Injury("other number of processes", _REFUSED, _differ_in_number, (2,)),
     Injury("one process missing", _REFUSED, _miss_one, (2,)),
     Injury("one process late", "waited", _start_late, (2,)),
-    Injury("one process killed", "ended, and went on from the last checkpoint", _kill_one, (2,)),
+    Injury("one process killed", "exited, and resumed from the last checkpoint", _kill_one, (2,)),
 )
 
 

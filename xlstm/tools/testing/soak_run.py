@@ -336,24 +336,24 @@ class HurtRun:
         return [step for step in self._damaged if is_there(step)]
 
     def _check_start(self) -> None:
-        """The last start went on from the newest confirmed checkpoint, if it came that far."""
+        """Checks that the last start resumed from the newest confirmed checkpoint, if it got there."""
         confirmed, damaged, unconfirmed = self._expected
         newest = max(confirmed, default=0)
         log = self.log()
         found = re.search(r"resuming from step ([\d,]+)", log)
         if found:
             step = int(found[1].replace(",", ""))
-            self.check(step == newest, f"went on from {step}, not from {newest}")
+            self.check(step == newest, f"resumed from {step}, not from {newest}")
             for what, steps in ("damaged", damaged), ("not confirmed", unconfirmed):
                 for step in steps:
                     is_named = re.search(f"step {step:,} is {what}|step {step} is {what}", log)
                     self.check(is_named, f"did not say that the checkpoint of {step} is {what}")
         elif confirmed:
-            # It was hurt before it said anything; or it began anew, which it must not.
+            # It was injured before it printed anything, unless it wrongly started from scratch.
             rows = self.rows()
             steps = [row["step"] for row in rows]
             self.check(steps == sorted(steps) and steps[0] == 0, "lost rows")
-            self.check(steps[-1] >= newest, "began anew")
+            self.check(steps[-1] >= newest, "started from scratch")
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the metrics without those that differ when a run is repeated."""

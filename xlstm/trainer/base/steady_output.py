@@ -1,6 +1,6 @@
 """Standard streams that never fail: text that cannot be written is dropped.
 
-A long run goes on when the reader of a pipe ends, when a terminal closes or is paused, and when the
+A long run continues when the reader of a pipe ends, when a terminal closes or is paused, and when the
 disk that holds the log is full.
 """
 

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a progress bar, evaluations, and the mesh."""
+"""The terminal's view of a run: a progress bar, evaluations, and the mesh."""
 
 import time
 
@@ -104,7 +104,7 @@ class TerminalLogger(Logger):
 
 
 class _Line(ProgressColumn):
-    """The whole bar on one line: what does not fit the terminal's width is left out."""
+    """The bar and its figures on one line, without those that do not fit the terminal."""
 
     max_refresh = None
 
