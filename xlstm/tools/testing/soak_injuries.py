@@ -181,9 +181,7 @@ def _check_without_terminal(run: HurtRun, reported_by: int) -> str:
     statuses = run.join()
     run.check(not any(statuses), f"ended with {statuses} without a terminal")
     is_reported = any(TERMINAL_LOST in row for row in run.all_rows())
-    run.check(
-        is_reported or run.last_row_step() < reported_by, "does not say that the terminal is lost"
-    )
+    run.check(is_reported or run.last_row_step() < reported_by, "does not report the lost terminal")
     said = re.search(".*cannot be written.*", run.log())
     return said[0] if said else ""
 

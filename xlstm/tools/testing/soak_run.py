@@ -336,7 +336,7 @@ class HurtRun:
         return [step for step in self._damaged if is_there(step)]
 
     def _check_start(self) -> None:
-        """Checks that the last start resumed from the newest confirmed checkpoint, if it got there."""
+        """Checks that the last start, if it got there, resumed from the right checkpoint."""
         confirmed, damaged, unconfirmed = self._expected
         newest = max(confirmed, default=0)
         log = self.log()

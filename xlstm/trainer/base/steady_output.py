@@ -1,7 +1,7 @@
 """Standard streams that never fail: text that cannot be written is dropped.
 
-A long run continues when the reader of a pipe ends, when a terminal closes or is paused, and when the
-disk that holds the log is full.
+A long run continues when the reader of a pipe ends, when a terminal closes or is paused, and when
+the disk that holds the log is full.
 """
 
 import errno
