@@ -148,22 +148,23 @@ def memory_advice(config: RunConfig, mesh: Mesh, memory: dict[str, int]) -> str:
     state = memory["parameters"] + memory["optimizer state"]
     if state > _ACCELERATOR_BYTES / 2:
         text += (
-            f" To lower parameters and optimizer state ({_size(state)}), divide them over more"
+            f"\nTo lower parameters and optimizer state ({_size(state)}), shard them over more"
             " devices: raise mesh.fsdp, mesh.tp or mesh.pp."
         )
     if memory["temporary"] > _ACCELERATOR_BYTES / 2:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         rows = config.data.batch_size // shards // config.trainer.num_minibatches
-        ways = ["lower data.batch_size", "raise trainer.num_minibatches, which keeps the numbers"]
+        ways = ["raise trainer.num_minibatches, which leaves the result unchanged"]
         if config.model.remat != "block":
             ways.append(f"set model.remat=block (now {config.model.remat})")
         if config.model.dtype == "float32":
             ways.append("set model.dtype=bfloat16")
-        ways += ["raise mesh.dp or mesh.fsdp, with more devices", "lower data.context_length"]
+        ways += ["raise mesh.dp or mesh.fsdp, on more devices", "lower data.batch_size"]
+        ways.append("lower data.context_length")
         text += (
-            f" To lower temporary memory ({_size(memory['temporary'])}), mostly activations of the"
+            f"\nTo lower temporary memory ({_size(memory['temporary'])}), mostly activations of the"
             f" {rows:,} x {config.data.context_length:,} tokens that a device computes at once:"
-            f" {'; '.join(ways)}."
+            + "".join(f"\n  - {way}" for way in ways)
         )
     return text
 
