@@ -104,3 +104,11 @@ def test_bad_input_is_one_line_and_status_2(folder):
             assert errors.startswith("error: ") and errors.count("\n") == 1, errors
             assert text in errors
     tokens.write_bytes(content)
+
+
+def test_help_lists_the_flags_of_all_modules_and_succeeds(folder):
+    process = _start(folder, "--help")
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    for flag in ("checkpoint", "mesh", "data", "simulate_devices", "[no]verify_data"):
+        assert f"\n  --{flag}" in output

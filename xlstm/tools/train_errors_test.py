@@ -127,6 +127,21 @@ def test_bad_input_is_one_line_and_status_2(errors_of_bad_input, name):
     assert named in errors_of_bad_input[name]
 
 
+def test_help_lists_the_flags_and_succeeds(folder):
+    output, errors = _start(folder, "new", "--help").communicate(timeout=100)
+    for flag in ("workdir", "config", "simulate_devices", "[no]allow_config_change"):
+        assert f"\n  --{flag}" in output, errors
+    assert "--config.mesh.tp=2" in output  # An example of a field; not all of them are listed.
+    assert output.count("--config.") == 1
+
+
+def test_the_flag_of_a_field_and_the_name_of_a_config_are_suggested(folder):
+    line = _error(_start(folder, "new", "--num_steps=60"))
+    assert line == "error: there is no flag --num_steps; did you mean --config.trainer.num_steps?"
+    line = _error(_start(folder, "new", "--config=smok"))
+    assert line.endswith("did you mean --config=smoke?")
+
+
 def test_bad_input_leaves_no_folder(folder):
     for process in [_start_with(folder, "new", name) for name in ("mesh", "no validation store")]:
         _error(process)
