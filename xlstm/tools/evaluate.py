@@ -19,7 +19,6 @@ from absl import flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from xlstm.tools.command_line import (
     announce_start,
@@ -183,8 +182,8 @@ def load_checkpoint(
     return evaluate
 
 
-def _table(row: dict[str, float], title: Text) -> Table:
-    table = Table(title=title)
+def _table(row: dict[str, float]) -> Table:
+    table = Table()
     for column in ("set", "loss", "perplexity", "accuracy", "bits/byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for suffix in validation_suffixes(row):
@@ -219,8 +218,8 @@ def main(argv: list[str]) -> None:
             if json_path:
                 write_atomically(json_path, json.dumps(row, indent=2) + "\n")
             workdir, _ = split_checkpoint_path(path)
-            title = Text(f"step {row['step']:,} of {visible(workdir.path)}, {_extent()}")
-            print_table(_table(row, title))
+            print(f"step {row['step']:,} of {visible(workdir.path)}, {_extent()}:")
+            print_table(_table(row))
 
 
 if __name__ == "__main__":
