@@ -184,7 +184,7 @@ def load_checkpoint(
 
 def _table(row: dict[str, float]) -> Table:
     table = Table()
-    for column in ("set", "loss", "perplexity", "accuracy", "bits/byte"):
+    for column in ("set", "loss (nats/token)", "perplexity", "accuracy", "bits/byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for suffix in validation_suffixes(row):
         bits = row.get(f"val_bits_per_byte{suffix}")
