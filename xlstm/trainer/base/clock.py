@@ -51,8 +51,9 @@ class Clock:
             self._enter(outer)
 
     def _enter(self, name: str) -> None:
+        # The phase comes last: a thread that sees the new phase then sees its beginning, too.
+        self._entered = time.perf_counter()
         self._record(name)
-        self._entered = self._since
 
     def _record(self, name: str) -> None:
         now = time.perf_counter()
