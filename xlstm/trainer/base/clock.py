@@ -101,6 +101,7 @@ _REPORT_AFTER = {
     _ACTIVITIES["compile"]: (1.0, 10.0, 30.0, 60.0),
     _FIRST_EVALUATION: (1.0, 10.0, 30.0, 60.0),
     _ACTIVITIES["checkpoint"]: (5.0, 30.0, 60.0),
+    _ACTIVITIES["other"]: (5.0, 30.0, 60.0),
     _ACTIVITIES["end"]: (2.0, 10.0, 30.0, 60.0),
 }
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -137,7 +138,7 @@ def report_waits(clock: Clock, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def _report_time(after: tuple[float, ...], number: int) -> float:
-    """Returns the seconds after which a report is due, `number` of them having been made."""
+    """Returns the seconds after which a report is due if `number` reports have been made."""
     extra = max(number - len(after) + 1, 0)
     return after[min(number, len(after) - 1)] + extra * after[-1]
 
