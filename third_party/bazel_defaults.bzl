@@ -1,8 +1,8 @@
 """Small local stand-ins for the repositories that Bazel 4 downloads for every build.
 
-Bazel 4 itself refers to `@rules_cc`, `@rules_java` and `@remote_coverage_tools`, and takes them from
-the network although a Python build uses nothing of them. A repository that WORKSPACE declares first
-takes the place of the default.
+Bazel 4 itself refers to `@rules_cc`, `@rules_java` and `@remote_coverage_tools`, and downloads them
+although a Python build does not use them. A repository that WORKSPACE declares first replaces the
+default.
 """
 
 _CC_RULES = [
@@ -57,9 +57,9 @@ _native_rules = repository_rule(
 )
 
 def bazel_defaults():
-    """Declares the stand-ins where they are needed; a Bazel later than 4 keeps its own defaults."""
+    """Declares the stand-ins for Bazel 4; later versions keep their own defaults."""
 
-    # Debian builds its Bazel 4.2.3 without a version number.
+    # Debian's Bazel 4.2.3 has no version number.
     if native.bazel_version and not native.bazel_version.startswith("4."):
         return
     existing = native.existing_rules()

@@ -1,15 +1,15 @@
-"""The repository rule behind `@pip`: locked Python packages, and the interpreter they were made for.
+"""The repository rule behind `@pip`: locked Python packages, and the interpreter they are for.
 
-`@pip//:jax` is a `py_library` of the installed distribution `jax` and all that it requires; the
-names are those of the distributions in lower case, with `_` for `-` and `.`. `@pip//:python_toolchain`
-runs every Python target with the interpreter that installed the packages: `python3` on the PATH, or
-the one that the environment variable XLSTM_PYTHON names.
+`@pip//:jax` is a `py_library` of the installed distribution `jax` and everything that it requires.
+Target names are distribution names in lower case, with `_` for `-` and `.`.
+`@pip//:python_toolchain` runs every Python target with the interpreter that installed the packages:
+`python3` on the PATH, or the one in the environment variable XLSTM_PYTHON.
 """
 
 _OLDEST_PYTHON = (3, 11)
 _NEWEST_PYTHON = (3, 13)
 
-# A virtual environment may be gone tomorrow, the interpreter that it was made from stays.
+# A virtual environment may be removed; the interpreter that it was made from stays.
 _DESCRIBE_PYTHON = """
 import importlib.util, sys
 print(*sys.version_info[:2], int(importlib.util.find_spec("pip") is not None))
@@ -17,7 +17,7 @@ print(getattr(sys, "_base_executable", sys.executable))
 """
 
 def _find_python(repository_ctx):
-    """Returns the interpreter that was asked for, the one it is based on, and whether it has pip."""
+    """Returns the requested interpreter, and the interpreter that it is based on."""
     wanted = repository_ctx.os.environ.get("XLSTM_PYTHON") or "python3"
     path = repository_ctx.which(wanted) if "/" not in wanted else wanted
     if not path:
@@ -49,7 +49,7 @@ def _pip_repository_impl(repository_ctx):
     result = repository_ctx.execute(
         [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--no-compile"] +
         ["--only-binary", ":all:", "--target", "site-packages", "-r", lock],
-        # Settings that some people have in their pip's configuration, and that refuse `--target`.
+        # Overrides settings in a user's pip configuration that reject `--target`.
         environment = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0"},
         timeout = 3600,
     )

@@ -1,11 +1,12 @@
-"""Makes a Bazel repository of the packages that pip installed: `pip_repository.bzl` runs it there.
+"""A program that turns the packages that pip installed into a Bazel repository.
 
-Usage: python pip_repository.py LOCK INTERPRETER, in the folder that holds `site-packages`.
+`pip_repository.bzl` runs it in the folder that holds `site-packages`:
+python pip_repository.py LOCK INTERPRETER.
 
-Every distribution becomes a `py_library` whose data are its own files and those of all that it
-requires. Writing the requirements out in full is what allows distributions to require each other,
-which Bazel's `deps` do not. A folder that one distribution has to itself is a single label: a test
-then links some hundred paths into its sandbox rather than ten thousand, and files with unusual
+Every distribution becomes a `py_library` whose data are its own files and the files of all its
+requirements. The requirements are listed in full because distributions may require each other,
+which Bazel's `deps` cannot. A folder that belongs to one distribution is a single label: a test
+then links about a hundred paths into its sandbox instead of ten thousand, and files with unusual
 names never become labels.
 """
 
@@ -58,8 +59,8 @@ py_library(
 )
 """
 
-# No `site` (-S): the interpreter's own packages are neither used nor in the way. No script folder
-# on the path (-P): a module beside a program never hides one of the standard library.
+# No `site` (-S): the interpreter's own packages are not visible. No script folder on the path (-P):
+# a module next to a program never hides one of the standard library.
 _INTERPRETER = """\
 #!/bin/sh
 exec '{interpreter}' -S -P "$@"
@@ -96,11 +97,11 @@ def own_paths(distribution_files: Mapping[str, Sequence[PurePosixPath]]) -> dict
 
 
 def requirements(packages: Mapping[str, Distribution], roots: Iterable[Requirement]) -> dict:
-    """Returns for each distribution the names of all that it needs, itself included.
+    """Returns for each distribution the names of all distributions it needs, including itself.
 
     Args:
         packages: the installed distributions by their canonical names.
-        roots: what the lock asks for; the extras of a distribution are those asked for anywhere.
+        roots: what the lock requests; a distribution has every extra that is requested anywhere.
 
     Raises:
         ValueError: a distribution that is required is not installed.
@@ -123,7 +124,7 @@ def requirements(packages: Mapping[str, Distribution], roots: Iterable[Requireme
 
 
 def _needs(distribution: Distribution, extra: str) -> list[Requirement]:
-    """Returns what a distribution requires on this platform, with one extra or none ("")."""
+    """Returns the requirements of a distribution on this platform, with one extra or none ("")."""
     needs = [Requirement(line) for line in distribution.requires or []]
     return [r for r in needs if r.marker is None or r.marker.evaluate({"extra": extra})]
 
@@ -138,7 +139,7 @@ def _reachable(start: str, edges: Mapping[str, set[str]]) -> set[str]:
 
 
 def locked_requirements(lock: str) -> list[Requirement]:
-    """Returns the requirements in the text of a lock that hold on this platform."""
+    """Returns the requirements in the text of a lock that apply to this platform."""
     lines = re.findall(r"^[A-Za-z0-9][^\\\n]*", lock, flags=re.MULTILINE)
     locked = [Requirement(line) for line in lines]
     return [r for r in locked if r.marker is None or r.marker.evaluate()]
@@ -148,7 +149,7 @@ def build_file(site: Path, lock: str, interpreter: str) -> str:
     """Returns the text of the BUILD file for the packages in the folder `site`."""
     packages = installed(site)
     files = {
-        # Scripts and the like lie outside of `site-packages`; compiled files come later.
+        # Scripts are outside of `site-packages`; compiled files are added later.
         name: [f for f in d.files or [] if f.parts[0] != ".." and f.parent.name != "__pycache__"]
         for name, d in packages.items()
     }
@@ -165,7 +166,7 @@ def build_file(site: Path, lock: str, interpreter: str) -> str:
 def main(lock: str, interpreter: str) -> None:
     """Writes the repository's files, and compiles the packages once for all tests."""
     site = Path(_SITE)
-    # To Bazel such a file is the border of another package.
+    # Bazel treats the folder of such a file as another package.
     for name in ("BUILD", "BUILD.bazel"):
         for file in site.rglob(name):
             if file.is_file():
@@ -173,8 +174,8 @@ def main(lock: str, interpreter: str) -> None:
     Path("BUILD").write_text(build_file(site, Path(lock).read_text(), interpreter))
     Path("python3").write_text(_INTERPRETER.format(interpreter=interpreter))
     Path("python3").chmod(0o755)
-    # Unchecked: nothing here changes any more. What does not compile (templates, tests of syntax
-    # errors) is not imported either.
+    # Unchecked, because nothing here changes later. What does not compile (templates, tests of
+    # syntax errors) is not imported either.
     compileall.compile_dir(
         site,
         quiet=2,

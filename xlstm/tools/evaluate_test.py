@@ -8,6 +8,8 @@ import pytest
 
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
+from xlstm.testing.patience import PATIENCE
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import evaluate
 from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
@@ -44,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def _start(folder, *flags):
-    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": ""}
+    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": QUICK_XLA_FLAGS}
     return start_tool(evaluate, *flags, env=env)
 
 
@@ -60,7 +62,7 @@ def test_it_finds_what_the_run_found(folder):
     flags = "--checkpoint=run", "--json=found.json", "--simulate_devices=4", "--mesh=fsdp=2,tp=2"
     process = _start(folder, *flags)
     early = _start(folder, "--checkpoint=run/checkpoints/10", "--data=wiki", "--json=early.json")
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert "held out" in output and "wiki" in output
     found = json.loads((folder / "found.json").read_text())
@@ -73,7 +75,7 @@ def test_it_finds_what_the_run_found(folder):
         bits = found[f"val_loss{suffix}"] / math.log(2)
         assert bits < found[f"val_bits_per_byte{suffix}"] < 1.01 * bits
 
-    output, errors = early.communicate(timeout=200)
+    output, errors = early.communicate(timeout=PATIENCE)
     assert early.returncode == 0, errors
     found = json.loads((folder / "early.json").read_text())
     expected = {name: x for name, x in _logged(folder, 10).items() if "wiki" in name}
@@ -100,7 +102,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
     for two in (texts[i : i + 2] for i in range(0, len(texts), 2)):  # Most of it is importing.
         processes = {text: _start(folder, *cases[text]) for text in two}
         for text, process in processes.items():
-            _, errors = process.communicate(timeout=200)
+            _, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == 2, errors
             assert errors.startswith("error: ") and errors.count("\n") == 1, errors
             assert text in errors
@@ -109,7 +111,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
 
 def test_help_lists_the_flags_of_all_modules_and_succeeds(folder):
     process = _start(folder, "--help")
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (0, "")
     for flag in ("checkpoint", "mesh", "data", "simulate_devices", "[no]verify_data"):
         assert f"\n  --{flag}" in output

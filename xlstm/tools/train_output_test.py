@@ -8,6 +8,7 @@ import time
 import pytest
 
 from xlstm.dataset.testing import write_store
+from xlstm.testing.patience import PATIENCE
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
@@ -46,7 +47,7 @@ def _rows(workdir):
 
 
 def _wait_for_rows(process, workdir, number):
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     while not os.path.exists(workdir / "metrics.jsonl") or len(_rows(workdir)) < number:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -56,7 +57,7 @@ def test_a_run_outlives_the_reader_of_its_output(folder):
     process = _start(folder, "head")
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(timeout=100) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     first, *others = errors.splitlines()
     assert first == "train: loading JAX and the model code ..."
     lost = "the standard output cannot be written (Broken pipe): continuing without it"
@@ -71,7 +72,7 @@ def test_a_run_outlives_the_reader_of_its_output(folder):
 def test_a_run_outlives_the_disk_of_its_log(folder):
     with open("/dev/full", "w") as full:
         process = _start(folder, "full", stdout=full, stderr=full)
-        assert process.wait(timeout=100) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert _rows(folder / "full")[-2]["terminal_lost"] == 1
 
 
@@ -88,7 +89,7 @@ def test_when_the_terminal_closes_the_run_is_saved(folder):
     for _ in range(2):  # From the kernel and from the shell.
         process.send_signal(signal.SIGHUP)
         time.sleep(0.01)
-    assert process.wait(timeout=100) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     last = _rows(folder / "closed")[-1]["step"]
     assert (folder / "closed" / "checkpoints" / str(last)).is_dir()
 
@@ -100,7 +101,7 @@ def test_a_run_under_nohup_goes_on(folder):
     process.send_signal(signal.SIGHUP)
     _wait_for_rows(process, folder / "nohup", len(_rows(folder / "nohup")) + 20)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert (
         "SIGTERM received: the run finishes its current step" in output and "SIGHUP" not in output

@@ -7,6 +7,8 @@ import matplotlib.image
 import pytest
 
 from xlstm.dataset.testing import write_store
+from xlstm.testing.patience import PATIENCE
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.callbacks.metrics import SPEEDS
@@ -28,6 +30,7 @@ def start(folder):
     write_store(folder / "store", [" ".join(rng.choices(words, k=200)) for _ in range(50)])
     # Most of a run's time is compiling: the runs share what does not differ.
     env = {
+        "XLA_FLAGS": QUICK_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "BUILD_WORKING_DIRECTORY": str(folder),
@@ -51,7 +54,7 @@ def start(folder):
 
 def _finish(process):
     """Waits for a run that must succeed; returns what it printed."""
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output
 
