@@ -164,8 +164,6 @@ def help_text(description: str) -> str:
     indented = textwrap.TextWrapper(width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     parts = [description, "", "Flags:"]
     for flag in project_flags():
-        if flag.name.startswith("config."):  # There are a hundred: show_config explains them.
-            continue
         text = " ".join((flag.help or "").split())
         # absl puts the values of an enum in front, which the usage shows already.
         parts += [f"  {_flag_usage(flag)}", indented.fill(re.sub(r"^<\S*>: ", "", text))]
