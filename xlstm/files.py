@@ -1,8 +1,10 @@
-"""Files: read only within their folder and in bounds, written whole or not at all."""
+"""File operations: paths that stay in their folder, bounded reads, atomic writes and checksums."""
 
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -10,22 +12,26 @@ from typing import Any
 
 from xlstm.visible_text import short_repr
 
-# Of a file that is read at once. The largest tokenizers have tens of megabytes.
+# The largest file that is read at once. The largest tokenizers have tens of megabytes.
 MAX_BYTES = 200_000_000
+_BLOCK_BYTES = 1 << 20  # Large enough that hashing lets other Python threads run.
+
+
+# Paths that stay in their folder.
 
 
 def inner_path(folder: str, name: str) -> str:
-    """Returns the path of something in a folder.
+    """Returns the path of an entry of a folder.
 
-    A link may lead to something else in the folder; and, as in the cache of the Hugging Face hub,
-    from `models--A--B/snapshots/...` to a file of `models--A--B/blobs`.
+    A link may lead to another entry below the folder. In the cache of the Hugging Face hub, it may
+    also lead from `models--A--B/snapshots/...` to a file of `models--A--B/blobs`.
 
     Args:
-        folder: The folder; how one comes to it does not matter.
-        name: A plain name in it; there need not be anything of that name.
+        folder: The folder, which may itself be reached through a link.
+        name: The plain name of the entry, which need not exist.
 
     Raises:
-        ValueError: If it is no plain name, or a link that leads out of the folder.
+        ValueError: If `name` is not a plain name, or is a link that leads out of the folder.
     """
     try:
         is_plain = name not in ("", os.curdir, os.pardir) and not {os.sep, "\0"} & set(name)
@@ -33,24 +39,21 @@ def inner_path(folder: str, name: str) -> str:
     except UnicodeEncodeError:
         is_plain = False
     if not is_plain:
-        raise ValueError(f"{folder}: {name!r} is no plain name of a file in that folder")
+        raise ValueError(f"{folder}: {name!r} is not a plain name of a file in that folder")
     path = os.path.join(folder, name)
     check_inside(folder, path)
     return path
 
 
 def find_file(folder: str, name: str) -> str | None:
-    """Finds a file, or a folder, in a folder.
+    """Returns the path of a file or folder in a folder, or None if it does not exist.
 
     Args:
-        folder: The folder.
-        name: Its plain name.
-
-    Returns:
-        Its path; None if there is nothing of that name.
+        folder: The folder to look in.
+        name: The plain name of the entry.
 
     Raises:
-        ValueError: See `inner_path`; or if it is neither a file nor a folder.
+        ValueError: See `inner_path`; or the entry is neither a file nor a folder.
     """
     path = inner_path(folder, name)
     if not os.path.lexists(path):
@@ -58,21 +61,21 @@ def find_file(folder: str, name: str) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise ValueError(f"{path} is a link to nothing") from None
+        raise ValueError(f"{path} is a broken link") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"{path} is no file")  # A pipe might be waited for without an end.
+        raise ValueError(f"{path} is not a regular file")  # Opening a pipe might block forever.
     return path
 
 
 def check_inside(folder: str, path: str) -> None:
-    """Checks that a path in a folder does not lead out of it; see `inner_path`.
+    """Checks that a path does not lead out of its folder; see `inner_path`.
 
     Args:
         folder: The folder.
-        path: The path.
+        path: A path below it, which may be a link.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it leads out of the folder.
     """
     top, target = os.path.realpath(folder), os.path.realpath(path)
     if os.path.commonpath([top, target]) == top:
@@ -81,44 +84,13 @@ def check_inside(folder: str, path: str) -> None:
     is_cache = is_snapshot and os.path.basename(parent).startswith(("models--", "datasets--"))
     if not (is_cache and os.path.dirname(target) == os.path.join(parent, "blobs")):
         raise ValueError(
-            f"{path} is a link that leads out of {folder}, to {target}: put what is there into the"
-            " folder"
+            f"{path} is a link that leads out of {folder}, to {target}: replace it with a copy of"
+            " its target"
         )
-
-
-def read_file(path: str) -> bytes:
-    """Reads a file that somebody else may have made.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: If it is no file, or too large to be what anybody reads at once.
-        OSError: If it cannot be read.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is no file")  # A pipe might be waited for without an end.
-    if status.st_size > MAX_BYTES:
-        raise ValueError(
-            f"{path} has {status.st_size:,} bytes: expected a file of at most {MAX_BYTES:,}"
-        )
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def find_outward_link(folder: str) -> str | None:
-    """Looks at everything in a folder, and in the folders there.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        What is wrong with a link that leads out of it, as a sentence; None if there is none.
-    """
+    """Returns a sentence about the first link below a folder that leads out of it, or None."""
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(root, name)
@@ -130,17 +102,38 @@ def find_outward_link(folder: str) -> str | None:
     return None
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Reads a JSON object.
+# Bounded reads.
+
+
+def read_file(path: str) -> bytes:
+    """Returns the content of a file from an untrusted source.
 
     Args:
         path: The file.
 
-    Returns:
-        The object.
+    Raises:
+        ValueError: If it is not a regular file, or has more than `MAX_BYTES`.
+        OSError: If it cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")  # Opening a pipe might block forever.
+    if status.st_size > MAX_BYTES:
+        raise ValueError(
+            f"{path} has {status.st_size:,} bytes: expected a file of at most {MAX_BYTES:,}"
+        )
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+        path: The file.
 
     Raises:
-        ValueError: If there is no such file, it cannot be read, or `parse_json` refuses it.
+        ValueError: If the file is missing or cannot be read, or `parse_json` rejects it.
     """
     try:
         content = read_file(path)
@@ -152,57 +145,64 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def parse_json(content: str | bytes, name: str, *, strict: bool = False) -> dict[str, Any]:
-    """Parses a JSON object, in which no object names a field twice.
+    """Parses a JSON object and rejects duplicate fields, at any depth.
 
     Args:
-        content: The text, or its UTF-8.
-        name: What to call it in an error.
-        strict: Whether to refuse NaN and Infinity, which Python writes and JSON does not know.
+        content: The text, or its UTF-8 bytes.
+        name: The name of the content in errors.
+        strict: Whether to reject NaN and Infinity, which Python writes and JSON does not define.
 
     Returns:
         The object.
 
     Raises:
-        ValueError: If it is none, or is nested or written in a way that cannot be read.
+        ValueError: If the content is not a JSON object, or is nested too deeply.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         found = json.loads(
             text,
             object_pairs_hook=_without_duplicates,
-            parse_constant=_refuse_constant if strict else float,
+            parse_constant=_reject_constant if strict else float,
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} cannot be read: it is not UTF-8 ({error})") from None
     except RecursionError:
         raise ValueError(f"{name} cannot be read: it is nested too deeply") from None
-    except ValueError as error:  # Not JSON; or a number of thousands of digits.
+    except ValueError as error:  # Invalid JSON, or an integer with too many digits for Python.
         raise ValueError(f"{name} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{name} holds no JSON object")
     return found
 
 
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which JSON does not know")
+def _reject_constant(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is not JSON")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of its fields; of two with one name, one would be lost."""
+    """Returns the object of some fields; raises ValueError if a name occurs twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {short_repr(twice)} is there twice")
+        raise ValueError(f"the field {short_repr(twice)} occurs twice")
     return fields
+
+
+# Atomic writes.
+
+
+class FolderExistsError(ValueError):
+    """An error for a new folder whose path is taken."""
 
 
 @contextlib.contextmanager
 def naming_file(path: str) -> Iterator[None]:
-    """Adds a file's name to the OSErrors of a block, which have it only if opening failed.
+    """Adds a path to each OSError of a block that has none, as those of writing do not.
 
     Args:
-        path: The file.
+        path: The file that the block reads or writes.
     """
     try:
         yield
@@ -213,11 +213,11 @@ def naming_file(path: str) -> Iterator[None]:
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
-    """Writes a file so that, whatever happens, either the old content or the new one is there.
+    """Writes a file so that its path always has either the old or the new content.
 
     Args:
         path: The file.
-        content: Its content; text is written as UTF-8.
+        content: The new content; text is written as UTF-8.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = f"{path}.tmp"
@@ -234,32 +234,103 @@ def write_atomically(path: str, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-    """Makes a folder that gets its name when everything in it is written.
+def new_folder(path: str, *, one_writer: bool = True) -> Iterator[str]:
+    """Makes a folder that appears at its path once everything in it is written.
+
+    After an error, nothing is left. A process that is killed leaves the temporary folder.
 
     Args:
-        path: The folder to make.
+        path: The folder to make; missing parents are made too.
+        one_writer: Whether a second writer of the same path fails at once, because both write to
+            `<path>.unfinished`. Otherwise each writes to its own `<path>.incomplete-...`, and the
+            first to finish wins.
 
     Yields:
-        The folder to write into, beside it; after an error it is removed.
+        The temporary folder to write into, next to `path`.
 
     Raises:
-        ValueError: If there is something of that name, or the folder beside it is in use.
+        FolderExistsError: If the path is taken, at the start or at the end.
+        ValueError: If `<path>.unfinished` exists.
     """
-    unfinished = f"{os.path.abspath(path)}.unfinished"
+    path = os.path.abspath(path)
     if os.path.lexists(path):
-        raise ValueError(f"{path} exists already: choose another folder")
-    os.makedirs(os.path.dirname(unfinished), exist_ok=True)
+        raise FolderExistsError(f"{path} exists already: choose another folder, or remove it")
+    temporary = f"{path}.unfinished" if one_writer else f"{path}.incomplete-{secrets.token_hex(4)}"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        os.mkdir(unfinished)
+        os.mkdir(temporary)
     except FileExistsError:
         raise ValueError(
-            f"{unfinished} is being written, or was left when writing it was interrupted: then"
-            " remove it"
+            f"{temporary} exists: wait for the process that writes it, or remove it if that process"
+            " was interrupted"
         ) from None
     try:
-        yield unfinished
-        os.rename(unfinished, path)
+        yield temporary
+        _sync_folder(temporary)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if not os.path.lexists(path):
+                raise
+            raise FolderExistsError(f"{path} was made by another process") from error
+        _sync_folder(os.path.dirname(path))
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sync_folder(path: str) -> None:
+    """Flushes the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Checksums.
+
+
+class Checksum:
+    """A running checksum: the size and SHA-256 of bytes that arrive in pieces."""
+
+    def __init__(self):
+        """Starts at no bytes."""
+        self._num_bytes, self._hash = 0, hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Adds the next bytes; any contiguous buffer is accepted."""
+        self._hash.update(data)
+        self._num_bytes += memoryview(data).nbytes
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    @property
+    def entry(self) -> dict[str, int | str]:
+        """The size in `bytes` and the `sha256`, as token stores and checkpoints record them."""
+        return {"bytes": self._num_bytes, "sha256": self.sha256}
+
+
+def file_checksum(path: str, *, sync: bool = False) -> Checksum:
+    """Computes the checksum of a file, block by block.
+
+    Args:
+        path: The file.
+        sync: Whether to flush the file to the disk afterwards.
+
+    Returns:
+        The checksum of all its bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    checksum = Checksum()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return checksum

@@ -1,13 +1,16 @@
-"""Tests of files that are read and written."""
+"""Tests of file operations."""
 
 import errno
+import hashlib
 import os
 
 import pytest
 
 from xlstm import files
 from xlstm.files import (
+    FolderExistsError,
     check_inside,
+    file_checksum,
     find_file,
     find_outward_link,
     inner_path,
@@ -22,7 +25,7 @@ from xlstm.testing.full_disk import full_disk
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a file and another folder, beside a file of somebody else."""
+    """Returns a folder with a file and a folder; a file outside of it is next to it."""
     (tmp_path / "secret").write_text("secret")
     folder = tmp_path / "model"
     (folder / "more").mkdir(parents=True)
@@ -34,7 +37,7 @@ def folder(tmp_path):
     "name", ["", ".", "..", "/etc/hosts", "../secret", "more/x", "a\0b", "\ud800"]
 )
 def test_a_name_is_a_plain_one(folder, name):
-    with pytest.raises(ValueError, match="no plain name of a file in that folder") as caught:
+    with pytest.raises(ValueError, match="is not a plain name of a file in that folder") as caught:
         inner_path(str(folder), name)
     assert repr(name) in str(caught.value)
 
@@ -55,10 +58,10 @@ def test_links_stay_inside(folder):
         assert find_file(str(folder), name) == str(folder / name)
     check_inside(str(folder), str(folder / "more" / "up"))
     assert find_outward_link(str(folder)) is None
-    # The folder itself may be elsewhere.
+    # The folder itself may be a link.
     (folder.parent / "link").symlink_to("model")
     assert find_file(str(folder.parent / "link"), "same") is not None
-    # But a folder in it is one of its own.
+    # But a folder in it has its own limits.
     with pytest.raises(ValueError, match="leads out of"):
         find_file(str(folder / "more"), "up")
 
@@ -79,13 +82,13 @@ def test_links_that_leave_are_refused(folder, target):
 
 def test_what_is_no_file_inside(folder):
     (folder / "nowhere").symlink_to("nothing")
-    with pytest.raises(ValueError, match="nowhere is a link to nothing$"):
+    with pytest.raises(ValueError, match="nowhere is a broken link$"):
         find_file(str(folder), "nowhere")
     (folder / "loop").symlink_to("loop")
     with pytest.raises((ValueError, OSError), match="loop"):
         find_file(str(folder), "loop")
     os.mkfifo(folder / "pipe")
-    with pytest.raises(ValueError, match="pipe is no file$"):
+    with pytest.raises(ValueError, match="pipe is not a regular file$"):
         find_file(str(folder), "pipe")
 
 
@@ -100,7 +103,7 @@ def test_the_cache_of_the_hub(folder):
     assert find_file(str(snapshot), "file") == str(snapshot / "file")
     check_inside(str(snapshot), str(snapshot / "more" / "file"))
     assert find_outward_link(str(snapshot)) is None
-    # What is no blob of this very model is refused.
+    # Only blobs of the same model are allowed.
     (cache / "refs").write_text("main")
     (snapshot / "refs").symlink_to("../../refs")
     (cache / "blobs" / "out").symlink_to(folder.parent / "secret")
@@ -132,8 +135,8 @@ def test_an_object(tmp_path):
         (b'{"a": "\xff"}', "cannot be read: it is not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "cannot be read: it is not UTF-8"),
         (b'\xef\xbb\xbf{"a": 1}', "cannot be read: Unexpected UTF-8 BOM"),
-        (b'{"a": 1, "b": 2, "a": 1}', "cannot be read: the field 'a' is there twice"),
-        (b'{"b": [{"a": 1, "a": 2}]}', "cannot be read: the field 'a' is there twice"),
+        (b'{"a": 1, "b": 2, "a": 1}', "cannot be read: the field 'a' occurs twice"),
+        (b'{"b": [{"a": 1, "a": 2}]}', "cannot be read: the field 'a' occurs twice"),
         (b'{"a": ' + b"[" * 200_000, "cannot be read: it is nested too deeply"),
         (b'{"a":' * 200_000, "cannot be read: it is nested too deeply"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "cannot be read: Exceeds the limit"),
@@ -155,10 +158,10 @@ def test_what_is_no_json_file(tmp_path, monkeypatch):
     path = str(tmp_path / "a.json")
     with pytest.raises(ValueError, match="a.json is missing$"):
         read_json(path)
-    with pytest.raises(ValueError, match=f"{tmp_path} is no file$"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a regular file$"):
         read_json(str(tmp_path))
-    os.mkfifo(path)  # Nobody ever writes into it.
-    with pytest.raises(ValueError, match="a.json is no file$"):
+    os.mkfifo(path)  # Nobody writes to it.
+    with pytest.raises(ValueError, match="a.json is not a regular file$"):
         read_json(path)
     monkeypatch.setattr(files, "MAX_BYTES", 5)
     (tmp_path / "b.json").write_text('{"a": 1}')
@@ -193,7 +196,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
 
 def test_a_failure_at_the_last_moment_leaves_the_old_content(tmp_path, monkeypatch):
     def replace(*_):
-        assert (tmp_path / "file.tmp").read_text() == "new"  # All of it is there before.
+        assert (tmp_path / "file.tmp").read_text() == "new"  # It is complete before.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "file"
@@ -216,8 +219,8 @@ def test_a_folder_has_its_name_when_it_is_whole(tmp_path):
         with open(os.path.join(folder, "file"), "w") as file:
             file.write("content")
         assert not path.exists()
-        # Nobody else writes there meanwhile.
-        with pytest.raises(ValueError, match="folder.unfinished is being written"):
+        # A second writer fails.
+        with pytest.raises(ValueError, match="folder.unfinished exists: wait for"):
             with new_folder(str(path)):
                 pass
     assert (path / "file").read_text() == "content"
@@ -233,6 +236,16 @@ def test_a_folder_that_was_not_finished_is_removed(tmp_path):
         assert not os.listdir(tmp_path)
 
 
+def test_of_several_writers_the_first_to_finish_wins(tmp_path):
+    path = tmp_path / "folder"
+    with pytest.raises(FolderExistsError, match="folder was made by another process$"):
+        with new_folder(str(path), one_writer=False) as slow:
+            with new_folder(str(path), one_writer=False) as quick:
+                open(os.path.join(quick, "file"), "w").close()
+            assert os.path.basename(slow).startswith("folder.incomplete-")
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["file"]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
 def test_nothing_is_overwritten_by_a_folder(tmp_path, kind):
     path = tmp_path / "taken"
@@ -246,6 +259,15 @@ def test_nothing_is_overwritten_by_a_folder(tmp_path, kind):
         with new_folder(str(path)):
             pass
     assert os.listdir(tmp_path) == ["taken"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2_500_000])
+def test_checksums(tmp_path, size):
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    checksum = file_checksum(str(tmp_path / "file"), sync=True)
+    assert checksum.sha256 == hashlib.sha256(content).hexdigest()
+    assert checksum.entry == {"bytes": size, "sha256": checksum.sha256}
 
 
 def test_errors_name_the_file():

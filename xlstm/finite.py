@@ -1,4 +1,4 @@
-"""What every configuration asks of its numbers."""
+"""The check that all numbers of a configuration are finite."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ def check_finite(prefix: str, config: Any) -> None:
     """Checks that no number in a configuration is infinite or NaN.
 
     Args:
-        prefix: Stands before the names of the fields in a message, such as `optimizer.`.
-        config: A dataclass, whose fields may be tuples of numbers.
+        prefix: The prefix of field names in messages, such as `optimizer.`.
+        config: A dataclass, whose fields may be numbers or tuples of numbers.
 
     Raises:
         ValueError: A number is not finite.

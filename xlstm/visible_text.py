@@ -1,11 +1,11 @@
-"""Text that others have made, as a terminal may show it."""
+"""Escaping of untrusted text, so that a terminal can show it."""
 
 import re
 import reprlib
 from typing import Any
 
-# Control characters, C0 and C1, move the cursor, change colours and titles, or answer as if typed.
-# Those of directions let text look like another one. A lone surrogate cannot be written at all.
+# Control characters (C0 and C1) move the cursor, change colours and titles, or send input to the
+# shell. Direction controls make text look like other text. A lone surrogate cannot be written.
 _UNSEEN = "\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_A_LINE = re.compile(f"[{_UNSEEN}\u2028\u2029]")
 _SHORT = reprlib.Repr()
@@ -14,17 +14,17 @@ _IN_LINES = re.compile(f"(?![\n\t])[{_UNSEEN}]")
 
 
 def visible(text: str) -> str:
-    r"""Returns a line in which characters that act, and are not seen, are written as `\x1b`."""
+    r"""Returns a text as one line, with control characters escaped, such as `\x1b`."""
     return _IN_A_LINE.sub(_escape, text)
 
 
 def visible_lines(text: str) -> str:
-    r"""The same for text of several lines: `\n` and `\t` stay."""
+    r"""Returns a text with control characters escaped, except `\n` and `\t`."""
     return _IN_LINES.sub(_escape, text)
 
 
 def short_repr(value: Any) -> str:
-    """Returns what a JSON file holds as one line, of bounded length, for a message."""
+    """Returns the `repr` of a value as one line of bounded length, for messages."""
     return visible(_SHORT.repr(value))
 
 

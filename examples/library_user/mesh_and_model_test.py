@@ -1,4 +1,4 @@
-"""Uses the library from another workspace: `../../bazelw test //...` in this folder."""
+"""A use of the library from another workspace: run `../../bazelw test //...` in this folder."""
 
 import jax
 import jax.numpy as jnp

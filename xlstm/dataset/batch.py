@@ -1,4 +1,4 @@
-"""A batch, and how large each one of a run is."""
+"""Batches of token windows, and the batch size of each step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from xlstm.dataset.config import DataConfig
 
 @flax.struct.dataclass
 class Batch:
-    """Some rows of token windows, with what the loss and the model need to know of each token.
+    """Rows of tokens, with what the loss and the model need to know about each token.
 
-    The rows come packed from a token store: a row may begin in the middle of a document and may
-    hold several documents, one behind the other, without padding.
+    Rows from a token store are packed: a row may start in the middle of a document and may hold
+    several consecutive documents, without padding.
 
     Attributes:
         inputs: `(B, T)` int32, the tokens that the model reads.
-        targets: `(B, T)` int32, for each input the token that follows it.
+        targets: `(B, T)` int32, the token that follows each input.
         targets_mask: `(B, T)` bool, True where the target counts in the loss.
         reset: `(B, T)` bool, True where the input is the first token of a document: the model
-            drops its state before it reads that token.
+            resets its state before it reads that token.
     """
 
     inputs: np.ndarray | jax.Array
@@ -32,14 +32,14 @@ class Batch:
 
 
 def full_batch(windows: np.ndarray, bos_id: int) -> Batch:
-    """Turns full windows into a batch.
+    """Returns the batch of some full windows.
 
     Args:
         windows: `(B, T + 1)` int32.
-        bos_id: The marker that every document begins with.
+        bos_id: The marker at the start of every document.
 
     Returns:
-        The batch of NumPy arrays `(B, T)`.
+        The batch, in NumPy arrays `(B, T)`.
     """
     inputs = np.ascontiguousarray(windows[:, :-1])
     return Batch(
@@ -51,15 +51,15 @@ def full_batch(windows: np.ndarray, bos_id: int) -> Batch:
 
 
 def padded_batch(windows: Sequence[np.ndarray], shape: tuple[int, int], bos_id: int) -> Batch:
-    """Turns windows, some perhaps short or missing, into a batch.
+    """Returns the batch of some windows, padded where windows are short or missing.
 
     Args:
-        windows: At most `B` of at most `T + 1` tokens.
+        windows: At most `B` windows of at most `T + 1` tokens.
         shape: `(B, T + 1)`.
-        bos_id: The marker that every document begins with; it fills the places without a token.
+        bos_id: The marker at the start of every document; it is also the padding.
 
     Returns:
-        The batch of NumPy arrays `(B, T)`, its mask False where there is no token.
+        The batch, in NumPy arrays `(B, T)`; the mask is False at padding.
     """
     padded = np.full(shape, bos_id, np.int32)
     present = np.zeros(shape, bool)
@@ -71,12 +71,12 @@ def padded_batch(windows: Sequence[np.ndarray], shape: tuple[int, int], bos_id: 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Some steps, one behind the other, whose batches have the same size.
+    """Consecutive steps whose batches have the same size.
 
     Attributes:
         batch_size: Rows in each global batch.
         first_row: Rows in all batches before the phase.
-        num_steps: How many steps it lasts; None: for ever.
+        num_steps: The length of the phase; None if it has no end.
     """
 
     batch_size: int
@@ -84,16 +84,15 @@ class Phase:
     num_steps: int | None
 
 
-def phases_from(config: DataConfig, step: int) -> list[Phase]:
-    """Lists what is still to come of the batch sizes' ramp.
+def remaining_phases(config: DataConfig, step: int) -> list[Phase]:
+    """Returns the phases of the batch-size ramp from a step on.
 
     Args:
-        config: Its batch size and ramp.
-        step: The step to begin with, counted from 0.
+        config: The batch size and its ramp.
+        step: The first step, counted from 0.
 
     Returns:
-        The phases from `step` on, the one that it lies in cut to begin there; only the last has no
-        end.
+        The phases in order. The first one starts at `step`, the last one has no end.
 
     Raises:
         ValueError: The step is negative.
@@ -111,33 +110,28 @@ def phases_from(config: DataConfig, step: int) -> list[Phase]:
     return [*phases, Phase(config.batch_size, row + step * config.batch_size, None)]
 
 
-def batch_size_at(config: DataConfig, step: int) -> int:
-    """Returns the rows of the global batch of a step, counted from 0."""
-    return phases_from(config, step)[0].batch_size
-
-
 def rows_before(config: DataConfig, step: int) -> int:
-    """Returns the rows of all global batches before that of a step, counted from 0."""
-    return phases_from(config, step)[0].first_row
+    """Returns the number of rows in all global batches before a step, counted from 0."""
+    return remaining_phases(config, step)[0].first_row
 
 
 def rows_per_shard(batch_size: int, shard_index: int, shard_count: int) -> int:
-    """Returns the rows of one share of a global batch.
+    """Returns the number of rows in one shard of a global batch.
 
     Args:
         batch_size: Rows in the global batch.
-        shard_index: Which share.
-        shard_count: How many equal shares there are.
+        shard_index: The shard, counted from 0.
+        shard_count: The number of equal shards.
 
     Raises:
-        ValueError: There is no such share, or the shares cannot be equal.
+        ValueError: There is no such shard, or the shards cannot be equal.
     """
     if not 0 <= shard_index < shard_count:
-        raise ValueError(f"shard_index={shard_index} is not one of the {shard_count} shares")
+        raise ValueError(f"shard_index={shard_index}: expected one from 0 to {shard_count - 1}")
     rows, rest = divmod(batch_size, shard_count)
     if rest:
         raise ValueError(
-            f"a batch of {batch_size} rows does not divide into {shard_count} shares: choose"
+            f"a batch of {batch_size} rows does not divide into {shard_count} shards: choose"
             f" multiples of {shard_count} for data.batch_size and data.ramp_batch_sizes"
         )
     return rows

@@ -1,4 +1,4 @@
-"""Reads files that may be compressed, from front to end: gzip, zstd, bzip2 and xz."""
+"""Sequential reading of files that may be compressed: gzip, zstd, bzip2 and xz."""
 
 import bz2
 import lzma
@@ -16,31 +16,31 @@ _CHUNK_BYTES = 1 << 17
 _NAMES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 _MAGIC_BYTES = {
     ".gz": rb"\x1f\x8b",
-    ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # The other ones are to be skipped.
+    ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # The others are skippable frames.
     ".bz2": rb"BZh",
     ".xz": rb"\xfd7zXZ\0",
 }
 
 
 def split_compression(path: str) -> tuple[str, str]:
-    """Splits the ending of a compressed file off, whatever its case.
+    """Splits a path into the name of the decompressed file and the compression extension.
 
     Args:
-        path: The path of a file.
+        path: The path of a file; the case of its extension does not matter.
 
     Returns:
-        The path without the ending, and the ending in lower case or, for other files, "".
+        The path without the extension, and the extension in lower case; for other files, the path
+        and "".
     """
-    root, ending = os.path.splitext(path)
-    return (root, ending.lower()) if ending.lower() in _NAMES else (path, "")
+    root, extension = os.path.splitext(path)
+    return (root, extension.lower()) if extension.lower() in _NAMES else (path, "")
 
 
 class CompressedFile:
-    """The content of a file, decompressed if the ending of its name says so.
+    """The content of a file, decompressed if its extension says so; a context manager.
 
-    Members, frames and streams that follow one another are one content, as the tools `gzip`,
-    `zstd`, `bzip2` and `xz` have it. A content that is cut off or followed by something else is an
-    error. A context manager.
+    Concatenated members, frames and streams are one content, as for the tools `gzip`, `zstd`,
+    `bzip2` and `xz`. A truncated content, or other data after it, is an error.
     """
 
     def __init__(self, path: str):
@@ -50,8 +50,8 @@ class CompressedFile:
             path: Its path.
 
         Raises:
-            ValueError: The file is not compressed as its name says.
-            OSError: It cannot be read.
+            ValueError: The file is not compressed as its extension says.
+            OSError: The file cannot be read.
         """
         self._path = path
         self._raw = open(path, "rb")
@@ -76,20 +76,20 @@ class CompressedFile:
 
     @property
     def position(self) -> int:
-        """How many bytes have been read from the disk."""
+        """The number of bytes read from the disk so far."""
         return self._raw.tell()
 
     def read(self, size: int) -> bytes:
-        """Reads on.
+        """Reads the next bytes.
 
         Args:
             size: The number of bytes.
 
         Returns:
-            So many bytes, fewer only at the end.
+            `size` bytes, or fewer at the end.
 
         Raises:
-            ValueError: The compressed data are damaged or cut off.
+            ValueError: The compressed data is damaged or truncated.
             OSError: The file cannot be read.
         """
         pieces = []
@@ -107,35 +107,37 @@ class CompressedFile:
                     "again, without --long"
                 ) from error
             name = _NAMES[split_compression(self._path)[1]]
-            raise ValueError(f"{self._path} is not a whole {name} file: {error}") from error
+            raise ValueError(f"{self._path} is not a complete {name} file: {error}") from error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read_all(self) -> bytes:
-        """Returns all that has not been read yet; see `read`."""
+        """Returns the rest of the content; see `read`."""
         return b"".join(iter(lambda: self.read(1 << 26), b""))
 
-    def _opened(self, ending: str) -> Callable[[int], bytes]:
-        """Returns a function that reads up to so many bytes of the content."""
-        if not ending:
+    def _opened(self, extension: str) -> Callable[[int], bytes]:
+        """Returns a function that reads at most a given number of bytes of the content."""
+        if not extension:
             return self._raw.read
         head = self._raw.peek(4096)
-        if not _starts(ending, head):
+        if not _starts(extension, head):
             what = foreign_content(head) or (repr(head[:16]) if head else "nothing")
-            raise ValueError(f"{self._path} is not a whole {_NAMES[ending]} file: it holds {what}")
-        if ending == ".zst":
-            import pyarrow  # Here, since it takes half a second.
+            raise ValueError(
+                f"{self._path} is not a complete {_NAMES[extension]} file: it holds {what}"
+            )
+        if extension == ".zst":
+            import pyarrow  # Imported here because it takes half a second.
 
             return pyarrow.CompressedInputStream(self._raw, "zstd").read
-        return _Members(self._raw, ending).read
+        return _Members(self._raw, extension).read
 
 
-def _starts(ending: str, head: bytes) -> bool:
-    """Returns whether a compressed member starts here."""
-    return re.match(_MAGIC_BYTES[ending], head) is not None
+def _starts(extension: str, head: bytes) -> bool:
+    """Returns whether `head` starts a compressed member."""
+    return re.match(_MAGIC_BYTES[extension], head) is not None
 
 
 class _Decoder(Protocol):
-    """What `bz2` and `lzma` have in common."""
+    """The common interface of the decompressors of `bz2` and `lzma`."""
 
     eof: bool
     needs_input: bool
@@ -145,7 +147,7 @@ class _Decoder(Protocol):
 
 
 class _GzipDecoder:
-    """A gzip member, with the interface of a `bz2.BZ2Decompressor`."""
+    """A decompressor of one gzip member, with the interface of `bz2.BZ2Decompressor`."""
 
     def __init__(self):
         self._decoder = zlib.decompressobj(wbits=31)
@@ -166,18 +168,18 @@ _DECODERS: dict[str, Callable[[], _Decoder]] = {
 
 
 class _Members:
-    """The content of gzip members, bzip2 or xz streams, one after the other.
+    """The content of consecutive gzip members, bzip2 streams or xz streams.
 
-    The standard library's file objects ignore what follows the last bzip2 or xz stream.
+    The file objects of the standard library ignore data after the last bzip2 or xz stream.
     """
 
-    def __init__(self, raw: BinaryIO, ending: str):
+    def __init__(self, raw: BinaryIO, extension: str):
         self._raw = raw
-        self._ending = ending
-        self._decoder = _DECODERS[ending]()
+        self._extension = extension
+        self._decoder = _DECODERS[extension]()
 
     def read(self, size: int) -> bytes:
-        """Reads up to `size` bytes; none only at the end."""
+        """Reads at most `size` bytes, and none only at the end."""
         content = b""
         while not content:
             data, is_last = b"", False
@@ -185,7 +187,7 @@ class _Members:
                 data = self._next_member()
                 if not data:
                     return b""
-                self._decoder = _DECODERS[self._ending]()
+                self._decoder = _DECODERS[self._extension]()
             elif self._decoder.needs_input:
                 data = self._raw.read(_CHUNK_BYTES)
                 is_last = not data
@@ -195,14 +197,14 @@ class _Members:
         return content
 
     def _next_member(self) -> bytes:
-        """Returns the first bytes of the next member, or none at the end of the file."""
+        """Returns the first bytes of the next member; none at the end of the file."""
         rest = self._decoder.unused_data
-        # NUL bytes may fill gzip and xz files up.
+        # Gzip and xz files may be padded with NUL bytes.
         while not (rest := rest.lstrip(b"\0")):
             rest = self._raw.read(_CHUNK_BYTES)
             if not rest:
                 return b""
         rest += self._raw.read(16)
-        if not _starts(self._ending, rest):
-            raise EOFError(f"something else follows its end: {rest[:16]!r}")
+        if not _starts(self._extension, rest):
+            raise EOFError(f"other data follows its end: {rest[:16]!r}")
         return rest

@@ -62,17 +62,17 @@ def test_every_truncation_is_an_error(tmp_path, ending):
     whole = one + one
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        if size == len(one):  # Nothing tells that there was more.
+        if size == len(one):  # A cut between members is invisible.
             assert content_of(path) == b"some text, some text"
         else:
-            with pytest.raises(ValueError, match="file.* is not a whole .* file: "):
+            with pytest.raises(ValueError, match="file.* is not a complete .* file: "):
                 content_of(path)
 
 
 def test_something_else_behind(tmp_path, ending):
     path = tmp_path / f"file{ending}"
     path.write_bytes(COMPRESS[ending](TEXT) + b"garbage")
-    with pytest.raises(ValueError, match="file.* is not a whole .* file: "):
+    with pytest.raises(ValueError, match="file.* is not a complete .* file: "):
         content_of(path)
 
 
@@ -90,7 +90,7 @@ def test_changed_bytes(tmp_path, ending):
     data = bytearray(COMPRESS[ending](TEXT))
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="file.* is not a whole .* file: "):
+    with pytest.raises(ValueError, match="file.* is not a complete .* file: "):
         content_of(path)
 
 
@@ -106,7 +106,7 @@ def test_changed_bytes(tmp_path, ending):
 def test_a_wrong_ending(tmp_path, ending, content, message):
     path = tmp_path / f"file{ending}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"file{ending} is not a whole .* file: {message}"):
+    with pytest.raises(ValueError, match=f"file{ending} is not a complete .* file: {message}"):
         content_of(path)
 
 

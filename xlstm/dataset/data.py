@@ -1,4 +1,4 @@
-"""What a run reads: token stores, or a task."""
+"""The data of a run: token stores, or a synthetic task."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from xlstm.dataset.validation import ValidationSet, open_validation_sets
 
 
 class StoreData:
-    """Token stores.
+    """Token stores as the data of a run.
 
     Attributes:
-        stores: The stores that are trained on.
-        tokenizer: What they were encoded with.
-        checksums: By which a run knows its data again.
+        stores: The stores to train on.
+        tokenizer: The tokenizer that they were encoded with.
+        checksums: The SHA-256 of each store's tokens, by which a run recognises its data.
     """
 
     def __init__(self, config: DataConfig, stdlib_dir: str):
-        """Opens the stores; see `open_stores`, as for what is raised."""
+        """Opens the stores; see `open_stores` for arguments and errors."""
         self._config, self.stores = config, open_stores(config, stdlib_dir)
         self.tokenizer = self.stores[0].load_tokenizer()
         self.checksums = [store.meta.files[TOKENS_FILE]["sha256"] for store in self.stores]
@@ -28,7 +28,7 @@ class StoreData:
     def train_batches(
         self, start_step: int = 0, shard_index: int = 0, shard_count: int = 1
     ) -> Iterator[Batch]:
-        """See `train_batches` of the pipeline."""
+        """Yields training batches; see `store_data.train_batches`."""
         return train_batches(
             self._config,
             self.stores,
@@ -38,11 +38,11 @@ class StoreData:
         )
 
     def batch_origins(self, step: int) -> list[RowOrigin]:
-        """See `batch_origins` of the pipeline."""
+        """Returns where the rows of a batch come from; see `store_data.batch_origins`."""
         return batch_origins(self._config, self.stores, step)
 
     def validation_sets(self) -> list[ValidationSet]:
-        """See `open_validation_sets`."""
+        """Opens the validation sets; see `validation.open_validation_sets`."""
         return open_validation_sets(self._config, self.stores)
 
 
@@ -50,14 +50,17 @@ Data = StoreData | TaskData
 
 
 def open_data(config: DataConfig, stdlib_dir: str) -> Data:
-    """Opens what a run reads.
+    """Opens the data of a run.
 
     Args:
-        config: Names stores or a task.
-        stdlib_dir: Where the store of the standard library lies; made there if it does not.
+        config: The configuration, which names stores or a task.
+        stdlib_dir: The folder of the standard library's store, which is built if it is missing.
+
+    Returns:
+        The stores, or the task.
 
     Raises:
-        ValueError: If a store cannot be opened, stores do not fit each other, or there is no such
-            task.
+        ValueError: A store cannot be opened, two stores have different tokenizers, or the task is
+            unknown.
     """
     return TaskData(config) if config.task else StoreData(config, stdlib_dir)

@@ -1,4 +1,4 @@
-"""Turns token ids into text while they come."""
+"""Streaming conversion of token ids to text."""
 
 import codecs
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from xlstm.dataset.token_pieces import TokenPieces
 
 
 class DetokenizerState(NamedTuple):
-    """What the text of the next ids depends on.
+    """The state between two calls of `StreamingDetokenizer.add`.
 
     Attributes:
-        is_first: Whether no token with text has come yet.
-        pending: Bytes that have come and are not text yet: a beginning of a character.
-        unsure: Bytes behind the last token that are text only if another token follows.
+        is_first: Whether no token with text has been added yet.
+        pending: The bytes of an incomplete character.
+        unsure: The last token's final bytes that are text only if another token follows.
     """
 
     is_first: bool = True
@@ -22,18 +22,18 @@ class DetokenizerState(NamedTuple):
 
 
 class StreamingDetokenizer:
-    """The text of ids, piece by piece: together it is what `Tokenizer.decode` makes of all ids.
+    """An incremental decoder of ids, whose outputs add up to `Tokenizer.decode` of all ids.
 
-    Bytes that are no UTF-8 become U+FFFD, as `bytes.decode("utf-8", "replace")` has it. Special
-    tokens have no text.
+    Invalid UTF-8 becomes U+FFFD, as in `bytes.decode("utf-8", "replace")`. Special tokens have no
+    text.
     """
 
     def __init__(self, pieces: TokenPieces, state: DetokenizerState | None = None):
-        """Begins a text, or goes on where another detokenizer stopped.
+        """Starts a text, or continues one.
 
         Args:
             pieces: The bytes of each token.
-            state: The `state` of the other one; None at the beginning of a text.
+            state: The `state` of the detokenizer to continue; None at the start of a text.
         """
         state = state or DetokenizerState()
         self._pieces, self._is_first, self._unsure = pieces, state.is_first, state.unsure
@@ -42,11 +42,11 @@ class StreamingDetokenizer:
 
     @property
     def state(self) -> DetokenizerState:
-        """What to go on from."""
+        """The state from which another detokenizer can continue."""
         return DetokenizerState(self._is_first, self._decoder.getstate()[0], self._unsure)
 
     def add(self, ids: Iterable[int]) -> str:
-        """Takes the next ids, and returns the text that is certain by now."""
+        """Adds the next ids and returns the text that no later id can change."""
         is_text, first = self._pieces.is_text, self._pieces.first
         middle, last = self._pieces.middle, self._pieces.last
         found = []
@@ -62,5 +62,5 @@ class StreamingDetokenizer:
         return self._decoder.decode(b"".join(found))
 
     def finish(self) -> str:
-        """Returns the rest of the text; nothing may be added behind it."""
+        """Returns the rest of the text; call it once, at the end."""
         return self._decoder.decode(b"", final=True)

@@ -35,7 +35,7 @@ def test_text_that_comes_token_by_token_is_that_of_the_whole(tokenizer, kind):
         for i, token_id in enumerate(ids):
             text += detokenizer.add([token_id])
             whole = tokenizer.decode(ids[: i + 1])
-            # Nothing is said too early; at most one character and one space wait.
+            # No text comes too early; at most one character and one space are pending.
             assert whole.startswith(text)
             assert len(whole) - len(text) <= 2
         assert text + detokenizer.finish() == tokenizer.decode(ids)

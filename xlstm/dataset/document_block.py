@@ -1,4 +1,4 @@
-"""Defines what files are cut into: blocks of documents, which any process can parse."""
+"""Blocks of documents: the pieces of input files that threads parse independently."""
 
 import abc
 import dataclasses
@@ -7,62 +7,64 @@ from collections.abc import Callable, Iterator
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(abc.ABC):
-    """Some neighbouring documents of the input.
+class DocumentBlock(abc.ABC):
+    """Consecutive documents of the input.
 
     Attributes:
-        input_bytes: How much of the input it stands for, in bytes on the disk.
+        input_bytes: The size of its part of the input, in bytes on disk.
     """
 
     input_bytes: int
 
     @abc.abstractmethod
-    def texts(self, on_bad: Callable[[str], None] | None = None) -> Iterator[str]:
+    def texts(self, on_bad_record: Callable[[str], None] | None = None) -> Iterator[str]:
         """Yields the text of each document.
 
         Args:
-            on_bad: Called with a message for each malformed record, which is then left out.
+            on_bad_record: Called with a message for each malformed record, which is then skipped.
 
         Raises:
-            ValueError: A record is malformed, and there is no `on_bad`; or its whole file is
-                damaged. Says where.
+            ValueError: A record is malformed and `on_bad_record` is None, or the whole file is
+                damaged. The message names the location.
             OSError: A file cannot be read.
         """
 
-    def place(self, index: int) -> str:
-        """Returns where a document is, for messages: "web.jsonl, line 17".
+    def location(self, index: int) -> str:
+        """Returns the location of a document for messages, such as "web.jsonl, line 17".
 
         Args:
-            index: The number of the document, counted from 0 as `texts` yields them.
+            index: The index of the document in the order of `texts`, from 0.
         """
         raise NotImplementedError
 
 
-class RecordBlock(Block):
-    """A block whose documents are found at numbered positions of its input."""
+class RecordBlock(DocumentBlock):
+    """A block whose documents are numbered records: lines, rows or files."""
 
-    def texts(self, on_bad: Callable[[str], None] | None = None) -> Iterator[str]:
-        """Yields the text of each document, see `Block.texts`."""
-        for _, text in self._numbered_texts(on_bad):
+    def texts(self, on_bad_record: Callable[[str], None] | None = None) -> Iterator[str]:
+        """Yields the text of each document; see `DocumentBlock.texts`."""
+        for _, text in self._numbered_texts(on_bad_record):
             yield text
 
-    def place(self, index: int) -> str:
-        """Returns where a document is, see `Block.place`; reads the block again to find it."""
+    def location(self, index: int) -> str:
+        """Returns the location of a document, for which it reads the block again."""
         numbered = self._numbered_texts(lambda message: None)
         number, _ = next(itertools.islice(numbered, index, None))
-        return self._place_of(number)
+        return self._record_location(number)
 
     @abc.abstractmethod
-    def _numbered_texts(self, on_bad: Callable[[str], None] | None) -> Iterator[tuple[int, str]]:
-        """Yields the number of each document, as `_place_of` takes it, and its text."""
+    def _numbered_texts(
+        self, on_bad_record: Callable[[str], None] | None
+    ) -> Iterator[tuple[int, str]]:
+        """Yields the record number and the text of each document."""
 
     @abc.abstractmethod
-    def _place_of(self, number: int) -> str:
-        """Returns where the record of this number is."""
+    def _record_location(self, number: int) -> str:
+        """Returns the location of a record."""
 
 
-def report_bad(message: str, on_bad: Callable[[str], None] | None) -> None:
-    """Hands the message about a bad record to `on_bad` or, without it, raises a ValueError."""
-    if on_bad is None:
+def report_bad_record(message: str, on_bad_record: Callable[[str], None] | None) -> None:
+    """Passes a message to `on_bad_record`; raises it as a ValueError if that is None."""
+    if on_bad_record is None:
         raise ValueError(message)
-    on_bad(message)
+    on_bad_record(message)

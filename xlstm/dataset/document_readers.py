@@ -1,8 +1,7 @@
-"""Reads documents from files of text, JSON and Parquet, in blocks that can be parsed anywhere.
+"""Readers of text, JSON and Parquet files, which split them into blocks of documents.
 
-One process runs through the files and cuts them into blocks of about a megabyte; others parse the
-blocks. So whatever the size of the input, little of it is in memory at a time (at least a document,
-though: a text file is one).
+One thread splits the files into blocks of about a megabyte, others parse the blocks. Memory use
+does not grow with the input, but at least one document must fit: a text file is one document.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from xlstm.dataset.compressed_file import CompressedFile
-from xlstm.dataset.document_block import Block, RecordBlock, report_bad
+from xlstm.dataset.document_block import DocumentBlock, RecordBlock, report_bad_record
 from xlstm.dataset.file_content import decode_text
 from xlstm.dataset.input_files import file_kind
 from xlstm.dataset.json_records import json_blocks
@@ -19,19 +18,21 @@ from xlstm.dataset.parquet_records import parquet_blocks
 _BLOCK_BYTES = 1 << 20
 
 
-def read_blocks(paths: Sequence[str], text_column: str) -> Iterator[Block]:
-    """Cuts files into blocks of documents: a JSON object, a Parquet row, any other file whole.
+def read_blocks(paths: Sequence[str], text_column: str) -> Iterator[DocumentBlock]:
+    """Splits files into blocks of documents.
+
+    A document is a JSON object, a Parquet row, or any other file as a whole.
 
     Args:
-        paths: The files, in the order that the documents shall have.
-        text_column: The key or column with the text, in JSON and Parquet. `a.b` is the key or field
-            `b` in `a`, unless there is one named `a.b`.
+        paths: The files, in the order of their documents.
+        text_column: The key or column of the text in JSON and Parquet. `a.b` is the key or field
+            `b` in `a`, unless one is named `a.b`.
 
     Yields:
         The blocks, in order.
 
     Raises:
-        ValueError: A file is damaged, has no such column, or is of a kind that is not read.
+        ValueError: A file is damaged, lacks the column, or is of an unsupported kind.
         OSError: A file cannot be read.
     """
     small_files: list[str] = []
@@ -54,27 +55,29 @@ def read_blocks(paths: Sequence[str], text_column: str) -> Iterator[Block]:
 
 @dataclasses.dataclass(frozen=True)
 class _TextFiles(RecordBlock):
-    """Files of plain text, each a document; read, and decompressed, where they are parsed."""
+    """Plain text files, one document each; they are read and decompressed when parsed."""
 
     paths: tuple[str, ...]
 
-    def _numbered_texts(self, on_bad: Callable[[str], None] | None) -> Iterator[tuple[int, str]]:
+    def _numbered_texts(
+        self, on_bad_record: Callable[[str], None] | None
+    ) -> Iterator[tuple[int, str]]:
         for number, path in enumerate(self.paths):
             with CompressedFile(path) as file:
                 content = file.read_all()
             try:
                 text = decode_text(path, content)
             except ValueError as error:
-                report_bad(str(error), on_bad)
+                report_bad_record(str(error), on_bad_record)
             else:
                 yield number, text
 
-    def _place_of(self, number: int) -> str:
+    def _record_location(self, number: int) -> str:
         return self.paths[number]
 
 
-def _text_block(paths: Sequence[str]) -> Iterator[Block]:
-    """Yields the block of some text files, if there are any."""
+def _text_block(paths: Sequence[str]) -> Iterator[DocumentBlock]:
+    """Yields the block of some text files, or nothing without files."""
     if paths:
         yield _TextFiles(_total_bytes(paths), tuple(paths))
 

@@ -107,13 +107,13 @@ def test_order_is_that_of_the_files(tmp_path):
         ("[1, 2]", r"not a JSON object, but \[1, 2\]"),
         ('{"body": "x", "id": 3}', r"""no 'text' among its keys \["body", "id"\]"""),
         ('{"text": 5}', "'text' is not a string, but 5"),
-        ("[" * 100_000, "its brackets are nested too deeply"),
-        ('{"text": "a", "n": ' + "9" * 5000 + "}", "a number in it has too many digits"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "it holds a number with too many digits"),
         ('{"text": NaN}', "'text' is not a string, but NaN"),
         ('{"text": "a"}{"text": "b"}', "not JSON .Extra data"),
-        ("\0" * 21, "21 NUL bytes, as a crash or a full disk leaves them"),
-        ('\0\0{"text": "a"}', "2 NUL bytes, as a crash or a full disk leaves them"),
-        ("[", "a value of several lines, which only a file with the ending .json may hold"),
+        ("\0" * 21, "21 NUL bytes, perhaps from a crash or a full disk"),
+        ('\0\0{"text": "a"}', "2 NUL bytes, perhaps from a crash or a full disk"),
+        ("[", "a value of several lines: rename the file to end in .json"),
         (b'{"text": "\xe9"}', r"not UTF-8 text \(byte 0xe9\)"),
         ('{"text": "\\ud800"}', "'text' is not valid Unicode: surrogates not allowed"),
     ],
@@ -134,7 +134,7 @@ def test_text_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize("content", [b"plain", gzip.compress(b"x" * 100_000)[:-20]])
 def test_damaged_gzip(tmp_path, content):
     path = write(tmp_path / "bad.jsonl.gz", content)
-    with pytest.raises(ValueError, match="bad.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match="bad.jsonl.gz is not a complete gzip file"):
         texts_of(path)
 
 
@@ -145,7 +145,7 @@ def test_bad_parquet(tmp_path):
     pq.write_table(pa.table({"text": ["a"], "number": [1]}), path)
     with pytest.raises(ValueError, match=r"""no column 'body', only \["text", "number"\]"""):
         texts_of(path, column="body")
-    with pytest.raises(ValueError, match="'number' of .*bad.parquet holds int64, not text"):
+    with pytest.raises(ValueError, match="'number' of .*bad.parquet holds int64: expected text"):
         texts_of(path, column="number")
     wrong = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xe9"]).buffers())
     pq.write_table(pa.table({"text": wrong}), path)
@@ -170,9 +170,9 @@ def test_bad_records_can_be_left_out(tmp_path):
     bad = []
     texts = [text for block in blocks for text in block.texts(bad.append)]
     assert texts == ["a", "b", "text", "packed"]
-    places = [block.place(index) for block in blocks for index in range(2)]
+    locations = [block.location(index) for block in blocks for index in range(2)]
     where = ["a.jsonl, line 1", "a.jsonl, line 7", "b.txt", "d.txt.gz"]
-    assert places == [f"{tmp_path}/{name}" for name in where]
+    assert locations == [f"{tmp_path}/{name}" for name in where]
     assert [message.removeprefix(f"{tmp_path}/").partition(":")[0] for message in bad] == [
         *(f"a.jsonl, line {number}" for number in (2, 3, 4, 6)),
         "c.txt, line 1",
@@ -184,13 +184,13 @@ def test_bad_records_can_be_left_out(tmp_path):
 def test_a_damaged_container_is_never_left_out(tmp_path, name):
     damaged = gzip.compress(b'{"text": "a"}\n' * 1000)[:-4]
     path = write(tmp_path / name, damaged)
-    with pytest.raises(ValueError, match=f"{name} is not a whole gzip file: its end is missing"):
+    with pytest.raises(ValueError, match=f"{name} is not a complete gzip file: its end is missing"):
         [list(block.texts([].append)) for block in read_blocks([str(path)], "text")]
 
 
 def test_kinds_that_are_not_read(tmp_path):
     path = write(tmp_path / "file.csv", "id,text\n1,a\n")
-    with pytest.raises(ValueError, match="file.csv: CSV is not read: convert it to Parquet"):
+    with pytest.raises(ValueError, match="file.csv: CSV is not supported: convert it to Parquet"):
         texts_of(path)
 
 

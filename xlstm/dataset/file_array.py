@@ -1,4 +1,4 @@
-"""A file as an array that is read piece by piece."""
+"""A file as an array whose slices are read on demand."""
 
 import os
 import stat
@@ -13,13 +13,13 @@ from xlstm.files import naming_file
 class FileArray:
     """The elements of a file, which stays open.
 
-    Unlike a mapped file, one that shrinks or whose disk fails is an exception and not the end of
-    the process (SIGBUS). Threads may read at the same time. A file that takes the path later plays
-    no part.
+    If the file shrinks or its disk fails, reading raises an exception; a memory-mapped file would
+    end the process (SIGBUS). Several threads may read at once. A file that replaces it at the same
+    path is ignored.
 
     Attributes:
         path: The file.
-        dtype: Of an element.
+        dtype: The type of an element.
         num_bytes: The size of the file when it was opened.
     """
 
@@ -28,62 +28,62 @@ class FileArray:
 
         Args:
             path: The file.
-            dtype: Of an element.
+            dtype: The type of an element.
 
         Raises:
-            OSError: It cannot be opened, or is a folder, a pipe or a device.
+            OSError: The file cannot be opened, or is a folder, a pipe or a device.
         """
         self.path, self.dtype = path, np.dtype(dtype)
-        # A pipe that nobody writes to would be waited for.
+        # Opening a pipe without O_NONBLOCK would wait for a writer.
         self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "it is no ordinary file", path)
+            raise OSError(0, "it is not a regular file", path)
         self.num_bytes = status.st_size
         self._length = status.st_size // self.dtype.itemsize
 
     @property
-    def facts(self) -> tuple[int, ...]:
-        """What differs after the file has changed: size, times in ns, inode and device."""
+    def stat_signature(self) -> tuple[int, ...]:
+        """What any change of the file changes: size, times in ns, inode and device."""
         status = os.fstat(self._descriptor)
         return (
             status.st_size,
             status.st_mtime_ns,
-            status.st_ctime_ns,  # Unlike the other it cannot be set.
+            status.st_ctime_ns,  # Unlike the modification time, nobody can set it.
             status.st_ino,
             status.st_dev,
         )
 
     def __len__(self) -> int:
-        """Returns the number of elements that the file had when it was opened."""
+        """Returns the number of elements when the file was opened."""
         return self._length
 
     def __getitem__(self, key: int | slice) -> np.ndarray | np.generic:
-        """Reads an element, or the elements of a slice.
+        """Reads an element or a slice.
 
         Raises:
-            ValueError: The file has become too short, or the slice has a step.
-            OSError: It cannot be read.
+            ValueError: The file has shrunk, or the slice has a step.
+            OSError: The file cannot be read.
         """
         if not isinstance(key, slice):
             index = range(self._length)[key]
             return self._read(index, index + 1)[0]
         start, stop, step = key.indices(self._length)
         if step != 1:
-            raise ValueError(f"a file is read in one piece, not in steps of {step}")
+            raise ValueError(f"a slice of a file cannot have a step, but has step {step}")
         return self._read(start, max(start, stop))
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        pieces, place, end = [], start * self.dtype.itemsize, stop * self.dtype.itemsize
-        while place < end:  # One call reads at most 2 GB.
+        pieces, position, end = [], start * self.dtype.itemsize, stop * self.dtype.itemsize
+        while position < end:  # One call reads at most 2 GB.
             with naming_file(self.path):
-                piece = os.pread(self._descriptor, end - place, place)
+                piece = os.pread(self._descriptor, end - position, position)
             if not piece:
                 raise ValueError(
-                    f"{self.path} has shrunk while it was in use: it ends before byte {end:,} of"
-                    f" the {self.num_bytes:,} that it had"
+                    f"{self.path} has shrunk while it was in use: expected {self.num_bytes:,}"
+                    f" bytes, but it ends before byte {end:,}"
                 )
             pieces.append(piece)
-            place += len(piece)
+            position += len(piece)
         return np.frombuffer(b"".join(pieces), self.dtype)

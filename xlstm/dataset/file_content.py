@@ -1,4 +1,4 @@
-"""Tells what a file holds from its content, so that data under a wrong name is never learned."""
+"""Detection of what a file holds, so that a misnamed file never becomes training text."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ _MAGIC_BYTES = {
     b"\0\0\xfe\xff": "UTF-32 text: convert it to UTF-8 with iconv",
     b"\xff\xfe": "UTF-16 text: convert it with 'iconv -f UTF-16 -t UTF-8'",
     b"\xfe\xff": "UTF-16 text: convert it with 'iconv -f UTF-16 -t UTF-8'",
-    b"\x1f\x8b": "gzip data: give the file the ending .gz",
-    b"\x28\xb5\x2f\xfd": "zstd data: give the file the ending .zst",
-    b"\xfd7zXZ\0": "xz data: give the file the ending .xz",
-    b"PAR1\x15": "Parquet data: give the file the ending .parquet",
+    b"\x1f\x8b": "gzip data: rename the file to end in .gz",
+    b"\x28\xb5\x2f\xfd": "zstd data: rename the file to end in .zst",
+    b"\xfd7zXZ\0": "xz data: rename the file to end in .xz",
+    b"PAR1\x15": "Parquet data: rename the file to end in .parquet",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
     b"\x04\x22\x4d\x18": "lz4 data: decompress it",
@@ -30,32 +30,32 @@ _CSV_DELIMITERS = ",\t;|"
 
 
 def foreign_content(head: bytes) -> str | None:
-    """Tells formats that are neither UTF-8 text nor JSON from the first bytes of a file.
+    """Recognises formats other than UTF-8 text and JSON by the first bytes of a file.
 
     Args:
-        head: The beginning of the content, ideally a few kilobytes.
+        head: The start of the content, ideally a few kilobytes.
 
     Returns:
-        What the content is and what to do about it, or None if nothing is wrong with it.
+        The format and what to do about it; None if the content may be text or JSON.
     """
     for magic, description in _MAGIC_BYTES.items():
         if head.startswith(magic):
             return description
     if re.match(rb"BZh[1-9]1AY&SY", head):
-        return "bzip2 data: give the file the ending .bz2"
+        return "bzip2 data: rename the file to end in .bz2"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it"
-    # ASCII characters have a NUL byte in UTF-16: before it if the big end comes first.
+    # In UTF-16, each ASCII character has a NUL byte: first in big-endian order, else second.
     sample = head[:1000]
-    before, behind = sample[::2].count(0), sample[1::2].count(0)
-    if max(before, behind) > 0.15 * len(sample) and min(before, behind) < 0.01 * len(sample):
-        encoding = "UTF-16LE" if behind else "UTF-16BE"
+    before, after = sample[::2].count(0), sample[1::2].count(0)
+    if max(before, after) > 0.15 * len(sample) and min(before, after) < 0.01 * len(sample):
+        encoding = "UTF-16LE" if after else "UTF-16BE"
         return f"{encoding} text: convert it with 'iconv -f {encoding} -t UTF-8'"
     return None
 
 
 def decode_text(path: str, content: bytes) -> str:
-    """Decodes the content of a text file, and refuses what looks like data.
+    """Decodes the content of a text file, and rejects content that looks like data.
 
     Args:
         path: The file, for messages.
@@ -65,7 +65,7 @@ def decode_text(path: str, content: bytes) -> str:
         The text, without a byte-order mark.
 
     Raises:
-        ValueError: The content is not UTF-8, or is JSON, CSV or binary; says what it is.
+        ValueError: The content is not UTF-8, or is JSON, CSV or binary; the message says which.
     """
     if problem := foreign_content(content[:4096]):
         raise ValueError(f"{path} holds {problem}")
@@ -83,7 +83,7 @@ def decode_text(path: str, content: bytes) -> str:
         ) from error
     if _is_json(text):
         raise ValueError(
-            f"{path} holds JSON instead of text: give the file the ending .jsonl (an object a "
+            f"{path} holds JSON instead of text: rename the file to end in .jsonl (an object a "
             "line) or .json, or leave it out"
         )
     if _is_csv(text):
@@ -98,7 +98,7 @@ def _line_of(content: bytes, position: int) -> int:
 
 
 def _is_json(text: str) -> bool:
-    """Returns whether it is an object a line, a single value, or an array that begins with one."""
+    """Returns whether a text is JSON lines, a single value, or an array of objects."""
     start = text[:_SAMPLE_CHARACTERS].lstrip()[:1]
     if start not in ("{", "["):
         return False
@@ -111,7 +111,7 @@ def _is_json(text: str) -> bool:
 
 
 def _parsed(text: str, whole: bool = True) -> object:
-    """Returns the JSON value that a text is (or begins with), or None."""
+    """Returns the JSON value that a text is (or starts with), or None."""
     try:
         return json.loads(text) if whole else json.JSONDecoder().raw_decode(text)[0]
     except (ValueError, RecursionError):
@@ -119,11 +119,11 @@ def _parsed(text: str, whole: bool = True) -> object:
 
 
 def _is_csv(text: str) -> bool:
-    """Returns whether the first lines are a header of plain words and rows of as many cells."""
+    """Returns whether the first lines are a header of plain words and rows of equal length."""
     lines = [line.rstrip("\r") for line in text[:_SAMPLE_CHARACTERS].split("\n")]
     is_whole = len(text) <= _SAMPLE_CHARACTERS and len(lines) <= _SAMPLE_LINES
     for delimiter in _CSV_DELIMITERS:
-        # Prose has a space behind a comma.
+        # Prose has a space after a comma.
         names = [name.strip('"') for name in lines[0].split(delimiter)]
         if len(names) > 1 and all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
             try:

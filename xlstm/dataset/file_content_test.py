@@ -16,7 +16,7 @@ PROSE = "Tyger Tyger, burning bright,\nIn the forests of the night;\nWhat immort
         "",
         "one line",
         PROSE,
-        "x, y\n1, 2\n3, 4\n",  # A space behind the comma.
+        "x, y\n1, 2\n3, 4\n",  # A space after the comma.
         "import os,sys\nprint(os,sys)\n",
         "yes,no\nno more\n",
         "a\tb\n",  # No row.
@@ -73,7 +73,7 @@ def zip_file(path):
 def test_binary_formats(tmp_path):
     cases = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n": "a Git LFS pointer",
-        gzip.compress(b"text"): "gzip data: give the file the ending .gz",
+        gzip.compress(b"text"): "gzip data: rename the file to end in .gz",
         sqlite_file(tmp_path / "a.db"): "an SQLite database",
         zip_file(tmp_path / "a.zip"): "a zip archive",
         PROSE.encode("utf-16"): "UTF-16 text: convert it with 'iconv -f UTF-16 -t UTF-8'",

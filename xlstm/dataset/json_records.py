@@ -1,4 +1,4 @@
-"""Reads documents from JSON: an object a line, an array of objects, or a single object."""
+"""Reader of documents in JSON: JSON lines, an array of objects, or single objects."""
 
 import codecs
 import dataclasses
@@ -7,31 +7,31 @@ import re
 from collections.abc import Callable, Iterator
 
 from xlstm.dataset.compressed_file import CompressedFile
-from xlstm.dataset.document_block import Block, RecordBlock, report_bad
+from xlstm.dataset.document_block import DocumentBlock, RecordBlock, report_bad_record
 from xlstm.dataset.file_content import foreign_content
 
 _BLOCK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
-_decode = json.JSONDecoder().decode  # Quicker than `json.loads`, which looks for options.
+_decode = json.JSONDecoder().decode  # Faster than `json.loads`, which checks its options.
 
 
-def json_blocks(path: str, text_column: str, is_lines: bool) -> Iterator[Block]:
-    """Cuts a file of JSON into blocks, without parsing lines.
+def json_blocks(path: str, text_column: str, is_lines: bool) -> Iterator[DocumentBlock]:
+    """Splits a JSON file into blocks, without parsing its lines.
 
     Args:
         path: The file; it may be compressed.
         text_column: The key of the text. `a.b` is the key `b` in the object of the key `a`, unless
             there is a key `a.b`.
-        is_lines: Whether a line is surely a record. Otherwise the file is looked at, and may also
-            hold an array of objects, or objects of several lines.
+        is_lines: Whether each line is known to be a record. If not, the content decides: it may
+            also be an array of objects, or objects that span several lines.
 
     Yields:
         The blocks, in order.
 
     Raises:
         ValueError: The file is damaged.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     with CompressedFile(path) as file:
         head = file.read(_BLOCK_BYTES)
@@ -48,7 +48,7 @@ def json_blocks(path: str, text_column: str, is_lines: bool) -> Iterator[Block]:
 
 @dataclasses.dataclass(frozen=True)
 class _JsonRecords(RecordBlock):
-    """Lines that are each an object with a document's text; blank ones are skipped."""
+    """Lines that each hold an object with a document's text; blank lines are skipped."""
 
     path: str
     unit: str
@@ -56,18 +56,20 @@ class _JsonRecords(RecordBlock):
     lines: bytes
     text_column: str
 
-    def _numbered_texts(self, on_bad: Callable[[str], None] | None) -> Iterator[tuple[int, str]]:
+    def _numbered_texts(
+        self, on_bad_record: Callable[[str], None] | None
+    ) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(self.lines.split(b"\n"), self.first):
             if not line or line.isspace():
                 continue
             try:
                 text = self._text(line)
             except (ValueError, RecursionError) as error:
-                report_bad(f"{self._place_of(number)}: {error}", on_bad)
+                report_bad_record(f"{self._record_location(number)}: {error}", on_bad_record)
             else:
                 yield number, text
 
-    def _place_of(self, number: int) -> str:
+    def _record_location(self, number: int) -> str:
         return f"{self.path}, {self.unit} {number}"
 
     def _text(self, line: bytes) -> str:
@@ -79,9 +81,9 @@ class _JsonRecords(RecordBlock):
         except json.JSONDecodeError as error:
             raise ValueError(_syntax_problem(line, error)) from error
         except RecursionError as error:
-            raise ValueError("its brackets are nested too deeply") from error
-        except ValueError as error:  # What Python limits.
-            raise ValueError("a number in it has too many digits") from error
+            raise ValueError("it is nested too deeply") from error
+        except ValueError as error:  # Python limits the digits of an integer.
+            raise ValueError("it holds a number with too many digits") from error
         if not isinstance(record, dict):
             raise ValueError(f"not a JSON object, but {shortened(record)}")
         text = _value_at(record, self.text_column)
@@ -99,7 +101,7 @@ class _JsonRecords(RecordBlock):
 
 
 def _value_at(record: dict[str, object], path: str) -> object:
-    """Returns the value at `key` or `outer.key`; None if the outer object is null."""
+    """Returns the value at `key` or `outer.key`; None if an outer object is null."""
     if path in record:
         return record[path]
     name, dot, rest = path.partition(".")
@@ -114,21 +116,21 @@ def _value_at(record: dict[str, object], path: str) -> object:
 
 
 def shortened(value: object) -> str:
-    """Returns how a value is written in JSON, at most 60 characters."""
+    """Returns the JSON of a value, shortened to at most 60 characters."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _syntax_problem(line: bytes, error: json.JSONDecodeError) -> str:
     if num_nuls := line.count(0):
-        return f"{num_nuls:,} NUL bytes, as a crash or a full disk leaves them: remove them"
+        return f"{num_nuls:,} NUL bytes, perhaps from a crash or a full disk: remove them"
     if line.strip() in (b"{", b"["):
-        return "a value of several lines, which only a file with the ending .json may hold"
+        return "a value of several lines: rename the file to end in .json"
     return f"not JSON ({error.msg}, column {error.colno})"
 
 
 def _lines(file: CompressedFile, head: bytes) -> Iterator[bytes]:
-    """Yields pieces of some lines of a file, whose beginning is `head`."""
+    """Yields pieces of whole lines of a file that starts with `head`."""
     pending, data = [], head
     while data:
         end = data.rfind(b"\n") + 1
@@ -142,9 +144,9 @@ def _lines(file: CompressedFile, head: bytes) -> Iterator[bytes]:
 
 
 def _holds_lines(head: bytes) -> bool:
-    """Returns whether a file that begins with `head` has an object a line.
+    """Returns whether a file that starts with `head` is JSON lines.
 
-    An object of several lines has none on a line of its own that is not indented.
+    An object that spans several lines has no unindented line that is an object itself.
     """
     head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not head.startswith((b"[", b"{")):
@@ -160,25 +162,25 @@ def _is_object(line: bytes) -> bool:
 
 
 class _Values:
-    """Cuts an array, or values behind one another, into its values: parsing is what finds them.
+    """A parser that splits an array, or consecutive values, into single values.
 
-    The buffer grows while a value is not whole, so it is bounded by the largest value.
+    The buffer grows while a value is incomplete, so the largest value bounds it.
     """
 
     def __init__(self, path: str, file: CompressedFile, head: bytes):
         self._path = path
         self._file = file
-        # What is not UTF-8 is reported with the record that it is in.
+        # Invalid UTF-8 is reported later, with the record that holds it.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._buffer = self._utf8.decode(head.removeprefix(_BYTE_ORDER_MARK))
         self._start = 0
         self._is_at_end = False
         self._count = 0
-        # Numbers are only skipped; as an `int` they may have too many digits.
+        # Numbers are only skipped; as an `int`, one may have too many digits.
         self._decoder = json.JSONDecoder(parse_int=str, parse_float=str)
 
     def pieces(self) -> Iterator[bytes]:
-        """Yields pieces of some values, each on a line of its own."""
+        """Yields pieces of several values, each on its own line."""
         values, size = [], 0
         for value in self._values():
             values.append(value)
@@ -190,7 +192,7 @@ class _Values:
             yield self._as_lines(values)
 
     def _as_lines(self, values: list[str]) -> bytes:
-        # A line break in a value is between its tokens: within a string it is written `\n`.
+        # A line break is between tokens: inside a string it is written as `\n`.
         lines = "".join(value.replace("\n", " ") + "\n" for value in values)
         return lines.encode("utf-8", "surrogateescape")
 
@@ -207,7 +209,7 @@ class _Values:
             while self._next() not in ("", "\0"):
                 yield self._value()
         if self._next():
-            self._fail(f"{self._what_is_next()} follows the last one")
+            self._fail(f"{self._what_is_next()} follows the last record")
 
     def _value(self) -> str:
         while True:
@@ -223,7 +225,7 @@ class _Values:
                     self._fail(f"not JSON ({error.msg}): {self._what_is_next()}")
             except RecursionError:
                 self._count += 1
-                self._fail("its brackets are nested too deeply")
+                self._fail("it is nested too deeply")
             else:
                 if end < len(self._buffer) or self._is_at_end:
                     self._count += 1
@@ -232,7 +234,7 @@ class _Values:
             self._read_on()
 
     def _next(self) -> str:
-        """Returns the next character that is no whitespace, or "" at the end."""
+        """Returns the next character after whitespace, or "" at the end."""
         while True:
             self._start = _WHITESPACE.match(self._buffer, self._start).end()
             if self._start < len(self._buffer) or self._is_at_end:
@@ -240,13 +242,13 @@ class _Values:
             self._read_on()
 
     def _take(self, character: str) -> bool:
-        """Skips a character if it is the next one."""
+        """Skips a character if it comes next, and returns whether it did."""
         is_next = self._next() == character
         self._start += is_next
         return is_next
 
     def _read_on(self) -> None:
-        """Drops what was taken, and reads as much again as is left."""
+        """Drops the consumed part of the buffer, and doubles the rest by reading on."""
         self._buffer = self._buffer[self._start :]
         self._start = 0
         data = self._file.read(max(_BLOCK_BYTES, len(self._buffer)))
@@ -259,5 +261,5 @@ class _Values:
 
     def _fail(self, problem: str) -> None:
         raise ValueError(
-            f"{self._path}, record {self._count}: {problem}; what follows cannot be read"
+            f"{self._path}, record {self._count}: {problem}; the rest of the file cannot be read"
         )

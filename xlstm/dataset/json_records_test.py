@@ -28,9 +28,9 @@ def write(path, content):
     return str(path)
 
 
-def texts_of(path, column="text", is_lines=False, on_bad=None):
+def texts_of(path, column="text", is_lines=False, on_bad_record=None):
     blocks = json_blocks(path, column, is_lines)
-    return [text for block in blocks for text in block.texts(on_bad)]
+    return [text for block in blocks for text in block.texts(on_bad_record)]
 
 
 @pytest.mark.parametrize("block_bytes", [2, 50, 1000, 1 << 20])
@@ -72,18 +72,20 @@ def test_blocks_of_an_array_are_small_and_add_up(tmp_path):
         ('[{"text": "a"}', "record 1: the end of the file follows instead of ',' or ']'"),
         ('[{"text": "a"},]', "record 2: not JSON"),
         ('[{"text": "a"} {"text": "b"}]', "record 1: .* follows instead of ',' or ']'"),
-        ('[{"text": "a"}] garbage', "record 1: 'garbage' follows the last one"),
-        ('[{"text": "a"}]' + "\0" * 5, "record 1: .* follows the last one"),
+        ('[{"text": "a"}] garbage', "record 1: 'garbage' follows the last record"),
+        ('[{"text": "a"}]' + "\0" * 5, "record 1: .* follows the last record"),
         ('[{"text": "a"}, {"text": b}, ' + '{"text": "c"}, ' * 10_000, "record 2: not JSON"),
-        ("[" * 100_000, "record 1: its brackets are nested too deeply"),
+        ("[" * 100_000, "record 1: it is nested too deeply"),
         ('{\n"text": "a"\n}\n{\n"text": ]', "record 2: not JSON"),
     ],
 )
 def test_a_damaged_array(tmp_path, content, message):
     path = write(tmp_path / "file.json", content)
-    for on_bad in (None, [].append):  # What follows cannot be found, so it is never skipped.
-        with pytest.raises(ValueError, match=f"file.json, {message}.*; what follows cannot be"):
-            texts_of(path, on_bad=on_bad)
+    for on_bad_record in (None, [].append):  # The next record cannot be found.
+        with pytest.raises(
+            ValueError, match=f"file.json, {message}.*; the rest of the file cannot be"
+        ):
+            texts_of(path, on_bad_record=on_bad_record)
 
 
 def test_a_malformed_value_does_not_make_the_rest_be_read(tmp_path):
@@ -100,12 +102,12 @@ def test_bad_records_of_an_array(tmp_path):
     content = b'[{"text": "a"}, 5, {"text": "\xe9"}, {"x": 1}, {"text": "b", "n": ' + b"9" * 5000
     path = write(tmp_path / "file.json", content + b'}, {"text": "\\ud83d "}, {"text": "c"}]')
     bad = []
-    assert texts_of(path, on_bad=bad.append) == ["a", "c"]
+    assert texts_of(path, on_bad_record=bad.append) == ["a", "c"]
     assert [message.removeprefix(path) for message in bad] == [
         ", record 2: not a JSON object, but 5",
         ", record 3: not UTF-8 text (byte 0xe9)",
         """, record 4: no 'text' among its keys ["x"]""",
-        ", record 5: a number in it has too many digits",
+        ", record 5: it holds a number with too many digits",
         ", record 6: 'text' is not valid Unicode: surrogates not allowed",
     ]
     with pytest.raises(ValueError, match="file.json, record 2: not a JSON object"):
@@ -116,7 +118,7 @@ def test_a_number_that_ends_in_the_next_piece_of_the_file(tmp_path, monkeypatch)
     monkeypatch.setattr(json_records, "_BLOCK_BYTES", 3)
     path = write(tmp_path / "file.json", '[12345, {"text": "a"}, 67890]')
     bad = []
-    assert texts_of(path, on_bad=bad.append) == ["a"]
+    assert texts_of(path, on_bad_record=bad.append) == ["a"]
     assert [message.rpartition(" ")[2] for message in bad] == ["12345", "67890"]
 
 
@@ -132,13 +134,18 @@ def test_keys_within_objects(tmp_path):
     ]
     path = write(tmp_path / "file.jsonl", "\n".join(map(json.dumps, lines)))
     bad = []
-    assert texts_of(path, "data.text", on_bad=bad.append) == ["inner", "by its own name", "", ""]
+    assert texts_of(path, "data.text", on_bad_record=bad.append) == [
+        "inner",
+        "by its own name",
+        "",
+        "",
+    ]
     assert [message.partition(", ")[2] for message in bad] == [
         "line 5: 'data' is not an object, but 5",
         """line 6: no 'text' among its keys ["body"]""",
         """line 7: no 'data.text' among its keys ["text"]""",
     ]
-    assert texts_of(path, "data.more.text", on_bad=bad.append)[0] == "innermost"
+    assert texts_of(path, "data.more.text", on_bad_record=bad.append)[0] == "innermost"
 
 
 def test_other_formats(tmp_path):
@@ -157,8 +164,8 @@ def test_place(tmp_path):
     path = write(tmp_path / "file.jsonl", lines * 2)
     (block,) = json_blocks(path, "text", is_lines=True)
     assert list(block.texts(lambda message: None)) == ["a", "b"] * 2
-    places = [block.place(index) for index in range(4)]
-    assert places == [f"{path}, line {number}" for number in (1, 4, 5, 8)]
+    locations = [block.location(index) for index in range(4)]
+    assert locations == [f"{path}, line {number}" for number in (1, 4, 5, 8)]
     path = write(tmp_path / "file.json", '[{"text": "a"}, 1, {"text": "b"}]')
     (block,) = json_blocks(path, "text", is_lines=False)
-    assert block.place(1) == f"{path}, record 3"
+    assert block.location(1) == f"{path}, record 3"

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from xlstm.dataset.base_tokenizer import TextError
-from xlstm.dataset.json_tokenizer import JsonTokenizer, call
+from xlstm.dataset.base_tokenizer import TokenizationError
+from xlstm.dataset.json_tokenizer import JsonTokenizer, call_library
 from xlstm.dataset.testing import random_text, tokenizer_families
 from xlstm.dataset.tokenizer import same_tokenizer
 
 FAMILIES = sorted(tokenizer_families())
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
-# They change no text that begins with no space; so their own decoders are oracles.
+# They preserve texts without a leading space, so their own decoders are oracles.
 LOSSLESS = [x for x in FAMILIES if x.startswith("byte_")]
 
 
@@ -26,19 +26,19 @@ def family(name, **markers):
 
 
 def changed(name, change):
-    """A family's tokenizer with a changed definition."""
+    """Returns a family's tokenizer with a changed definition."""
     definition = json.loads(tokenizer_families()[name])
     change(definition)
     return JsonTokenizer(json.dumps(definition).encode(), name)
 
 
 def sizes_of(tokenizer, encoded):
-    """The bytes of each token, of each text."""
+    """Returns the bytes of each token of each text."""
     sizes, start = [], 0
     for length in encoded.lengths:
         ids = encoded.ids[start : start + length]
-        found = tokenizer.token_bytes[1][ids]
-        found[:1] = tokenizer.token_bytes[0][ids[:1]]
+        found = tokenizer.token_byte_counts[1][ids]
+        found[:1] = tokenizer.token_byte_counts[0][ids[:1]]
         inside = (encoded.corrected >= start) & (encoded.corrected < start + length)
         found[encoded.corrected[inside] - start] = encoded.corrected_bytes[inside]
         sizes.append(found)
@@ -50,19 +50,19 @@ def test_tokens_stand_for_all_bytes_of_a_text(tokenizer):
     rng = np.random.default_rng(0)
     texts = [random_text(rng) for _ in range(2000)]
     encoded = tokenizer.encode_batch(texts)
-    assert not encoded.left_out
+    assert not encoded.dropped
     assert encoded.text_bytes.tolist() == [len(text.encode()) for text in texts]
     for text, sizes in zip(texts, sizes_of(tokenizer, encoded), strict=True):
         assert (sizes >= 0).all()
-        # Some make no token of spaces, or of U+FFFD, alone.
+        # Some have no token for only spaces, or for only U+FFFD.
         assert sizes.sum() == len(text.encode()) or not (sizes.size or text.strip(" \n\t\ufffd"))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "suffix_bpe"])
 def test_a_token_has_the_bytes_that_it_covers(name):
-    """Offsets of the library are the oracle, where no character is cut.
+    """The library's offsets are the oracle where no character is split.
 
-    They leave spaces to the token behind them; `suffix_bpe` writes them with the one in front.
+    They assign spaces to the next token; `suffix_bpe` assigns them to the previous one.
     """
     tokenizer = family(name)
     oracle = tokenizers.Tokenizer.from_str(tokenizer.definition.decode())
@@ -83,7 +83,7 @@ def test_no_text_yields_a_special_token(tokenizer):
     rng = np.random.default_rng(1)
     texts = [random_text(rng) for _ in range(1000)]
     encoded = tokenizer.encode_batch([*texts, *SPECIAL, "".join(SPECIAL) * 3])
-    found = {tokenizer.token(int(i)) for i in np.unique(encoded.ids)}
+    found = {tokenizer.id_to_token(int(i)) for i in np.unique(encoded.ids)}
     assert not found & set(SPECIAL[1:])
 
 
@@ -124,7 +124,7 @@ def test_a_run_of_bytes_is_read_as_utf8():
     tokenizer = family("byte_fallback_bpe")
     vocab = json.loads(tokenizer.definition)["model"]["vocab"]
     ids = [vocab[f"<0x{byte:02X}>"] for byte in b"\xe4\xbd\xa0\xe5\xa5"]
-    # The library makes five U+FFFD of it.
+    # The library decodes it as five U+FFFD.
     assert tokenizer.decode(ids) == "你\ufffd"
 
 
@@ -134,7 +134,7 @@ def test_unknown_tokens_are_counted_and_have_the_bytes_of_what_they_stand_for():
     assert encoded.num_unknown == 2
     (_, sizes, _) = sizes_of(tokenizer, encoded)
     assert sorted(sizes)[-2:] == [4, 6]
-    # Spelled out, it is text, of which these words have the letter n alone.
+    # Spelled out, it is text; of its letters, the vocabulary has only n.
     assert "n" in tokenizer.decode(tokenizer.encode("a<unk>c"))
 
 
@@ -153,7 +153,7 @@ def test_characters_without_a_token_are_told():
     known = {x for x in json.loads(tokenizer.definition)["model"]["vocab"] if len(x) == 1} | {" "}
     expected = ["".join(c for c in text if c not in known) for text in texts]
     assert expected == ["", "XÄÄ", "한국"]
-    assert encoded.left_out == {1: "XÄÄ", 2: "한국"}
+    assert encoded.dropped == {1: "XÄÄ", 2: "한국"}
     assert encoded.lengths[2] == 0 or encoded.text_bytes[2] == 6
     with pytest.raises(ValueError, match=r"no token for 'X' \(U\+0058\), 'Ä' \(U\+00C4\)$"):
         tokenizer.encode("the XÄ cat")
@@ -168,12 +168,12 @@ def test_characters_without_a_token_at_the_end_of_words_are_told():
         expected += "".join(c for c in word[:-1] if c not in vocab)
         expected += word[-1] if word[-1] + "</w>" not in vocab else ""
     assert "Q" in expected
-    assert sorted(tokenizer.encode_batch([text]).left_out[0]) == sorted(expected)
+    assert sorted(tokenizer.encode_batch([text]).dropped[0]) == sorted(expected)
 
 
 def test_bytes_without_a_token_are_told():
     def change(definition):
-        for letter in "AÃ":  # That of A, and the first byte of ä.
+        for letter in "AÃ":  # The letters of A and of the first byte of ä.
             del definition["model"]["vocab"][letter]
         used = "AÃ"
         merges = definition["model"]["merges"]
@@ -181,7 +181,7 @@ def test_bytes_without_a_token_are_told():
         definition["model"]["merges"] = kept
 
     tokenizer = changed("byte_level", change)
-    assert tokenizer.encode_batch(["cat", "A cät A"]).left_out == {1: "AäA"}
+    assert tokenizer.encode_batch(["cat", "A cät A"]).dropped == {1: "AäA"}
     assert not tokenizer.is_lossless
 
 
@@ -190,16 +190,18 @@ def test_what_no_model_can_encode_is_refused():
         definition["model"]["unk_id"] = None
 
     tokenizer = changed("metaspace_unigram", change)
-    with pytest.raises(TextError, match="metaspace_unigram cannot encode the text: ") as error:
+    with pytest.raises(
+        TokenizationError, match="metaspace_unigram cannot encode the text: "
+    ) as error:
         tokenizer.encode_batch(["the", "cat", "한국", "한국"])
     assert error.value.index == 2
 
 
 def test_characters_without_a_token_are_those_that_the_library_leaves_out():
-    """Whatever normalizers and added tokens make of a text."""
+    """For any normalizers and added tokens."""
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     kinds = [
-        (None, {}, "aZb Z", "Z"),  # Found only as a whole word.
+        (None, {}, "aZb Z", "Z"),  # Matched only as a whole word.
         (None, {"rstrip": True, "single_word": False}, "aZ b", ""),
         (tokenizers.normalizers.Lowercase(), {}, "A B", ""),
         (tokenizers.normalizers.NFD(), {}, "bä", "ä"),
@@ -211,14 +213,14 @@ def test_characters_without_a_token_are_those_that_the_library_leaves_out():
             inner.normalizer = normalizer
         inner.add_tokens([tokenizers.AddedToken("Z", **{"single_word": True} | flags)])
         encoded = JsonTokenizer(inner.to_str().encode(), "x").encode_batch([text])
-        assert encoded.left_out.get(0, "") == expected
-    # A byte that a normalizer brings.
+        assert encoded.dropped.get(0, "") == expected
+    # A byte that a normalizer adds.
     vocab = {letter: i for i, letter in enumerate(x for x in letters if x != "Ì")} | {"</s>": 300}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     inner.normalizer = tokenizers.normalizers.NFD()
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
-    assert JsonTokenizer(inner.to_str().encode(), "x").encode_batch(["é", "e"]).left_out.keys() == {
+    assert JsonTokenizer(inner.to_str().encode(), "x").encode_batch(["é", "e"]).dropped.keys() == {
         0
     }
 
@@ -238,13 +240,13 @@ def test_files_without_newer_fields(tokenizer):
 
 def test_whatever_the_library_raises_is_told():
     class Panic(BaseException):
-        """As the library's own, which is no `Exception`."""
+        """A panic, which like the library's is not an `Exception`."""
 
     def fail():
         raise Panic("it panicked")
 
     with pytest.raises(ValueError, match="it panicked"):
-        call(fail)
+        call_library(fail)
 
 
 def test_added_tokens_that_the_library_finds_in_no_certain_way_are_refused():
@@ -256,7 +258,7 @@ def test_added_tokens_that_the_library_finds_in_no_certain_way_are_refused():
 
     with pytest.raises(ValueError, match=r"words.json: the added token '\\x01' is empty"):
         add("\x01")
-    with pytest.raises(ValueError, match="added tokens 'Ab' and 'ab' are the same, normalized"):
+    with pytest.raises(ValueError, match="added tokens 'Ab' and 'ab' are equal once normalized"):
         add("Ab", "ab")
     add("Ab", "b")
 
@@ -303,7 +305,7 @@ def test_a_special_token_of_one_letter_is_told_where_a_text_has_it():
         definition["added_tokens"].append(entry)
 
     encoded = changed("metaspace_unigram", change).encode_batch(["e t e"])
-    assert encoded.left_out == {0: "t"}
+    assert encoded.dropped == {0: "t"}
 
 
 def test_a_marker_that_is_an_ordinary_added_token_is_text_in_a_text():
@@ -324,17 +326,17 @@ def test_added_tokens_beyond_ascii_are_what_they_are():
         definition["added_tokens"].append({**shape, "id": 1000, "content": "café"})
 
     tokenizer = changed("byte_level", add)
-    # The library gives it the next id, whatever the file says.
+    # The library assigns the next id, whatever the file says.
     token_id = tokenizer.vocab_size - 1
     encoded = tokenizer.encode_batch(["un café !"])
     assert encoded.ids.tolist().count(token_id) == 1
     assert tokenizer.decode(encoded.ids) == "un café !"
     (sizes,) = sizes_of(tokenizer, encoded)
-    assert sizes.sum() == 10 and tokenizer.token_bytes[1][token_id] == 5
+    assert sizes.sum() == 10 and tokenizer.token_byte_counts[1][token_id] == 5
 
     def add_a_byte(definition):
         shape = {**definition["added_tokens"][0], "special": False}
-        byte_id = definition["model"]["vocab"]["é"]  # It stands for the byte E9.
+        byte_id = definition["model"]["vocab"]["é"]  # The letter of the byte E9.
         definition["added_tokens"].append({**shape, "id": byte_id, "content": "é"})
 
     with pytest.raises(ValueError, match="added token 'é' is also a token of the byte-level"):
@@ -370,7 +372,7 @@ def test_identity(tokenizer):
     again = JsonTokenizer(json.dumps(definition, indent=4, sort_keys=True).encode(), "again")
     assert again.fingerprint != tokenizer.fingerprint
     assert same_tokenizer(again, tokenizer)
-    # Another marker, or another token, makes another tokenizer.
+    # With another marker or token, it is another tokenizer.
     other = JsonTokenizer(tokenizer.definition, "other", "<pad>")
     assert not same_tokenizer(other, tokenizer)
     other = JsonTokenizer(tokenizer.definition, "other", None, "<s>")

@@ -1,11 +1,11 @@
-"""Reads documents from a text column of Parquet files."""
+"""Reader of documents in a text column of Parquet files."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from xlstm.dataset.document_block import Block, RecordBlock, report_bad
+from xlstm.dataset.document_block import DocumentBlock, RecordBlock, report_bad_record
 from xlstm.dataset.file_content import foreign_content
 from xlstm.dataset.json_records import shortened
 
@@ -17,8 +17,8 @@ _BLOCK_BYTES = 1 << 20
 _MOST_ROWS = 1024
 
 
-def parquet_blocks(path: str, text_column: str) -> Iterator[Block]:
-    """Cuts a Parquet file into blocks.
+def parquet_blocks(path: str, text_column: str) -> Iterator[DocumentBlock]:
+    """Splits a Parquet file into blocks.
 
     Args:
         path: The file.
@@ -29,12 +29,12 @@ def parquet_blocks(path: str, text_column: str) -> Iterator[Block]:
         The blocks, in order.
 
     Raises:
-        ValueError: The file is damaged, or has no such column of text.
-        OSError: It cannot be read.
+        ValueError: The file is damaged, or has no such text column.
+        OSError: The file cannot be read.
     """
-    import pyarrow.parquet  # Here, since it takes half a second.
+    import pyarrow.parquet  # Imported here because it takes half a second.
 
-    # Otherwise a row group's whole column is read at once, which may be gigabytes.
+    # Without a buffer size, the column of a whole row group is read at once: perhaps gigabytes.
     options = {
         "buffer_size": _BLOCK_BYTES,
         "pre_buffer": False,
@@ -46,7 +46,7 @@ def parquet_blocks(path: str, text_column: str) -> Iterator[Block]:
         if problem and not head.startswith(b"PAR1"):
             raise ValueError(f"{path} holds {problem}")
         try:
-            # Not by its path, which pyarrow takes in UTF-8 only.
+            # Pass the open file: pyarrow accepts only paths in UTF-8.
             with pyarrow.parquet.ParquetFile(raw, **options) as file:
                 yield from _blocks(path, file, text_column)
         except (pyarrow.ArrowException, OSError) as error:
@@ -56,31 +56,35 @@ def parquet_blocks(path: str, text_column: str) -> Iterator[Block]:
 
 @dataclasses.dataclass(frozen=True)
 class _ParquetRows(RecordBlock):
-    """Rows of a Parquet file's text column, each a document."""
+    """Rows of a text column, one document each."""
 
     path: str
     first: int
     column: "pyarrow.Array"
 
-    def _numbered_texts(self, on_bad: Callable[[str], None] | None) -> Iterator[tuple[int, str]]:
+    def _numbered_texts(
+        self, on_bad_record: Callable[[str], None] | None
+    ) -> Iterator[tuple[int, str]]:
         try:
             values = self.column.to_pylist()
         except UnicodeDecodeError:
-            yield from self._texts_one_by_one(on_bad)
+            yield from self._texts_one_by_one(on_bad_record)
             return
         for number, text in enumerate(values, self.first):
             yield number, text or ""  # A null is an empty document.
 
-    def _texts_one_by_one(self, on_bad: Callable[[str], None] | None) -> Iterator[tuple[int, str]]:
+    def _texts_one_by_one(
+        self, on_bad_record: Callable[[str], None] | None
+    ) -> Iterator[tuple[int, str]]:
         for number, value in enumerate(self.column, self.first):
             try:
                 text = value.as_py()
             except UnicodeDecodeError:
-                report_bad(f"{self._place_of(number)}: not UTF-8 text", on_bad)
+                report_bad_record(f"{self._record_location(number)}: not UTF-8 text", on_bad_record)
             else:
                 yield number, text or ""
 
-    def _place_of(self, number: int) -> str:
+    def _record_location(self, number: int) -> str:
         return f"{self.path}, row {number}"
 
 
@@ -94,7 +98,7 @@ def _blocks(
     rows = _rows_in_block(file.metadata, dotted)
     done, position = 0, 0
     for batch in file.iter_batches(rows, columns=[dotted]):
-        # A struct column `a` with a field `b` and a column `a.b` are both read for `a.b`.
+        # For `a.b`, pyarrow reads both a column `a.b` and the field `b` of a struct column `a`.
         column = batch.column(batch.schema.get_field_index(names[0]))
         if len(names) > 1:
             column = pyarrow.compute.struct_field(column, names[1:])
@@ -105,7 +109,7 @@ def _blocks(
 
 
 def _rows_in_block(metadata: "pyarrow.parquet.FileMetaData", dotted: str) -> int:
-    """Returns how many rows have about a megabyte of text."""
+    """Returns the number of rows that hold about a megabyte of text."""
     size = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -115,7 +119,7 @@ def _rows_in_block(metadata: "pyarrow.parquet.FileMetaData", dotted: str) -> int
 
 
 def _field_names(path: str, fields: Iterable["pyarrow.Field"], column: str) -> list[str]:
-    """Returns the name of the text column, and of the fields in it that lead to the text."""
+    """Returns the name of the text column, followed by the nested fields down to the text."""
     import pyarrow
 
     kinds = {field.name: field.type for field in fields}
@@ -132,5 +136,5 @@ def _field_names(path: str, fields: Iterable["pyarrow.Field"], column: str) -> l
         kind = kind.value_type
     texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())
     if kind not in texts:
-        raise ValueError(f"the column {name!r} of {path} holds {kind}, not text")
+        raise ValueError(f"the column {name!r} of {path} holds {kind}: expected text")
     return [name]

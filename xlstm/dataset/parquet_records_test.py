@@ -17,8 +17,8 @@ def write(path, table, **options):
     return str(path)
 
 
-def texts_of(path, column="text", on_bad=None):
-    return [text for block in parquet_blocks(path, column) for text in block.texts(on_bad)]
+def texts_of(path, column="text", on_bad_record=None):
+    return [text for block in parquet_blocks(path, column) for text in block.texts(on_bad_record)]
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"data_page_version": "2.0"}])
@@ -68,9 +68,9 @@ def test_columns_that_are_not_there(tmp_path):
         "text": r"""file.parquet has no column 'text', only \["data", "n"\]""",
         "data.body": r"""file.parquet has no column 'body', only \["text", "n"\]""",
         "n.text": "file.parquet has no column 'n.text'",
-        "n": "the column 'n' of .*file.parquet holds int64, not text",
-        "data": "the column 'data' of .*file.parquet holds struct.*, not text",
-        "data.n": "the column 'n' of .*file.parquet holds int32, not text",
+        "n": "the column 'n' of .*file.parquet holds int64: expected text",
+        "data": "the column 'data' of .*file.parquet holds struct.*: expected text",
+        "data.n": "the column 'n' of .*file.parquet holds int32: expected text",
     }.items():
         with pytest.raises(ValueError, match=message):
             texts_of(path, column)
@@ -89,11 +89,11 @@ def test_text_that_is_not_utf8(tmp_path):
     with pytest.raises(ValueError, match="file.parquet, row 2: not UTF-8 text"):
         texts_of(path)
     bad = []
-    assert texts_of(path, on_bad=bad.append) == ["a", "", "d"]
+    assert texts_of(path, on_bad_record=bad.append) == ["a", "", "d"]
     assert bad == [f"{path}, row 2: not UTF-8 text"]
     (block,) = parquet_blocks(path, "text")
-    places = [block.place(index) for index in range(3)]
-    assert places == [f"{path}, row {number}" for number in (1, 3, 4)]
+    locations = [block.location(index) for index in range(3)]
+    assert locations == [f"{path}, row {number}" for number in (1, 3, 4)]
 
 
 def test_damaged_files(tmp_path):
@@ -103,13 +103,13 @@ def test_damaged_files(tmp_path):
     with open(path, "rb") as file:
         content = file.read()
     changed = bytearray(content)
-    changed[5000] ^= 1  # A letter of a text: only the checksum can tell.
+    changed[5000] ^= 1  # A letter of a text: only the checksum detects it.
     for damaged in (bytes(changed), content[:-100], content[:3000], b"", b"plain text"):
         with open(path, "wb") as file:
             file.write(damaged)
-        for on_bad in (None, [].append):
+        for on_bad_record in (None, [].append):
             with pytest.raises(ValueError, match="cannot read .*file.parquet as Parquet: ."):
-                texts_of(path, on_bad=on_bad)
+                texts_of(path, on_bad_record=on_bad_record)
     with open(path, "w") as file:
         file.write("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     with pytest.raises(ValueError, match="file.parquet holds a Git LFS pointer"):

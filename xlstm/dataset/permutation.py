@@ -1,4 +1,4 @@
-"""A pseudorandom permutation of any number of positions, and the hash below it."""
+"""Pseudorandom permutations of any length, computed index by index from a hash."""
 
 import math
 from typing import TypeVar
@@ -11,11 +11,11 @@ _MASK = 2**64 - 1
 
 
 def splitmix64(seed: int | np.ndarray, index: Number) -> Number:
-    """Returns one output of the SplitMix64 generator, a hash of its place in the stream.
+    """Returns one output of the SplitMix64 generator, a hash of its index in the stream.
 
     Args:
         seed: The generator's seed, below 2**64; an int, or a uint64 array.
-        index: Which output, counted from 0; an int, or a uint64 array.
+        index: The index of the output, from 0; an int, or a uint64 array.
 
     Returns:
         64 bits: an int, or a uint64 array if one was given.
@@ -23,7 +23,7 @@ def splitmix64(seed: int | np.ndarray, index: Number) -> Number:
     References:
         Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
     """
-    # Arrays wrap around by themselves, ints have to be cut.
+    # uint64 arrays wrap around by themselves; the mask does it for ints.
     mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -33,24 +33,28 @@ def splitmix64(seed: int | np.ndarray, index: Number) -> Number:
 _ROUNDS = 8  # Four for each half.
 
 
-def shuffled(position: Number, length: int, seed: int) -> Number:
-    """Returns which of `length` items stands at a position of their endless shuffled order.
+def hashed_order(length: int) -> np.ndarray:
+    """Returns the indices below `length`, `(length,)` int64, in the fixed order of their hashes."""
+    return np.argsort(splitmix64(0, np.arange(length, dtype=np.uint64)), kind="stable")
 
-    Positions `e * length` to `(e + 1) * length - 1` are epoch `e`: every item stands there exactly
-    once, in an order of the epoch's own. The answer is computed from the arguments alone, in a
-    time and a memory that do not depend on them.
 
-    An index below `length` is written as two digits of about the same size. In turn each digit is
-    shifted by a hash of the other one, which can be undone, so that it permutes all pairs of
-    digits. A pair whose number is not below `length` is permuted again until its number is.
+def shuffled_index(position: Number, length: int, seed: int) -> Number:
+    """Returns the index of the item at a position of an endless shuffled order.
+
+    Positions `e * length` to `(e + 1) * length - 1` are epoch `e`: each holds every item exactly
+    once, in its own order. Time and memory depend neither on the position nor on the length.
+
+    The index is written as two digits of about equal range. Each digit in turn is shifted by a hash
+    of the other one. That is invertible, so it permutes all pairs of digits. A pair whose value is
+    not below `length` is permuted again until its value is.
 
     Args:
-        position: The position, from 0 on; an int, or a uint64 array.
+        position: The position, from 0; an int, or a uint64 array.
         length: The number of items, at least 1.
-        seed: Decides the orders, below 2**64.
+        seed: The seed of the orders, below 2**64.
 
     Returns:
-        The item's number, below `length`; an int, or a uint64 array.
+        The index of the item, below `length`; an int, or a uint64 array.
 
     References:
         Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002 (the generalised Feistel
@@ -70,7 +74,7 @@ def shuffled(position: Number, length: int, seed: int) -> Number:
 
 
 def _permuted(index: Number, length: int, key: Number) -> Number:
-    """Permutes the numbers below the product of the digits' ranges, which is at least `length`."""
+    """Permutes the indices below the product of the digits' ranges, at least `length`."""
     num_left = math.isqrt(length - 1) + 1
     num_right = -(-length // num_left)
     left, right = divmod(index, num_right)

@@ -5,7 +5,7 @@ import pytest
 
 from xlstm.dataset.stdlib_corpus import build_stdlib_store, open_stdlib_store, stdlib_files
 from xlstm.dataset.testing import open_verified
-from xlstm.dataset.token_store_writer import StoreExistsError
+from xlstm.files import FolderExistsError
 
 
 def test_files():
@@ -25,7 +25,7 @@ def test_store_is_the_text(tmp_path):
     position = [path.endswith("/argparse.py") for path in stdlib_files()].index(True)
     with open(stdlib_files()[position], "rb") as file:
         assert b"\0" + file.read() in bytes(store.tokens[:])
-    with pytest.raises(StoreExistsError):
+    with pytest.raises(FolderExistsError):
         build_stdlib_store(store.path)
 
 

@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from xlstm.dataset.batch import batch_size_at, rows_before
+from xlstm.dataset.batch import remaining_phases, rows_before
 from xlstm.dataset.config import SHUFFLES, DataConfig
 from xlstm.dataset.store_data import batch_origins, open_stores, train_batches
 from xlstm.dataset.testing import (
@@ -38,7 +38,7 @@ def test_fields_of_a_batch(store):
     np.testing.assert_array_equal(batch.targets[:, :-1], batch.inputs[:, 1:])
     np.testing.assert_array_equal(batch.reset, batch.inputs == store.meta.eod_id)
     assert batch.targets_mask.all() and batch.reset.any()
-    # Where no document begins, the text goes on with the same letter.
+    # Where no document starts, the same letter continues.
     goes_on = (batch.inputs != 0) & (batch.targets != 0)
     np.testing.assert_array_equal(batch.inputs[goes_on], batch.targets[goes_on])
 
@@ -97,7 +97,7 @@ def test_every_epoch_shows_every_window_once_in_a_new_order(store):
 
 
 def test_a_length_at_which_grain_leaves_the_last_window_out(tmp_path):
-    """With 4^8 + 1 windows an epoch of Grain's has another one twice."""
+    """With 4^8 + 1 windows, an epoch of Grain's shuffle repeats another window."""
     size = 4**8 + 1
     tall = write_store(tmp_path / "tall", ["x" * (size - 1) + "z"])
     config = config_for(tall, context_length=1, batch_size=size, validation_fraction=0.0)
@@ -116,22 +116,22 @@ def test_stores_of_the_same_size_have_orders_of_their_own(store, tmp_path):
     (size,) = {len(Windows(s, ~split_documents(60, 0.2), 16)) for s in (store, same)}
     rows = [batch.inputs[0] for batch in take(4 * size, train_batches(config, [store, same]))]
     orders = [[row for row in rows if (row.max() > 60) == is_same] for is_same in (False, True)]
-    letters = [
+    orders = [
         np.maximum(np.stack(order[:size]), offset) - offset
         for order, offset in zip(orders, (0, 60), strict=True)
     ]
-    assert sorted(letters[0].tolist()) == sorted(letters[1].tolist())
-    assert np.mean(np.all(letters[0] == letters[1], axis=1)) < 0.2
+    assert sorted(orders[0].tolist()) == sorted(orders[1].tolist())
+    assert np.mean(np.all(orders[0] == orders[1], axis=1)) < 0.2
 
 
 def test_the_order_of_runs_that_began_before(store, tmp_path):
-    """It is Grain's, and stays as it was."""
+    """It is Grain's order, and it never changes."""
     other = write_letter_store(tmp_path / "other", first=61, documents=30)
     config = config_for(store, other, shuffle="grain", batch_size=1, seed=3)
     rows, orders, sizes = [], [], []
-    for place, each in enumerate((store, other)):
+    for index, each in enumerate((store, other)):
         windows = Windows(each, ~split_documents(each.meta.num_documents, 0.2), 16)
-        seed = int(np.random.SeedSequence([3, place]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([3, index]).generate_state(1)[0])
         numbers = grain.MapDataset.range(len(rows), len(rows) + len(windows))
         orders.append(numbers.shuffle(seed=seed).repeat(100))
         sizes.append(windows.num_tokens)
@@ -177,9 +177,9 @@ def test_open_stores(store, tmp_path):
 
 def test_bad_input(store, tmp_path):
     config = config_for(store)
-    with pytest.raises(ValueError, match="batch of 8 rows does not divide into 3 shares"):
+    with pytest.raises(ValueError, match="batch of 8 rows does not divide into 3 shards"):
         train_batches(config, [store], shard_count=3)
-    with pytest.raises(ValueError, match="shard_index=2 is not one of the 2 shares"):
+    with pytest.raises(ValueError, match="shard_index=2: expected one from 0 to 1"):
         train_batches(config, [store], shard_index=2, shard_count=2)
     single = write_store(tmp_path / "single", ["a" * 100])
     with pytest.raises(ValueError, match="token store .*single: .*0.2 of 1 documents"):
@@ -188,7 +188,7 @@ def test_bad_input(store, tmp_path):
 
 def test_too_little_text(store):
     config = config_for(store, context_length=100_000)
-    with pytest.raises(ValueError, match="fewer than the 100001 of one row"):
+    with pytest.raises(ValueError, match="expected at least the 100001 of one row"):
         train_batches(config, [store])
 
 
@@ -203,7 +203,7 @@ def test_negative_start(store):
 def test_growing_batches_go_through_the_same_rows(store, start):
     config = config_for(store, ramp_batch_sizes=(2, 4), ramp_steps=(3, 2))
     batches = take(4, train_batches(config, [store], start_step=start))
-    sizes = [batch_size_at(config, step) for step in range(start, start + 4)]
+    sizes = [remaining_phases(config, step)[0].batch_size for step in range(start, start + 4)]
     assert [len(batch.inputs) for batch in batches] == sizes
     single = train_batches(
         config_for(store, batch_size=1), [store], start_step=rows_before(config, start)
@@ -222,7 +222,7 @@ def test_growing_batches_go_through_the_same_rows(store, start):
 
 def test_growing_batches_that_cannot_be_shared(store):
     config = config_for(store, ramp_batch_sizes=(2,), ramp_steps=(3,))
-    with pytest.raises(ValueError, match="batch of 2 rows does not divide into 4 shares"):
+    with pytest.raises(ValueError, match="batch of 2 rows does not divide into 4 shards"):
         train_batches(config, [store], start_step=2, shard_count=4)
     assert len(next(train_batches(config, [store], start_step=3, shard_count=4)).inputs) == 2
 
@@ -246,6 +246,6 @@ def test_origins(store, tmp_path, step):
         ]
         text = b"".join(documents)
         begin = text.find(row)
-        # It begins in the first of them and ends in the last.
+        # It starts in the first of them and ends in the last.
         assert 0 <= begin < len(documents[0])
         assert len(text) - len(documents[-1]) < begin + len(row) <= len(text)

@@ -14,14 +14,28 @@ from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
 
 LONG_AGO = time.time_ns() - 10**12
+PATIENCE = 300  # Seconds until a test that waits in vain fails; a busy machine is slow.
 
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
-    """Looks often, and remembers in a cache of each test's own."""
+    """Makes guards look often, and gives each test its own cache."""
     monkeypatch.setattr(store_guard, "_SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.setattr(store_guard, "_YOUNG_NS", -1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def looks(monkeypatch):
+    """Returns the list of the paths of stores that a guard's thread has looked at, in order."""
+    paths, look_at = [], StoreGuard._look_at
+
+    def look(guard, store):
+        look_at(guard, store)
+        paths.append(store.path)
+
+    monkeypatch.setattr(StoreGuard, "_look_at", look)
+    return paths
 
 
 @pytest.fixture
@@ -32,7 +46,7 @@ def large(monkeypatch):
 
 @pytest.fixture
 def verified(monkeypatch):
-    """The paths of the stores that were verified, in turn."""
+    """Returns the list of the paths of verified stores, in order."""
     paths, verify_store = [], store_guard.verify_store
 
     def verify(store, *args):
@@ -49,7 +63,7 @@ def store(tmp_path):
 
 
 def change_byte(path, offset=501):
-    """Exchanges a letter for another one, in place."""
+    """Replaces a letter by another one, in place."""
     with open(os.path.join(path, "tokens.bin"), "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -58,21 +72,27 @@ def change_byte(path, offset=501):
 
 
 def guard(*stores, said=None, everything=False):
-    """A guard that has begun its work."""
+    """Returns a guard after `verify_first`."""
     watching = StoreGuard(stores, [].append if said is None else said.append)
     watching.verify_first(everything)
     return watching
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
+def wait_for_looks(looks, *stores):
+    """Waits until a guard's thread has looked at each store once more."""
+    before = len(looks)
+    wait_until(lambda: {store.path for store in stores} <= set(looks[before:]))
+
+
 def read_until_error(batches):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     with pytest.raises(ValueError) as error:
         while time.monotonic() < deadline:
             next(batches)
@@ -87,36 +107,36 @@ def test_small_stores_are_verified_at_once_and_then_known(store, verified):
     guard(store, everything=True)
     assert verified == ["store", "store"]
     change_byte(store.path)
-    for _ in range(2):  # What is damaged is not remembered.
+    for _ in range(2):  # A damaged store is not recorded.
         with pytest.raises(ValueError, match="store is damaged: the SHA-256 of tokens.bin"):
             guard(TokenStore.open(store.path))
 
 
 def test_a_known_store_is_verified_anew_if_asked(store, monkeypatch):
-    """Even where a change does not show, as on a failing disk."""
+    """A failing disk changes bytes without changing the identity."""
     guard(store)
     change_byte(store.path)
-    monkeypatch.setattr(store_guard, "is_remembered", lambda identity: True)
+    monkeypatch.setattr(store_guard, "was_verified", lambda identity: True)
     guard(store)
     with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
         guard(store, everything=True)
 
 
-def test_two_paths_and_a_link_to_one_store(store, tmp_path, verified):
+def test_two_paths_and_a_link_to_one_store(store, tmp_path, verified, looks):
     os.symlink(store.path, tmp_path / "link")
     stores = [store, TokenStore.open(str(tmp_path / "link")), TokenStore.open(store.path), store]
     with guard(*stores):
-        time.sleep(0.05)
+        wait_for_looks(looks, *stores)
     assert verified == ["store"]
     guard(TokenStore.open(shutil.move(store.path, tmp_path / "moved")))
     assert verified == ["store"]
 
 
-def test_a_cache_that_cannot_be_written(store, monkeypatch, verified):
+def test_a_cache_that_cannot_be_written(store, monkeypatch, verified, looks):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     for count in (1, 2):
         with guard(store):
-            time.sleep(0.05)
+            wait_for_looks(looks, store)
         assert verified == ["store"] * count
 
 
@@ -139,15 +159,16 @@ def test_stores_that_are_small_only_one_by_one(tmp_path, monkeypatch, verified):
     assert len(said) == 1 and "verifying the token store" in said[0] and "/2 (" in said[0]
 
 
-def test_large_stores_are_verified_beside_the_work(large, store, verified):
+def test_large_stores_are_verified_beside_the_work(large, store, verified, looks):
     config, said = config_for(store), []
     with guard(store, said=said):
         batches = list(itertools.islice(train_batches(config, [store]), 20))
-        wait_until(lambda: verified)
+        wait_for_looks(looks, store)
+    assert verified == ["store"]
     assert said[0] == f"verifying the token store {store.path} (0.0 GB) in the background"
     assert_equal_batches(batches, list(itertools.islice(train_batches(config, [store]), 20)))
     with guard(TokenStore.open(store.path)):
-        time.sleep(0.05)
+        wait_for_looks(looks, store)
     assert verified == ["store"]
 
 
@@ -196,14 +217,14 @@ def test_a_store_that_shrinks_in_use(store, name):
 
 
 def test_reading_tells_that_a_file_has_shrunk(store):
-    """Without anybody who looks: from the threads that read ahead."""
+    """The threads that read ahead notice it even without a guard."""
     batches = train_batches(config_for(store), [store])
     next(batches)
     os.truncate(os.path.join(store.path, "tokens.bin"), 100)
     assert "tokens.bin has shrunk while it was in use" in read_until_error(batches)
 
 
-def test_another_store_in_its_place_plays_no_part(store, tmp_path):
+def test_another_store_in_its_place_plays_no_part(store, tmp_path, looks):
     config = config_for(store)
     expected = list(itertools.islice(train_batches(config, [store]), 40))
     other = write_letter_store(tmp_path / "other", seed=1)
@@ -212,36 +233,45 @@ def test_another_store_in_its_place_plays_no_part(store, tmp_path):
         first = list(itertools.islice(batches, 5))
         for name in os.listdir(other.path):
             os.replace(os.path.join(other.path, name), os.path.join(store.path, name))
-        time.sleep(0.05)
+        wait_for_looks(looks, store)
         shutil.rmtree(store.path)
-        time.sleep(0.05)
+        wait_for_looks(looks, store)
         assert_equal_batches(first + list(itertools.islice(batches, 35)), expected)
 
 
 @pytest.mark.parametrize("is_locked", [False, True])
-def test_the_end_waits_for_no_verification(large, store, monkeypatch, is_locked):
-    said, count = [], threading.active_count()
+def test_the_end_waits_for_no_verification(large, store, monkeypatch, looks, is_locked):
+    monkeypatch.setattr(store_guard, "_SECONDS_TO_STOP", PATIENCE)
+    said, has_begun = [], threading.Event()
+
+    def never_done(store, is_wanted):
+        has_begun.set()
+        while is_wanted():
+            time.sleep(0.001)
+        return False
+
     watching = guard(store, said=said)
     if is_locked:  # Another process verifies.
-        monkeypatch.setattr(store_guard, "sole_verifier", lambda identity: _context(False))
+        monkeypatch.setattr(store_guard, "verification_lock", lambda identity: _context(False))
     else:
-        monkeypatch.setattr(store_guard, "verify_store", _never_done)
-    begin = time.monotonic()
+        monkeypatch.setattr(store_guard, "verify_store", never_done)
     with watching:
-        time.sleep(0.05)
-    assert time.monotonic() - begin < 2
-    assert threading.active_count() == count
-    assert said[1].endswith("store (0.0 GB) was not verified to its end: --verify_data does")
+        if is_locked:
+            wait_for_looks(looks, store)
+        else:
+            assert has_begun.wait(PATIENCE)
+    assert not watching._thread.is_alive()
+    assert said[1].endswith("store (0.0 GB) was not fully verified: use --verify_data")
 
 
-def test_a_change_at_the_last_moment(store, monkeypatch):
+def test_a_change_at_the_last_moment(store, monkeypatch, looks):
     monkeypatch.setattr(store_guard, "_SECONDS_BETWEEN_LOOKS", 100)
     said = []
     with guard(store, said=said):
-        time.sleep(0.05)
+        wait_until(lambda: looks)  # The next look is long after the end.
         assert not said
         change_byte(store.path)
-    assert said[0].endswith("was not verified to its end: --verify_data does")
+    assert said[0].endswith("was not fully verified: use --verify_data")
 
 
 @pytest.mark.parametrize("is_raised", [False, True])
@@ -250,7 +280,7 @@ def test_damage_found_at_the_last_moment(large, store, is_raised):
     with pytest.raises(KeyError if is_raised else ValueError, match="a" if is_raised else "SHA"):
         with guard(store):
             wait_until(lambda: store.problem)
-            if is_raised:  # What ends the work comes first.
+            if is_raised:  # The error of the work takes precedence.
                 raise KeyError("a")
 
 
@@ -263,12 +293,6 @@ def test_a_disk_without_the_right_to_write(store, verified):
     guard(TokenStore.open(store.path))
     assert verified == ["store"] and sorted(os.listdir(store.path)) == before
     os.chmod(store.path, 0o755)
-
-
-def _never_done(store, is_wanted):
-    while is_wanted():
-        time.sleep(0.001)
-    return False
 
 
 class _context:

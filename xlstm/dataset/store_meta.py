@@ -1,4 +1,4 @@
-"""The `meta.json` of a token store: what it says, and whether that can be."""
+"""The `meta.json` of a token store: its fields and their checks."""
 
 import dataclasses
 import json
@@ -23,22 +23,22 @@ _TOKEN_DTYPES = ("|u1", "<u2", "<u4")
 
 @dataclasses.dataclass(frozen=True)
 class StoreMeta:
-    """What `meta.json` says.
+    """The content of `meta.json`.
 
     Attributes:
-        tokenizer: "byte", or "tokenizer.json" where the store holds the definition itself.
-        fingerprint: The tokenizer's.
-        vocab_size: The tokenizer's.
-        eod_id: The tokenizer's.
-        eod_token: The tokenizer's.
-        bos_id: The tokenizer's.
-        bos_token: The tokenizer's.
-        dtype: Of `tokens.bin`, in NumPy's notation.
-        num_documents: How many documents there are.
-        num_tokens: How many tokens there are, markers included.
+        tokenizer: "byte", or "tokenizer.json" if the store holds the definition.
+        fingerprint: See `Tokenizer`, as for the next five fields.
+        vocab_size: The size of the id space.
+        eod_id: The id of the marker after documents.
+        eod_token: The vocabulary entry of that marker.
+        bos_id: The id of the marker before documents.
+        bos_token: The vocabulary entry of that marker.
+        dtype: The type of `tokens.bin`, in NumPy's notation.
+        num_documents: The number of documents.
+        num_tokens: The number of tokens, markers included.
         text_bytes: The size of the text in UTF-8.
-        files: For every other file of the store, its size in `bytes` and its `sha256`.
-        version: That of the format.
+        files: The size in `bytes` and the `sha256` of every other file of the store, by name.
+        version: The version of the format.
     """
 
     tokenizer: str
@@ -62,16 +62,16 @@ class StoreMeta:
 
     @classmethod
     def from_json(cls, text: str) -> "StoreMeta":
-        """Parses the text of `meta.json`; raises ValueError where it is not one of ours."""
+        """Parses the text of `meta.json`; raises a ValueError if it is not valid."""
         fields = parse_json(text, "it", strict=True)
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f"it does not describe an {FORMAT}")
         version = fields.get("version")
         if type(version) is not int or version not in (1, VERSION):
             raise ValueError(
-                f"it has format version {short_repr(version)}, this program reads 1 and {VERSION}"
+                f"it has format version {short_repr(version)}: expected 1 or {VERSION}"
             )
-        if version == 1:  # It had one marker for both.
+        if version == 1:  # Version 1 has a single marker.
             fields |= {"bos_id": fields.get("eod_id"), "bos_token": fields.get("eod_token")}
         names = {field.name for field in dataclasses.fields(cls)}
         for name in sorted(names ^ fields.keys()):
@@ -82,7 +82,7 @@ class StoreMeta:
         for field in dataclasses.fields(cls):
             value = fields[field.name]
             if field.type in (str, int) and type(value) is not field.type:
-                kind = "a text" if field.type is str else "an integer"
+                kind = "a string" if field.type is str else "an integer"
                 raise ValueError(f"its {field.name} is {short_repr(value)}: expected {kind}")
         meta = cls(**fields)
         _check_values(meta)
@@ -91,7 +91,7 @@ class StoreMeta:
 
 
 def _check_values(meta: StoreMeta) -> None:
-    """Raises ValueError if a field has a value that cannot be."""
+    """Raises a ValueError if a field has an impossible value."""
     if meta.tokenizer not in (ByteTokenizer.name, TOKENIZER_FILE):
         raise ValueError(
             f"its tokenizer is {short_repr(meta.tokenizer)}: expected {ByteTokenizer.name!r} or"
@@ -119,7 +119,7 @@ def _check_values(meta: StoreMeta) -> None:
 
 
 def _check_files(meta: StoreMeta) -> None:
-    """Raises ValueError if the entries of the files are not such, or contradict the counts."""
+    """Raises a ValueError if an entry of `files` is invalid or contradicts the counts."""
     needed = {TOKENS_FILE, DOCUMENTS_FILE}
     if meta.tokenizer == TOKENIZER_FILE:
         needed.add(TOKENIZER_FILE)
@@ -127,7 +127,7 @@ def _check_files(meta: StoreMeta) -> None:
         raise ValueError(f"its files lack one of {', '.join(sorted(needed))}")
     for name, entry in meta.files.items():
         if name not in needed | {CORRECTIONS_FILE}:
-            raise ValueError(f"its files have {short_repr(name)}, which is none of the format")
+            raise ValueError(f"its files have {short_repr(name)}, which is not part of the format")
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise ValueError(f"its entry of {name} is not the file's bytes and sha256")
         if type(entry["bytes"]) is not int or entry["bytes"] < 0:
@@ -142,4 +142,4 @@ def _check_files(meta: StoreMeta) -> None:
     if any(meta.files[name]["bytes"] != size for name, size in expected.items()):
         raise ValueError("its counts and file sizes contradict each other")
     if meta.files.get(CORRECTIONS_FILE, {"bytes": 0})["bytes"] % CORRECTION_DTYPE.itemsize:
-        raise ValueError(f"its {CORRECTIONS_FILE} has no whole entries")
+        raise ValueError(f"its {CORRECTIONS_FILE} ends with an incomplete entry")

@@ -10,7 +10,7 @@ FILE = {"bytes": 3, "sha256": "0" * 64}
 
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory):
-    """What a good `meta.json` says."""
+    """Returns the fields of a valid `meta.json`."""
     path = tmp_path_factory.mktemp("meta") / "store"
     write_store(path, ["hello", "world"])
     return json.loads((path / "meta.json").read_text())
@@ -42,7 +42,7 @@ def test_it_says_what_was_written(fields):
         ({"dtype": "<f4"}, "dtype is '<f4'"),
         ({"dtype": "<u8"}, "dtype is '<u8'"),
         ({"dtype": "(2,)u1"}, "dtype is "),
-        ({"dtype": 1}, "dtype is 1: expected a text"),
+        ({"dtype": 1}, "dtype is 1: expected a string"),
         ({"tokenizer": "../tokenizer.json"}, "tokenizer is '../tokenizer.json': expected 'byte'"),
         ({"tokenizer": "/etc/passwd"}, "tokenizer is '/etc/passwd'"),
         ({"vocab_size": 257}, "vocab_size is 257: expected at least 1 and at most 256"),
@@ -60,7 +60,7 @@ def test_it_says_what_was_written(fields):
         ({"text_bytes": 2**70}, "text_bytes is"),
         ({"files": []}, "files lack one of documents.bin, tokens.bin"),
         ({"tokenizer": "tokenizer.json"}, "files lack one of documents.bin, tokenizer.json"),
-        ({"eod_token": 7}, "eod_token is 7: expected a text"),
+        ({"eod_token": 7}, "eod_token is 7: expected a string"),
     ],
 )
 def test_fields_that_cannot_be(fields, changes, problem):
@@ -72,11 +72,11 @@ def test_fields_that_cannot_be(fields, changes, problem):
 @pytest.mark.parametrize(
     "name, entry, problem",
     [
-        ("../secret", FILE, "files have '../secret', which is none of the format"),
+        ("../secret", FILE, "files have '../secret', which is not part of the format"),
         ("/etc/passwd", FILE, "files have '/etc/passwd'"),
         ("\x1b[31m", FILE, r"files have '\\x1b\[31m'"),
-        ("tokenizer.json", FILE, "files have 'tokenizer.json'"),  # The tokenizer is another.
-        ("text_bytes.bin", FILE, "text_bytes.bin has no whole entries"),
+        ("tokenizer.json", FILE, "files have 'tokenizer.json'"),  # The tokenizer is "byte".
+        ("text_bytes.bin", FILE, "text_bytes.bin ends with an incomplete entry"),
         ("tokens.bin", {"bytes": -12, "sha256": "0" * 64}, "entry of tokens.bin has -12 bytes"),
         ("tokens.bin", {"bytes": 12.0, "sha256": "0" * 64}, "entry of tokens.bin has 12.0 bytes"),
         ("tokens.bin", {"bytes": 13, "sha256": "0" * 64}, "counts and file sizes contradict"),
@@ -103,8 +103,8 @@ def test_json_that_has_two_meanings_or_none(fields):
     text = json.dumps(fields)
     twice = text.replace('"num_tokens": 12', '"num_tokens": 12, "num_tokens": 13')
     for bad, problem in [
-        (twice, "the field 'num_tokens' is there twice"),
-        (text.replace("12", "NaN", 1), "holds NaN, which JSON does not know"),
+        (twice, "the field 'num_tokens' occurs twice"),
+        (text.replace("12", "NaN", 1), "holds NaN, which is not JSON"),
         (text.replace("12", "-Infinity", 1), "holds -Infinity"),
         (text.replace("12", "1" * 5000, 1), "Exceeds the limit"),
         (text.replace("12", "1e2", 1), "100.0: expected an integer"),

@@ -1,28 +1,28 @@
-"""A token store by a few of its bytes: tells two stores apart without reading them."""
+"""Sampled digests of a token store, which tell stores apart without reading all of them."""
 
-import hashlib
 import os
 
 from xlstm.dataset.token_store import TokenStore
+from xlstm.files import Checksum
 
 _BLOCK = 64 * 1024
-_NUM_BLOCKS = 18  # Of each file, with the first and the last.
+_NUM_BLOCKS = 18  # In each file, including the first and the last block.
 
 
 def sample_store(store: TokenStore) -> dict[str, str]:
-    """Describes the files of a store: size, recorded checksum, and a digest of sampled blocks.
+    """Describes each file of a store: size, recorded checksum, and a digest of sampled blocks.
 
-    The blocks lie evenly spread, at the same places in files of the same size. At most 1.2 MB of a
-    file are read.
+    The blocks are evenly spaced, at the same offsets in files of the same size. At most 1.2 MB of
+    a file is read.
 
     Args:
         store: The store.
 
     Returns:
-        A text for each file, by its name.
+        A description of each file, by name.
 
     Raises:
-        OSError: If a file cannot be read.
+        OSError: A file cannot be read.
     """
     return {
         name: f"{_sample_file(os.path.join(store.path, name))}, recorded SHA-256"
@@ -32,11 +32,11 @@ def sample_store(store: TokenStore) -> dict[str, str]:
 
 
 def _sample_file(path: str) -> str:
-    digest = hashlib.sha256()
+    checksum = Checksum()
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         last = max(size - _BLOCK, 0)
-        for place in sorted({last * i // (_NUM_BLOCKS - 1) for i in range(_NUM_BLOCKS)}):
-            file.seek(place)
-            digest.update(file.read(_BLOCK))
-    return f"{size} bytes with samples {digest.hexdigest()[:16]}"
+        for offset in sorted({last * i // (_NUM_BLOCKS - 1) for i in range(_NUM_BLOCKS)}):
+            file.seek(offset)
+            checksum.update(file.read(_BLOCK))
+    return f"{size} bytes with samples {checksum.sha256[:16]}"

@@ -11,7 +11,7 @@ from xlstm.dataset.token_store import TokenStore
 
 @pytest.fixture
 def paths(tmp_path):
-    """Two stores that are the same."""
+    """Returns two equal stores."""
     write_store(tmp_path / "one", ["some text\n" * 500_000, "more\n"])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     return tmp_path / "one", tmp_path / "two"
@@ -35,7 +35,7 @@ def test_copies_are_the_same(paths):
 def test_other_bytes_are_seen(paths, place):
     path = paths[1] / "tokens.bin"
     size = os.path.getsize(path)
-    # Of 18 blocks the tenth begins a little behind the middle.
+    # The tenth of 18 blocks starts shortly after the middle.
     offset = {"first": 0, "last": size - 1, "near the middle": (size - 65536) * 9 // 17 + 5}[place]
     with open(path, "r+b") as file:
         file.seek(offset)

@@ -1,4 +1,4 @@
-"""Compares token stores with their checksums, and remembers which were."""
+"""Verification of a token store, and the record of the stores that this machine verified."""
 
 import bisect
 import contextlib
@@ -14,17 +14,18 @@ from xlstm.dataset.file_array import FileArray
 from xlstm.dataset.store_meta import TOKENS_FILE
 from xlstm.dataset.token_store import META_FILE, TokenStore
 from xlstm.dataset.tokenizer import TOKENIZER_FILE
+from xlstm.files import Checksum
 
 _FOLDER = ("xlstm", "verified_stores")
 
 
-def is_remembered(identity: str) -> bool:
-    """Returns whether a store was verified before, by its `store_identity`."""
+def was_verified(identity: str) -> bool:
+    """Returns whether this machine has verified the store with a `store_identity`."""
     return os.path.exists(_path(identity))
 
 
-def remember(identity: str) -> None:
-    """Remembers that a store was verified, if that is possible."""
+def mark_verified(identity: str) -> None:
+    """Records that a store was verified, if the cache can be written."""
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(_path(identity)), exist_ok=True)
         with open(_path(identity), "wb"):
@@ -32,15 +33,15 @@ def remember(identity: str) -> None:
 
 
 @contextlib.contextmanager
-def sole_verifier(identity: str) -> Iterator[bool]:
-    """Gives one process of this machine at a time the task to verify a store.
+def verification_lock(identity: str) -> Iterator[bool]:
+    """Locks the verification of a store against other processes of this machine.
 
     Args:
-        identity: The store's.
+        identity: The `store_identity` of the store.
 
     Yields:
-        Whether it is this process, until the end of the block. It is, too, where processes cannot
-        know of each other.
+        Whether this process holds the lock, until the end of the block. Where locks are impossible,
+        every process holds it.
     """
     path = f"{_path(identity)}.verifying"
     try:
@@ -55,7 +56,7 @@ def sole_verifier(identity: str) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        except OSError:  # This disk knows no locks.
+        except OSError:  # The file system has no locks.
             pass
         try:
             yield True
@@ -65,61 +66,61 @@ def sole_verifier(identity: str) -> Iterator[bool]:
 
 
 def _path(identity: str) -> str:
-    """Returns the path of a store's file, in what the XDG standard says is the user's cache."""
+    """Returns the path of a store's record in the user's cache, as XDG defines it."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # To be ignored, says the standard.
+    if not os.path.isabs(cache):  # XDG says to ignore relative paths.
         cache = os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # Nobody's home.
-        cache = os.devnull  # In which there can be no file.
+    if not os.path.isabs(cache):  # There is no home directory.
+        cache = os.devnull  # No file can be created below it.
     return os.path.join(cache, *_FOLDER, identity)
 
 
-# Bytes: large, so that little of the time is spent in Python; but the caches hold them.
+# Bytes: large, to spend little time in Python, yet small enough for the CPU's caches.
 _PIECE = 1 << 21
 
 
-def verify_store(store: TokenStore, is_wanted: Callable[[], bool] = lambda: True) -> bool:
-    """Compares the checksums of a store's files, and looks at every token.
+def verify_store(store: TokenStore, keep_going: Callable[[], bool] = lambda: True) -> bool:
+    """Verifies the checksums of a store's files, and every token.
 
     Args:
         store: The store.
-        is_wanted: Asked again and again whether to go on.
+        keep_going: Returns whether to continue; called before each piece of a file.
 
     Returns:
-        Whether it came to the end.
+        Whether it finished.
 
     Raises:
-        ValueError: The store is damaged, or its tokens are not those of documents of its tokenizer.
+        ValueError: The store is damaged, or its tokens are not documents of its tokenizer.
         OSError: A file cannot be read.
     """
-    files = dict(store.files)  # What the tokens are judged by comes before them.
+    files = dict(store.files)  # The files that the tokens are checked against come first.
     if TOKENIZER_FILE in store.meta.files:
         files[TOKENIZER_FILE] = FileArray(os.path.join(store.path, TOKENIZER_FILE), np.uint8)
     for name, file in files.items():
-        digest, step = hashlib.sha256(), _PIECE // file.dtype.itemsize
+        checksum, step = Checksum(), _PIECE // file.dtype.itemsize
         document = 0
         for first in range(0, len(file), step):
-            if not is_wanted():
+            if not keep_going():
                 return False
             piece = file[first : first + step]
-            digest.update(piece.view(np.uint8))
+            checksum.update(piece.view(np.uint8))
             if name == TOKENS_FILE:
                 document = _check_tokens(store, piece, first, document)
-        if digest.hexdigest() != store.meta.files[name]["sha256"]:
+        if checksum.sha256 != store.meta.files[name]["sha256"]:
             raise ValueError(
                 f"the token store {store.path} is damaged: the SHA-256 of {name} is "
-                f"{digest.hexdigest()}, {META_FILE} says {store.meta.files[name]['sha256']}"
+                f"{checksum.sha256}, {META_FILE} says {store.meta.files[name]['sha256']}"
             )
     return True
 
 
 def store_identity(store: TokenStore) -> str:
-    """Returns a name for the store as it is, wherever it lies: another one after any change.
+    """Returns a hash that any change of the store's files changes, but moving the store does not.
 
-    It says what was checked, by which machine, and which files in which state.
+    It covers the version of the check, the machine, `meta.json` and the state of the files.
     """
-    facts = [file.facts for file in store.files.values()]
-    content = repr(("1", platform.node(), store.meta.to_json(), facts))
+    signatures = [file.stat_signature for file in store.files.values()]
+    content = repr(("1", platform.node(), store.meta.to_json(), signatures))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -129,33 +130,34 @@ def _check_tokens(store: TokenStore, ids: np.ndarray, first: int, document: int)
     Args:
         store: The store.
         ids: The piece.
-        first: Where it begins.
-        document: The number of the first document that begins in it or behind.
+        first: The index of its first token in the store.
+        document: The index of the first document that starts in or after the piece.
 
     Returns:
-        The number of the first document that begins behind the piece.
+        The index of the first document that starts after the piece.
 
     Raises:
-        ValueError: An id is too large, or the markers are not where documents begin and end.
+        ValueError: An id is too large, or the markers are not at the ends of documents.
     """
     meta, stop = store.meta, first + ids.size
     if ids.max() >= meta.vocab_size:
         index = int(np.argmax(ids >= meta.vocab_size))
-        problem = f"the ids of its tokenizer end at {meta.vocab_size - 1}"
+        problem = f"the largest id of its tokenizer is {meta.vocab_size - 1}"
         raise _bad_token(store, first + index, ids[index], problem)
     next_document = bisect.bisect_left(store.documents, stop, lo=document)
     edges = store.documents[document : next_document + 1] - first
     markers = [(meta.bos_id, edges[(0 <= edges) & (edges < ids.size)])]
-    rule = f"documents begin with the marker {meta.bos_id}, which is nowhere else"
+    rule = f"documents start with the marker {meta.bos_id}, which occurs nowhere else"
     if meta.eod_id != meta.bos_id:
         markers.append((meta.eod_id, edges[(0 < edges) & (edges <= ids.size)] - 1))
         rule = (
-            f"documents begin with {meta.bos_id} and end with {meta.eod_id}, which are nowhere else"
+            f"documents start with {meta.bos_id} and end with {meta.eod_id}, which occur nowhere"
+            " else"
         )
-    for marker, places in markers:
+    for marker, positions in markers:
         is_marker = ids == marker
-        if np.count_nonzero(is_marker) != places.size or not is_marker[places].all():
-            is_marker[places] ^= True  # Now where it is not as it should be.
+        if np.count_nonzero(is_marker) != positions.size or not is_marker[positions].all():
+            is_marker[positions] ^= True  # Now True where the token is wrong.
             index = int(np.argmax(is_marker))
             raise _bad_token(store, first + index, ids[index], rule)
     return next_document
@@ -163,9 +165,9 @@ def _check_tokens(store: TokenStore, ids: np.ndarray, first: int, document: int)
 
 def _bad_token(store: TokenStore, index: int, token_id: np.generic, problem: str) -> ValueError:
     document = bisect.bisect_right(store.documents, index) - 1
-    begin, end = store.documents[document : document + 2]
+    start, stop = store.documents[document : document + 2]
     return ValueError(
         f"the token store {store.path} is damaged, or was not written with its tokenizer: token "
-        f"{index:,} of {TOKENS_FILE} (document {document:,}, which runs from {begin:,} to "
-        f"{end - 1:,}) is {token_id}, but {problem}"
+        f"{index:,} of {TOKENS_FILE} (document {document:,}, tokens {start:,} to {stop - 1:,}) "
+        f"is {token_id}, but {problem}"
     )

@@ -37,7 +37,7 @@ def test_rows_are_whole_examples_with_a_reset_each():
                     continue  # Padding.
                 text = words.decode(tokens[start:stop]).split()
                 pairs, questions = text[: text.index("=")], text[text.index("=") + 1 :]
-                # All keys are asked, so that none was cut; the values count, and nothing else.
+                # All keys are asked, so no example is truncated; only the values count.
                 assert sorted(questions) == sorted(pairs)
                 answers = [words.decode([t]) for t in tokens[start:stop][mask[start:stop]]]
                 assert answers == questions[1::2]
@@ -51,7 +51,7 @@ def test_a_row_is_a_function_of_seed_and_number_alone():
         rows = _take(_data(), 6, shard_index=share, shard_count=2)
         for part, batch in zip(rows, whole, strict=True):
             np.testing.assert_array_equal(part.inputs, batch.inputs[2 * share : 2 * share + 2])
-    # A ramp takes the same rows in other batches.
+    # With a ramp, the same rows come in other batches.
     ramp = _take(_data(ramp_batch_sizes=(2,), ramp_steps=(2,)), 6)
     joined = [np.concatenate([batch.inputs for batch in batches]) for batches in (ramp, whole)]
     np.testing.assert_array_equal(joined[0], joined[1][: len(joined[0])])
@@ -73,12 +73,15 @@ def test_validation_sets_have_their_lengths():
     batches = list(long.batches(max_batches=3))
     assert len(batches) == 3 and len(list(long.batches())) == 128
     for batch in batches:
-        assert batch.inputs.shape == (4, 144)  # The least multiple of 48 that holds 99 - 1.
+        assert batch.inputs.shape == (
+            4,
+            144,
+        )  # The first multiple of 48 from 99 - 1 on.
         answers = np.argwhere(batch.targets_mask)
-        for row, place in answers:
-            start = np.flatnonzero(batch.inputs[row, : place + 1] == 0)[-1]
-            assert 41 <= place - start - 1 <= 96
-    # The same for every run, and never the rows of training.
+        for row, position in answers:
+            start = np.flatnonzero(batch.inputs[row, : position + 1] == 0)[-1]
+            assert 41 <= position - start - 1 <= 96
+    # The same for every run, and different from the training rows.
     again = _data(validation_lengths=("41-96",), seed=5).validation_sets()[0]
     assert_equal_batches(list(again.batches(max_batches=3)), batches)
     half = list(long.batches(max_batches=3, shard_index=1, shard_count=2))
@@ -99,14 +102,17 @@ def test_the_tokenizer_has_the_words():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"task_lengths": (1, 60)}, "length 60 has 63 tokens, more than the 49 of a row"),
-        ({"task_lengths": (0, 4)}, r"task_lengths must be two lengths from 1 on, .* not \(0, 4\)"),
-        ({"task_lengths": (5,)}, "task_lengths must be two lengths from 1 on"),
-        ({"validation_lengths": ("40",)}, "validation_lengths has '40': write two lengths"),
-        ({"validation_lengths": ("9-3",)}, "validation_lengths has '9-3': write two lengths"),
-        ({"validation_lengths": ("1-3", "1-3")}, "validation_lengths names lengths twice"),
-        ({"weights": (1.0,)}, "takes the place of stores: leave data.weights and"),
-        ({"task": "recall:8", "task_lengths": (1, 9)}, "recall:8 has examples of lengths up to 8"),
+        ({"task_lengths": (1, 60)}, "length 60 has 63 tokens: expected at most the 49 of a row"),
+        (
+            {"task_lengths": (0, 4)},
+            r"task_lengths must be two lengths .* is \(0, 4\)",
+        ),
+        ({"task_lengths": (5,)}, "task_lengths must be two lengths of at least 1"),
+        ({"validation_lengths": ("40",)}, "validation_lengths has '40': expected two lengths"),
+        ({"validation_lengths": ("9-3",)}, "validation_lengths has '9-3': expected two lengths"),
+        ({"validation_lengths": ("1-3", "1-3")}, "validation_lengths has duplicates"),
+        ({"weights": (1.0,)}, "replaces the stores: leave data.weights and"),
+        ({"task": "recall:8", "task_lengths": (1, 9)}, "recall:8' has examples of lengths up to 8"),
         ({"task": "parrot"}, "data.task='parrot' is unknown"),
     ],
 )

@@ -1,7 +1,7 @@
 """Synthetic tasks that tell architectures apart: formal languages and associative recall.
 
-An example is a document of words: the end-of-document marker, an input, `=`, and the answer; in
-`recall` there are several questions, each with its answer behind it. Only answers count.
+An example is a document of words: the document marker, an input, `=`, and the answer. In `recall`,
+several questions follow the `=`, each with its answer. Only answers count in the loss.
 
 References:
     Deletang et al., "Neural Networks and the Chomsky Hierarchy", 2022 (arXiv 2207.02098), table 1.
@@ -21,15 +21,15 @@ _FIRST = 2  # The id of a task's first word.
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task: a generator of examples.
 
     Attributes:
-        name: How the configuration calls it, with its size if it has one.
-        words: What the ids mean, the marker and `=` first.
-        max_length: The largest length of an example; None if there is none.
-        make_example: Makes an example of a length from a generator: ids, and which of them are
-            answers, both `(number of tokens,)`.
-        num_tokens: The number of tokens of an example of a length.
+        name: The name in the configuration, with its size if it has one.
+        words: The word of each id; the marker and `=` come first.
+        max_length: The largest length of an example; None if it is unbounded.
+        make_example: Makes an example of a length from a generator: ids `(T,)` int32, and which of
+            them are answers, `(T,)` bool.
+        num_tokens: Returns `T`, the number of tokens, for a length.
     """
 
     name: str
@@ -40,35 +40,35 @@ class Task:
 
 
 def create_task(text: str) -> Task:
-    """Makes a task.
+    """Creates a task.
 
     Args:
-        text: Its name; behind `:` a size, for those that have one.
+        text: The name of the task, optionally followed by `:` and a size if the task has one.
 
     Returns:
         The task.
 
     Raises:
-        ValueError: If there is no such task, or the size cannot be.
+        ValueError: The task is unknown, or its size is impossible.
     """
     name, colon, size = text.partition(":")
     if name in _SIZED:
         make, default, smallest = _SIZED[name]
         if colon and not (size.isascii() and size.isdigit() and int(size) >= smallest):
             raise ValueError(
-                f"data.task={text!r}: the size of {name} must be a number from {smallest} on"
+                f"data.task={text!r}: the size of {name} must be an integer of at least {smallest}"
             )
         return make(text, int(size) if colon else default)
     if name in _PLAIN and not colon:
         return _PLAIN[name](text)
     known = [*_PLAIN, *(f"{name}[:size]" for name in _SIZED)]
-    raise ValueError(f"data.task={text!r} is unknown; there are {', '.join(known)}")
+    raise ValueError(f"data.task={text!r} is unknown: choose one of {', '.join(known)}")
 
 
 def _answering(
     name: str, words: list[str], draw: Callable, answer: Callable[[np.ndarray], int]
 ) -> Task:
-    """A task whose example is an input and one answer, both numbers of words."""
+    """Returns a task of one question: `draw` makes the input, `answer` its answer, as indices."""
 
     def make_example(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         x = draw(rng, length)
@@ -85,22 +85,23 @@ def _bits(rng: np.random.Generator, length: int) -> np.ndarray:
 
 
 def _parity(name: str) -> Task:
-    """Whether the number of ones is odd (regular)."""
+    """Returns the task of telling whether the number of ones is odd (regular)."""
     return _answering(name, ["0", "1"], _bits, lambda x: int(x.sum()) % 2)
 
 
 def _even_pairs(name: str) -> Task:
-    """Whether neighbours differ an odd number of times: whether first and last do (regular)."""
+    """Returns the task of telling whether neighbours differ an odd number of times (regular)."""
+    # They do exactly if the first and the last word differ.
     return _answering(name, ["0", "1"], _bits, lambda x: int(x[0] != x[-1]))
 
 
 def _majority(name: str) -> Task:
-    """Whether there are more ones than zeros (counting)."""
+    """Returns the task of telling whether there are more ones than zeros (counting)."""
     return _answering(name, ["0", "1"], _bits, lambda x: int(2 * x.sum() > x.size))
 
 
 def _cycle_nav(name: str, size: int) -> Task:
-    """The place on a cycle of `size` after steps back, none, and forward (regular)."""
+    """Returns the task of finding the position on a cycle of `size` after some steps (regular)."""
     words = [*map(str, range(size)), "back", "stay", "forward"]
     return _answering(
         name,
@@ -111,9 +112,9 @@ def _cycle_nav(name: str, size: int) -> Task:
 
 
 def _mod_arithmetic(name: str, size: int) -> Task:
-    """The value modulo `size` of numbers with + - * between them, no brackets (regular).
+    """Returns the task of evaluating + - * of numbers modulo `size`, no brackets (regular).
 
-    A length is that of the input; an even one begins with a sign, which a plus or minus is.
+    The length counts the words of the input; an input of even length starts with a sign, + or -.
     """
     words = [*map(str, range(size)), "+", "-", "*"]
 
@@ -139,9 +140,9 @@ def _mod_arithmetic(name: str, size: int) -> Task:
 
 
 def _recall(name: str, size: int) -> Task:
-    """Pairs of a key and a value, and then all keys in another order, to be answered by values.
+    """Returns the task of giving the value of each key, in another order than its pairs.
 
-    The length is the number of pairs, whose keys differ; there are `size` keys and values each.
+    The length is the number of pairs, whose keys differ. There are `size` keys and `size` values.
     """
     words = (EOD_WORD, QUERY_WORD, *(f"k{n}" for n in range(size)), *(f"v{n}" for n in range(size)))
 
@@ -150,14 +151,14 @@ def _recall(name: str, size: int) -> Task:
         pairs = np.stack([_FIRST + keys, _FIRST + size + rng.integers(0, size, length)], axis=1)
         body = [EOD_ID], pairs.ravel(), [QUERY_ID], rng.permutation(pairs).ravel()
         ids = np.concatenate(body).astype(np.int32)
-        places = np.arange(ids.size)
-        return ids, (places > 2 * length + 1) & ((places - 2 * length) % 2 == 1)
+        positions = np.arange(ids.size)
+        return ids, (positions > 2 * length + 1) & ((positions - 2 * length) % 2 == 1)
 
     return Task(name, words, size, make_example, lambda length: 4 * length + 2)
 
 
 _PLAIN = {"parity": _parity, "even_pairs": _even_pairs, "majority": _majority}
-# With their usual sizes, and their smallest.
+# Each with its default size and its smallest size.
 _SIZED = {
     "cycle_nav": (_cycle_nav, 5, 2),
     "mod_arithmetic": (_mod_arithmetic, 5, 2),

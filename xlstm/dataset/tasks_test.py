@@ -17,7 +17,7 @@ _NAMES = (
 
 
 def _examples(name, lengths, count=40):
-    """Words of the inputs and of the answers of random examples."""
+    """Returns the words of the inputs and answers of random examples."""
     task, rng = create_task(name), np.random.default_rng(0)
     for length in lengths:
         for _ in range(count):
@@ -55,10 +55,10 @@ def test_majority():
 @pytest.mark.parametrize("name, size", [("cycle_nav", 5), ("cycle_nav:3", 3)])
 def test_cycle_nav(name, size):
     for x, answer in _with_one_answer(name):
-        place = 0
+        position = 0
         for word in x:
-            place = (place + {"back": -1, "stay": 0, "forward": 1}[word]) % size
-        assert answer == str(place)
+            position = (position + {"back": -1, "stay": 0, "forward": 1}[word]) % size
+        assert answer == str(position)
 
 
 @pytest.mark.parametrize("name, size", [("mod_arithmetic", 5), ("mod_arithmetic:7", 7)])
@@ -66,7 +66,7 @@ def test_mod_arithmetic(name, size):
     for x, answer in _with_one_answer(name):
         text = " ".join(x)
         assert re.fullmatch(r"([+-] )?\d( [-+*] \d)*", text)
-        assert answer == str(eval(text) % size)  # The words are Python.
+        assert answer == str(eval(text) % size)  # The words are a Python expression.
 
 
 def test_recall():
@@ -89,12 +89,12 @@ def test_guessing_is_right_half_of_the_time(name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "data.task='' is unknown; there are parity, "),
-        ("party", r"'party' is unknown; .* majority, cycle_nav\[:size\], "),
+        ("", "data.task='' is unknown: choose one of parity, "),
+        ("party", r"'party' is unknown: .* majority, cycle_nav\[:size\], "),
         ("parity:3", "'parity:3' is unknown"),
-        ("cycle_nav:1", "the size of cycle_nav must be a number from 2 on"),
-        ("recall:", "the size of recall must be a number from 1 on"),
-        ("recall:-4", "the size of recall must be a number from 1 on"),
+        ("cycle_nav:1", "the size of cycle_nav must be an integer of at least 2"),
+        ("recall:", "the size of recall must be an integer of at least 1"),
+        ("recall:-4", "the size of recall must be an integer of at least 1"),
     ],
 )
 def test_what_is_no_task(text, message):

@@ -1,4 +1,4 @@
-"""Small tokenizers and stores for tests."""
+"""Small tokenizers and token stores for tests."""
 
 import functools
 import json
@@ -19,11 +19,11 @@ from xlstm.dataset.tokenizer import ByteTokenizer, Tokenizer
 def write_tokenizer_json(
     path: str, special_tokens: Sequence[str] = ("<|endoftext|>",), words: Sequence[str] = ()
 ) -> str:
-    """Writes a byte-level BPE `tokenizer.json` that knows each of `words` as one token.
+    """Writes a byte-level BPE `tokenizer.json` in which each of `words` is one token.
 
     Args:
         path: The file to write.
-        special_tokens: The first entries of its vocabulary.
+        special_tokens: The first entries of the vocabulary.
         words: Text to learn merges from.
 
     Returns:
@@ -49,11 +49,11 @@ _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 @functools.cache
 def tokenizer_families() -> dict[str, bytes]:
-    """Trains a small tokenizer of each family on a few words, so that most text is unknown to it.
+    """Trains a small tokenizer of each family, on few words, so that most text is unknown to it.
 
     Returns:
-        The content of each one's `tokenizer.json`. They have special tokens `<s>`, `</s>`, `<pad>`
-        and, but for the byte-level ones, `<unk>`.
+        The content of each `tokenizer.json`, by family. They have the special tokens `<s>`,
+        `</s>`, `<pad>` and, except for the byte-level ones, `<unk>`.
     """
     models, decoders = tokenizers.models, tokenizers.decoders
     normalizers, pre_tokenizers = tokenizers.normalizers, tokenizers.pre_tokenizers
@@ -61,7 +61,7 @@ def tokenizer_families() -> dict[str, bytes]:
     spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     collapsed = [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     unknown = {"unk_token": "<unk>"}
-    # Model, normalizer, pre-tokenizer, decoder.
+    # Each: model, normalizer, pre-tokenizer, decoder.
     parts = {
         "byte_level": (
             models.BPE(),
@@ -134,7 +134,7 @@ def _train_family(name: str, model, normalizer, pre_tokenizer, decoder) -> bytes
     trainer = getattr(tokenizers.trainers, type(model).__name__.replace("BPE", "Bpe") + "Trainer")
     inner.train_from_iterator([_WORDS, *_WORDS.split()] * 2, trainer(**settings))
     definition = json.loads(inner.to_str())
-    # Byte tokens are ordinary entries of such vocabularies.
+    # In such vocabularies, byte tokens are ordinary entries.
     added = [x for x in definition["added_tokens"] if x["content"] not in _BYTE_TOKENS]
     definition["added_tokens"] = added
     if name == "byte_fallback_unigram":
@@ -144,19 +144,19 @@ def _train_family(name: str, model, normalizer, pre_tokenizer, decoder) -> bytes
 
 
 def random_text(rng: np.random.Generator, size: int = 12) -> str:
-    """Returns a text of known and unknown words, spelled-out tokens and odd characters."""
+    """Returns a random text of known and unknown words, spelled-out tokens and odd characters."""
     parts = [*_WORDS.split(), *_SPECIAL, "<0x41>", "<0xE0>", "Übermut", "🌶", "한국", "x", "ﬁ", "①"]
     parts += [" ", " ", "  ", "\n", "\ufffd", "e\u0301", "▁", "</w>", "##a", "\t", "Ġ", ".", " ."]
     return "".join(parts[i] for i in rng.integers(0, len(parts), rng.integers(0, size + 1)))
 
 
 def write_store(path: str, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> TokenStore:
-    """Writes a token store, by default of bytes.
+    """Writes a token store.
 
     Args:
         path: The folder to make.
-        texts: A text a document.
-        tokenizer: What to encode with.
+        texts: The text of each document.
+        tokenizer: The tokenizer to encode with; by default, the byte tokenizer.
 
     Returns:
         The store.
@@ -168,20 +168,20 @@ def write_store(path: str, texts: Sequence[str], tokenizer: Tokenizer | None = N
 
 
 def open_verified(path: str) -> TokenStore:
-    """Opens a token store, after all of it was found to be as its checksums say."""
+    """Opens a token store and verifies all of it."""
     store = TokenStore.open(str(path))
     verify_store(store)
     return store
 
 
 def write_letter_store(path: str, first: int = 1, documents: int = 60, seed: int = 0) -> TokenStore:
-    """Writes a store of bytes whose documents are told apart by their tokens.
+    """Writes a store of bytes whose documents each repeat a byte of their own.
 
     Args:
         path: The folder to make.
-        first: Document `i` is the byte `first + i` again and again.
-        documents: How many there are.
-        seed: Decides their lengths.
+        first: The byte of the first document; document `i` repeats the byte `first + i`.
+        documents: The number of documents.
+        seed: The seed of their lengths.
 
     Returns:
         The store.
@@ -191,13 +191,13 @@ def write_letter_store(path: str, first: int = 1, documents: int = 60, seed: int
 
 
 def config_for(*stores: TokenStore, **fields: Any) -> DataConfig:
-    """Returns a configuration of small batches from some stores, with other fields as given."""
+    """Returns a configuration of small batches from some stores, with the given fields."""
     defaults = {"context_length": 16, "batch_size": 8, "validation_fraction": 0.2}
     return DataConfig(stores=tuple(store.path for store in stores), **{**defaults, **fields})
 
 
-def letters(batches: Iterable[Batch]) -> set[int]:
-    """Returns the distinct tokens that are seen in some batches, markers apart."""
+def seen_tokens(batches: Iterable[Batch]) -> set[int]:
+    """Returns the distinct tokens in some batches, without markers and padding."""
     seen = set()
     for batch in batches:
         seen |= set(batch.inputs[:, 1:][batch.targets_mask[:, :-1]].tolist())
@@ -206,7 +206,7 @@ def letters(batches: Iterable[Batch]) -> set[int]:
 
 
 def assert_equal_batches(left: Sequence[Batch], right: Sequence[Batch]) -> None:
-    """Asserts that two lists of batches are the same, field by field."""
+    """Asserts that two lists of batches are equal, field by field."""
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         for field, expected in vars(other).items():

@@ -1,8 +1,9 @@
-"""The bytes of text that each token of a `tokenizer.json` stands for.
+"""The bytes of text that each token of a `tokenizer.json` represents.
 
-Text is the tokens' bytes put together and read as UTF-8. That is what the decoders of the
-`tokenizers` library write wherever the bytes are valid; where they are not, the library answers
-with U+FFFD for more than is wrong, and what it writes depends on where a text is cut. Bytes do not.
+Decoding concatenates the bytes of the tokens and reads them as UTF-8. Where the bytes are valid,
+the decoders of the `tokenizers` library yield the same text. Where they are not, the library
+replaces more than the invalid bytes by U+FFFD, and its output depends on where a text is split.
+Bytes have neither problem.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# An ordinary token; how it decodes beside another shows what the other adds.
+# An ordinary token: decoded next to another token, it shows what that token adds.
 _ANCHOR = "a"
 _DECODERS = {
     "BPEDecoder",
@@ -31,13 +32,13 @@ _DECODERS = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenPieces:
-    """The bytes of each token, `(V,)` each.
+    """The bytes of each token, in lists of length `V`.
 
     Attributes:
-        is_text: Whether it is a token of texts; special ones are not, and have no bytes.
-        first: Its bytes as the first token of a text, where a space in front may be left out.
-        middle: Its bytes behind another token, if one more follows.
-        last: Its bytes as the last token, if that differs: a beginning of `middle`.
+        is_text: Whether the token has text; special tokens have none.
+        first: Its bytes as the first token of a text, perhaps without a leading space.
+        middle: Its bytes between two other tokens.
+        last: Its bytes as the last token of a text: a prefix of `middle`.
     """
 
     is_text: list[bool]
@@ -47,7 +48,7 @@ class TokenPieces:
 
 
 def components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yields a normalizer, pre-tokenizer, post-processor or decoder, and all that it is made of."""
+    """Yields a normalizer, pre-tokenizer, post-processor or decoder, and all nested components."""
     if part is not None:
         yield part
         for name in ("normalizers", "pretokenizers", "processors", "decoders"):
@@ -56,21 +57,21 @@ def components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def has_component(part: dict[str, Any] | None, kind: str) -> bool:
-    """Returns whether a part of a tokenizer is, or contains, a component of a type."""
+    """Returns whether a part of a tokenizer is or contains a component of a type."""
     return any(component["type"] == kind for component in components(part))
 
 
 def byte_of_token(token: str) -> int | None:
-    """Returns the byte that a byte-fallback token such as `<0xE0>` stands for, or None."""
+    """Returns the byte of a byte-fallback token such as `<0xE0>`, or None."""
     match = _BYTE_TOKEN.fullmatch(token)
     return int(match[1], 16) if match else None
 
 
 @functools.cache
 def byte_letters() -> dict[str, int]:
-    """Returns the byte of each letter that byte-level vocabularies write bytes with."""
+    """Returns the byte that each letter of a byte-level vocabulary represents."""
     alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    # Printable bytes stand for themselves, the others for letters further on.
+    # Printable bytes are their own letters; the others have letters above 255, in order.
     others = iter(sorted(letter for letter in alphabet if ord(letter) > 255))
     return {chr(b) if chr(b) in alphabet else next(others): b for b in range(256)}
 
@@ -78,7 +79,7 @@ def byte_letters() -> dict[str, int]:
 def token_pieces(
     inner: tokenizers.Tokenizer, definition: dict[str, Any], special_ids: Collection[int]
 ) -> TokenPieces:
-    """Finds the bytes of every token.
+    """Returns the bytes of every token.
 
     Args:
         inner: The tokenizer.
@@ -86,15 +87,17 @@ def token_pieces(
         special_ids: The ids that have no text.
 
     Returns:
-        The bytes of all ids below the largest one; an id without a token has none.
+        The bytes of all ids up to the largest one; an id without a token has none.
 
     Raises:
-        ValueError: The decoder does not write token by token, or a token may mean two things.
+        ValueError: The decoder does not decode token by token, or a token is ambiguous.
     """
     decoder = definition.get("decoder")
     unknown = {component["type"] for component in components(decoder)} - _DECODERS
     if unknown:
-        raise ValueError(f"the decoder {unknown.pop()} is not supported: it merges tokens")
+        raise ValueError(
+            f"the decoder {unknown.pop()} is not supported: it does not decode token by token"
+        )
     vocab = inner.get_vocab(with_added_tokens=True)
     tokens: list[str | None] = [None] * (max(vocab.values()) + 1)
     for token, token_id in vocab.items():
@@ -113,7 +116,7 @@ def token_pieces(
 
 
 def _byte_level_piece(token: str | None, content: str | None) -> bytes:
-    """The bytes of a token whose letters stand for bytes, unless it was added as it is."""
+    """Returns the bytes of a token of a byte-level vocabulary, or of an added token."""
     if token is None:
         return b""
     letters = byte_letters()
@@ -123,7 +126,7 @@ def _byte_level_piece(token: str | None, content: str | None) -> bytes:
 
 
 def _check_added_tokens(contents: dict[int, str], model: dict[str, Any]) -> None:
-    """Raises ValueError if an added token of a byte-level vocabulary may be text or bytes."""
+    """Raises a ValueError if an added token may also be a token of a byte-level vocabulary."""
     vocab = dict(model["vocab"])
     unclear = {
         content
@@ -141,22 +144,22 @@ def _check_added_tokens(contents: dict[int, str], model: dict[str, Any]) -> None
     if unclear & made:
         raise ValueError(
             f"the added token {min(unclear & made)!r} is also a token of the byte-level vocabulary,"
-            " where its letters stand for other bytes: the file does not say which text it is"
+            " whose letters represent other bytes: the file does not say which of the two it is"
         )
 
 
 def _pieces_of(
     token: str | None, decoder: tokenizers.decoders.Decoder | None, has_bytes: bool
 ) -> tuple[bytes, bytes, bytes]:
-    """The bytes of a token as the first, in the middle, and as the last of a text."""
+    """Returns the bytes of a token as the first, a middle and the last token of a text."""
     if token is None:
         return b"", b"", b""
     byte = byte_of_token(token) if has_bytes else None
     if byte is not None and byte >= 0x80:
         return (bytes([byte]),) * 3
     decode = decoder.decode if decoder else " ".join
-    behind = decode([_ANCHOR, _ANCHOR])[len(_ANCHOR) :]
-    first = decode([token, _ANCHOR]).removesuffix(behind)
-    middle = decode([_ANCHOR, token, _ANCHOR])[len(_ANCHOR) :].removesuffix(behind)
+    suffix = decode([_ANCHOR, _ANCHOR])[len(_ANCHOR) :]
+    first = decode([token, _ANCHOR]).removesuffix(suffix)
+    middle = decode([_ANCHOR, token, _ANCHOR])[len(_ANCHOR) :].removesuffix(suffix)
     last = decode([_ANCHOR, token])[len(_ANCHOR) :]
     return first.encode(), middle.encode(), last.encode()

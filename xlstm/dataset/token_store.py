@@ -1,17 +1,17 @@
-"""The token store: a folder that holds a tokenised corpus, read piece by piece.
+"""The token store: a folder with a tokenised corpus, read on demand.
 
-    tokens.bin      the ids of all documents, one behind the other, little-endian uint8/16/32
-    documents.bin   int64: where each document starts in tokens.bin, and at last where it ends
-    tokenizer.json  the tokenizer's definition, unless it is "byte"
-    text_bytes.bin  (int64, int64) for each token that stands for another number of bytes of text
-                    than the tokenizer says: its index in tokens.bin, and those bytes; if any does
+    tokens.bin      the ids of all documents, concatenated, little-endian uint8/16/32
+    documents.bin   int64: the index in tokens.bin at which each document starts, and the total
+    tokenizer.json  the definition of the tokenizer, unless it is "byte"
+    text_bytes.bin  (int64, int64) for each token whose number of bytes of text differs from what
+                    the tokenizer says: its index in tokens.bin, and its bytes; only if there is one
     meta.json       `StoreMeta`: version, tokenizer, counts, the size and SHA-256 of each file
 
-A document is `[bos_id] + tokens + [eod_id]`. If both markers are the same token, it is `[eod_id] +
-tokens`: the marker is at once the end of the document before and the start of this one. Markers
-occur nowhere else. `token_store_writer` writes stores.
+A document is `[bos_id] + tokens + [eod_id]`. If both markers are the same token, a document is
+`[eod_id] + tokens`: the marker ends the previous document and starts this one. Markers occur
+nowhere else. `token_store_writer` writes stores.
 
-Version 1 knew only one marker and no `text_bytes.bin`; it is still read.
+Version 1 has a single marker and no `text_bytes.bin`; it can still be read.
 """
 
 import bisect
@@ -42,7 +42,7 @@ from xlstm.visible_text import short_repr
 
 META_FILE = "meta.json"
 _MAX_META_BYTES = 1 << 20
-_PIECE = 1 << 20  # Elements that are checked at a time.
+_PIECE = 1 << 20  # Elements to check at a time.
 
 
 class TokenStore:
@@ -50,14 +50,13 @@ class TokenStore:
 
     Attributes:
         path: The folder.
-        meta: What `meta.json` says.
+        meta: The content of `meta.json`.
         tokens: `(num_tokens,)` ids.
         documents: `(num_documents + 1,)` int64: document `i` is `tokens[documents[i] :
             documents[i + 1]]`.
-        corrections: `(C,)`, `index` and `bytes`: the index of each token that stands for another
-            number of bytes of text than the tokenizer says, ascending, and those bytes.
-        problem: What was found to be wrong since the store was opened, see `store_guard`; None if
-            nothing was.
+        corrections: `(C,)`, `index` and `bytes`: the index, ascending, of each token whose number
+            of bytes of text differs from what the tokenizer says, and its bytes.
+        problem: The error that `store_guard` found since the store was opened, or None.
     """
 
     problem: Exception | None = None
@@ -70,7 +69,7 @@ class TokenStore:
         documents: FileArray,
         corrections: FileArray | np.ndarray,
     ):
-        """Takes what `open` has read and checked."""
+        """Takes the parts that `open` reads and checks."""
         self.path = path
         self.meta = meta
         self.tokens = tokens
@@ -79,9 +78,9 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str) -> "TokenStore":
-        """Opens a store: checks the sizes of its files and the order of what points into them.
+        """Opens a store and checks the sizes of its files and the order of its offsets.
 
-        That the bytes are those of the checksums is for `store_guard` to find out.
+        It does not verify checksums: `store_guard` does.
 
         Args:
             path: The folder.
@@ -90,7 +89,7 @@ class TokenStore:
             The store.
 
         Raises:
-            ValueError: There is no store at `path`, or it is unreadable, truncated or damaged.
+            ValueError: The store is missing, unreadable, truncated or damaged.
         """
         try:
             meta = _read_meta(path)
@@ -109,14 +108,14 @@ class TokenStore:
 
     @property
     def files(self) -> dict[str, FileArray]:
-        """The open files, by their names."""
+        """The open files, by name."""
         files = {DOCUMENTS_FILE: self.documents, TOKENS_FILE: self.tokens}
         if isinstance(self.corrections, FileArray):
             files[CORRECTIONS_FILE] = self.corrections
         return files
 
     def check(self) -> None:
-        """Raises `problem`, if there is one."""
+        """Raises `problem` if there is one."""
         if self.problem is not None:
             raise self.problem
 
@@ -124,7 +123,7 @@ class TokenStore:
         """Returns the tokenizer that the store was written with.
 
         Raises:
-            ValueError: The store's own `tokenizer.json` is not the one it was written with.
+            ValueError: The `tokenizer.json` in the store is not the one it was written with.
         """
         if self.meta.tokenizer == TOKENIZER_FILE:
             definition = inner_path(self.path, TOKENIZER_FILE)
@@ -132,38 +131,38 @@ class TokenStore:
         else:
             tokenizer = load_tokenizer(self.meta.tokenizer)
         for name in ("fingerprint", "vocab_size", "eod_id", "eod_token", "bos_id", "bos_token"):
-            found, said = getattr(tokenizer, name), getattr(self.meta, name)
-            if found != said:
+            found, expected = getattr(tokenizer, name), getattr(self.meta, name)
+            if found != expected:
                 raise ValueError(
-                    f"the token store {self.path} is damaged: {META_FILE} says {name} "
-                    f"{short_repr(said)}, its tokenizer {tokenizer.name} has "
-                    f"{short_repr(found)}"
+                    f"the token store {self.path} is damaged: {name} of its tokenizer"
+                    f" {tokenizer.name} is {short_repr(found)}, {META_FILE} says"
+                    f" {short_repr(expected)}"
                 )
         return tokenizer
 
     def count_text_bytes(self, start: int, stop: int, tokenizer: Tokenizer) -> int | None:
-        """Counts the bytes of text that some neighbouring tokens stand for.
+        """Counts the bytes of text that a range of tokens represents.
 
-        Over all tokens it is `meta.text_bytes`; markers have none.
+        Markers have none. The count of all tokens is `meta.text_bytes`.
 
         Args:
             start: The index of the first token.
-            stop: The index behind the last one.
-            tokenizer: What `load_tokenizer` returned.
+            stop: The index after the last token.
+            tokenizer: The result of `load_tokenizer`.
 
         Returns:
-            Their bytes in UTF-8; None for a store of version 1 unless the tokenizer alone says it.
+            The bytes in UTF-8; None for a store of version 1 unless its tokenizer is lossless.
         """
         if self.meta.version == 1 and not tokenizer.is_lossless:
             return None
         ids = np.asarray(self.tokens[max(start - 1, 0) : stop], np.int64)
-        # A token is the first of a text if a marker is in front of it.
+        # A token is the first of a text if it follows a marker.
         is_inside = np.zeros(ids.size, np.int64)
         is_inside[1:] = ids[:-1] != self.meta.bos_id
-        sizes = tokenizer.token_bytes[is_inside, ids][ids.size - (stop - start) :]
+        sizes = tokenizer.token_byte_counts[is_inside, ids][ids.size - (stop - start) :]
         first, last = (
-            bisect.bisect_left(self.corrections, place, key=lambda entry: entry["index"])
-            for place in (start, stop)
+            bisect.bisect_left(self.corrections, index, key=lambda entry: entry["index"])
+            for index in (start, stop)
         )
         corrected = self.corrections[first:last]
         sizes[corrected["index"] - start] = corrected["bytes"]
@@ -171,7 +170,7 @@ class TokenStore:
 
 
 def check_same_tokenizer(stores: Sequence[TokenStore]) -> None:
-    """Raises ValueError if the stores were written with different tokenizers."""
+    """Raises a ValueError if two stores were written with different tokenizers."""
     for store in stores[1:]:
         if _names(store.meta) == _names(stores[0].meta):
             continue
@@ -185,12 +184,12 @@ def check_same_tokenizer(stores: Sequence[TokenStore]) -> None:
 
 
 def _names(meta: StoreMeta) -> tuple[str, str]:
-    """Returns what is equal only for the same tokenizer, though not always then."""
+    """Returns names that are equal only for the same tokenizer, but may differ even then."""
     return meta.fingerprint, meta.bos_token
 
 
 def _read_meta(path: str) -> StoreMeta:
-    """Reads `meta.json`; raises ValueError or OSError."""
+    """Reads `meta.json`; raises a ValueError or an OSError."""
     try:
         meta_path = inner_path(path, META_FILE)
         content = FileArray(meta_path, np.uint8)[: _MAX_META_BYTES + 1].tobytes()
@@ -199,9 +198,9 @@ def _read_meta(path: str) -> StoreMeta:
         return StoreMeta.from_json(content.decode("utf-8"))
     except FileNotFoundError as error:
         if not os.path.isdir(path):
-            raise ValueError(f"no token store at {path}: there is no such folder") from error
+            raise ValueError(f"no token store at {path}: the folder does not exist") from error
         raise ValueError(
-            f"{path} is no token store, or one that was never finished: it has no {META_FILE};"
+            f"{path} is not a token store, or was never finished: it has no {META_FILE};"
             f" {_text_hint(path)}"
         ) from error
     except NotADirectoryError as error:
@@ -217,7 +216,7 @@ def _text_hint(path: str) -> str:
 
 
 def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileArray:
-    """Opens a file of a store; raises ValueError if its size is not what `meta.json` says."""
+    """Opens a file of a store; raises a ValueError if its size contradicts `meta.json`."""
     file = FileArray(inner_path(path, name), dtype)
     if file.num_bytes != meta.files[name]["bytes"]:
         raise ValueError(
@@ -228,7 +227,7 @@ def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileAr
 
 
 def _check_documents(path: str, meta: StoreMeta, documents: FileArray) -> None:
-    """Raises ValueError if the documents do not lie one behind the other in all of the tokens."""
+    """Raises a ValueError if the documents do not cover all tokens in order."""
     problem = f"the first is {documents[0]}" if documents[0] else ""
     if not problem and documents[-1] != meta.num_tokens:
         problem = f"the last is {documents[-1]}"
@@ -236,18 +235,18 @@ def _check_documents(path: str, meta: StoreMeta, documents: FileArray) -> None:
         falls = np.flatnonzero(offsets[1:] <= offsets[:-1])
         if falls.size:
             number = int(falls[0])
-            problem = f"document {first + number:,} would run from {offsets[number]} to"
+            problem = f"document {first + number:,} would start at {offsets[number]} and end at"
             problem = f"{problem} {offsets[number + 1]}"
             break
     if problem:
         raise ValueError(
-            f"the token store {path} is damaged: the offsets in {DOCUMENTS_FILE} do not run from 0 "
-            f"to {meta.num_tokens} in rising order ({problem})"
+            f"the token store {path} is damaged: the offsets in {DOCUMENTS_FILE} do not rise from"
+            f" 0 to {meta.num_tokens} ({problem})"
         )
 
 
 def _check_corrections(path: str, meta: StoreMeta, corrections: FileArray | np.ndarray) -> None:
-    """Raises ValueError if the corrections do not point to tokens in rising order."""
+    """Raises a ValueError if the corrections do not refer to tokens in ascending order."""
     for first, entries in _overlapping_pieces(corrections):
         index, num_bytes = entries["index"], entries["bytes"]
         is_bad = (index < 0) | (index >= meta.num_tokens)
@@ -258,12 +257,12 @@ def _check_corrections(path: str, meta: StoreMeta, corrections: FileArray | np.n
             raise ValueError(
                 f"the token store {path} is damaged: entry {first + number:,} of "
                 f"{CORRECTIONS_FILE} gives token {index[number]} {num_bytes[number]} bytes; "
-                f"expected tokens from 0 to {meta.num_tokens - 1} in rising order and 0 to "
+                f"expected ascending tokens from 0 to {meta.num_tokens - 1} and 0 to "
                 f"{meta.text_bytes} bytes"
             )
 
 
 def _overlapping_pieces(array: FileArray | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields where pieces begin, and the pieces: each with the first element of the next."""
+    """Yields the start of each piece, and the piece with the first element of the next one."""
     for first in range(0, len(array), _PIECE):
         yield first, array[first : first + _PIECE + 1]

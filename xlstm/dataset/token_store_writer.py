@@ -1,19 +1,17 @@
-"""Writes token stores; documents are encoded in several processes."""
+"""Writing of token stores, with documents encoded in several threads."""
 
 import collections
+import contextlib
 import dataclasses
-import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
 
-from xlstm.dataset.base_tokenizer import TextError
-from xlstm.dataset.document_block import Block
+from xlstm.dataset.base_tokenizer import TokenizationError
+from xlstm.dataset.document_block import DocumentBlock
 from xlstm.dataset.store_meta import (
     CORRECTIONS_FILE,
     DOCUMENTS_FILE,
@@ -23,34 +21,27 @@ from xlstm.dataset.store_meta import (
 )
 from xlstm.dataset.token_store import META_FILE
 from xlstm.dataset.tokenizer import TOKENIZER_FILE, Tokenizer
-from xlstm.files import naming_file
+from xlstm.files import Checksum, naming_file, new_folder
 
-# While some blocks are parsed and counted, the `tokenizers` library encodes others.
+# While some threads parse blocks and count their tokens, others encode.
 _BLOCKS_AT_ONCE = 4
-
-
 _HASHER = ThreadPoolExecutor(1)
-
-
-class StoreExistsError(ValueError):
-    """Something already lies where a new token store should go."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedDocuments:
-    """Some documents as a store holds them.
+    """Documents in the format of a token store.
 
     Attributes:
-        tokens: `(T,)` ids of all of them, with the markers.
-        lengths: `(N,)` int64, tokens per document, the markers included.
+        tokens: `(T,)`, the ids of all `N` documents, with markers.
+        lengths: `(N,)` int64, the number of tokens of each document, markers included.
         text_bytes: The size of their text in UTF-8.
-        num_empty: How many texts had no token and were left out.
-        num_characters: The characters of all texts.
+        num_empty: The number of texts without a token, which were skipped.
+        num_characters: The number of characters of all texts.
         corrections: `(C, 2)` int64, see `TokenStore`; the indices are into `tokens`.
-        num_unknown: How many tokens say only that the tokenizer does not know something.
-        left_out: The characters of each text that no token stands for, by the text's index among
-            all texts.
-        bad_records: A message for each malformed record that was left out.
+        num_unknown: The number of unknown tokens.
+        dropped: The characters without a token, by the index of their text among all texts.
+        bad_records: A message for each malformed record, which was skipped.
     """
 
     tokens: np.ndarray
@@ -60,32 +51,32 @@ class EncodedDocuments:
     num_characters: int = 0
     corrections: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
     num_unknown: int = 0
-    left_out: dict[int, str] = dataclasses.field(default_factory=dict)
+    dropped: dict[int, str] = dataclasses.field(default_factory=dict)
     bad_records: tuple[str, ...] = ()
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocuments:
-    """Turns texts into documents; a text without any token is left out and counted.
+    """Encodes texts as documents; a text without any token is skipped and counted.
 
     Args:
-        tokenizer: Turns a text into ids.
-        texts: One text a document.
+        tokenizer: The tokenizer of the store.
+        texts: The text of each document.
 
     Returns:
         The documents, ready for `TokenStoreWriter.add`.
 
     Raises:
-        ValueError: A text is not valid Unicode.
+        ValueError: A text cannot be encoded; see `Tokenizer.encode_batch`.
     """
     texts = list(texts)
     encoded = tokenizer.encode_batch(texts)
     lengths = encoded.lengths[encoded.lengths > 0]
-    # A marker in front of each document, and behind it if that is another one.
+    # A marker before each document, and another one after it if they differ.
     num_markers = 1 if tokenizer.bos_id == tokenizer.eod_id else 2
     ends = np.cumsum(lengths)
     tokens = np.empty(encoded.ids.size + num_markers * lengths.size, tokenizer.dtype)
-    for number, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
-        stop = end + num_markers * number + 1
+    for index, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
+        stop = end + num_markers * index + 1
         tokens[stop - length - 1] = tokenizer.bos_id
         tokens[stop - length : stop] = encoded.ids[end - length : end]
         tokens[stop : stop + num_markers - 1] = tokenizer.eod_id
@@ -99,41 +90,40 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> EncodedDocum
         num_empty=len(texts) - lengths.size,
         corrections=np.stack([indices, encoded.corrected_bytes], axis=1),
         num_unknown=encoded.num_unknown,
-        left_out=encoded.left_out,
+        dropped=encoded.dropped,
     )
 
 
 class TokenStoreWriter:
-    """Writes one token store.
+    """A writer of one token store, as a context manager.
 
-    A context manager: when the block ends well, the store appears at its path, whole and on disk;
-    when it ends with an exception, nothing is left. A process that is killed leaves at most a
-    folder `<path>.incomplete-...`, which does not open as a store and may be deleted.
+    When the block ends, the complete store appears at its path. After an exception, nothing is
+    left. A process that is killed leaves at most a folder `<path>.incomplete-...`, which does not
+    open as a store and may be removed.
     """
 
     def __init__(self, path: str, tokenizer: Tokenizer):
         """Starts a store.
 
         Args:
-            path: The folder to make; folders above it are made too.
-            tokenizer: What the documents are encoded with.
+            path: The folder to make; missing parents are made too.
+            tokenizer: The tokenizer of the documents.
 
         Raises:
-            StoreExistsError: Something is there already; it is never overwritten.
+            FolderExistsError: `path` exists; it is never overwritten.
             OSError: The folder cannot be made.
         """
         self.path = os.path.abspath(path)
-        if os.path.lexists(self.path):
-            raise StoreExistsError(f"{self.path} exists already: remove it, or choose another")
         self._tokenizer = tokenizer
         self._num_documents = 0
         self._num_tokens = 0
         self._text_bytes = 0
-        self._folder = f"{self.path}.incomplete-{secrets.token_hex(4)}"
-        os.makedirs(self._folder)
-        self._tokens = _HashedFile(self._folder, TOKENS_FILE)
-        self._documents = _HashedFile(self._folder, DOCUMENTS_FILE)
-        self._corrections: _HashedFile | None = None  # Made when there is one.
+        self._corrections: _HashedFile | None = None  # Created with the first correction.
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(new_folder(self.path, one_writer=False))
+            self._tokens = stack.enter_context(_HashedFile(self._folder, TOKENS_FILE))
+            self._documents = stack.enter_context(_HashedFile(self._folder, DOCUMENTS_FILE))
+            self._cleanup = stack.pop_all()
 
     def __enter__(self) -> "TokenStoreWriter":
         """Returns the writer."""
@@ -145,23 +135,21 @@ class TokenStoreWriter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finishes the store, or removes all of it after an exception."""
-        try:
-            if exc_type is None:
-                self._finish()
-        finally:
-            for file in self._open_files():
-                file.abandon()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """Finishes the store, or removes it after an exception."""
+        if exc_type is not None:
+            self._cleanup.__exit__(exc_type, exc, traceback)
+            return
+        with self._cleanup:
+            self._finish()
 
     def add(self, documents: EncodedDocuments) -> None:
         """Appends documents.
 
         Args:
-            documents: What `encode_documents` made with the store's tokenizer.
+            documents: The result of `encode_documents` with the store's tokenizer.
 
         Raises:
-            ValueError: The ids are not those of documents of this tokenizer.
+            ValueError: The ids are not documents of this tokenizer.
             OSError: The disk is full, or fails.
         """
         tokens, lengths = documents.tokens, documents.lengths
@@ -170,41 +158,39 @@ class TokenStoreWriter:
         starts = np.cumsum(lengths) - lengths
         ends = starts + lengths - 1
         bos_id, eod_id = self._tokenizer.bos_id, self._tokenizer.eod_id
-        in_place = _has_only_at(tokens, bos_id, starts)
+        is_delimited = _has_only_at(tokens, bos_id, starts)
         if eod_id != bos_id:
-            in_place &= _has_only_at(tokens, eod_id, ends)
-        if tokens.dtype != self._tokenizer.dtype or not in_place:
+            is_delimited &= _has_only_at(tokens, eod_id, ends)
+        if tokens.dtype != self._tokenizer.dtype or not is_delimited:
             raise ValueError(
                 f"the documents were not encoded with this store's tokenizer "
-                f"{self._tokenizer.name}: each must have its markers and hold no other"
+                f"{self._tokenizer.name}: expected markers at their ends and nowhere else"
             )
         if tokens.max() >= self._tokenizer.vocab_size:
             raise ValueError(
-                f"the documents hold the token {tokens.max()}, the tokenizer "
-                f"{self._tokenizer.name} has only {self._tokenizer.vocab_size}"
+                f"the documents hold the id {tokens.max()}: expected ids below the vocabulary size"
+                f" {self._tokenizer.vocab_size} of the tokenizer {self._tokenizer.name}"
             )
         self._tokens.write(memoryview(tokens).cast("B"))
         self._documents.write((starts + self._num_tokens).astype(OFFSET_DTYPE).tobytes())
         if len(documents.corrections):
             if self._corrections is None:
-                self._corrections = _HashedFile(self._folder, CORRECTIONS_FILE)
+                file = _HashedFile(self._folder, CORRECTIONS_FILE)
+                self._corrections = self._cleanup.enter_context(file)
             moved = documents.corrections + (self._num_tokens, 0)
             self._corrections.write(moved.astype(OFFSET_DTYPE).tobytes())
         self._num_documents += lengths.size
         self._num_tokens += tokens.size
         self._text_bytes += documents.text_bytes
 
-    def _open_files(self) -> list["_HashedFile"]:
-        files = (self._tokens, self._documents, self._corrections)
-        return [file for file in files if file is not None]
-
     def _finish(self) -> None:
-        """Writes what is missing, `meta.json` last, and renames the folder."""
+        """Writes the remaining files, `meta.json` last."""
         if not self._num_documents:
-            raise ValueError(f"no token store {self.path} was made: there is no text in the input")
+            raise ValueError(f"no token store was written to {self.path}: the input holds no text")
         self._documents.write(np.array([self._num_tokens], OFFSET_DTYPE).tobytes())
         tokenizer = self._tokenizer
-        files = {file.name: file.close() for file in self._open_files()}
+        written = (self._tokens, self._documents, self._corrections)
+        files = {file.name: file.close() for file in written if file is not None}
         if tokenizer.definition is not None:
             files[TOKENIZER_FILE] = _write_file(self._folder, TOKENIZER_FILE, tokenizer.definition)
         meta = StoreMeta(
@@ -222,18 +208,10 @@ class TokenStoreWriter:
             files=files,
         )
         _write_file(self._folder, META_FILE, meta.to_json().encode())
-        _sync_folder(self._folder)
-        try:
-            os.rename(self._folder, self.path)
-        except OSError as error:
-            if not os.path.lexists(self.path):
-                raise
-            raise StoreExistsError(f"{self.path} was made by another process") from error
-        _sync_folder(os.path.dirname(self.path))
 
 
 def _has_only_at(tokens: np.ndarray, token_id: int, indices: np.ndarray) -> bool:
-    """Returns whether a token stands at all of some different indices, and nowhere else."""
+    """Returns whether a token occurs at all of some distinct indices, and nowhere else."""
     is_inside = indices.size == 0 or (indices[0] >= 0 and indices[-1] < tokens.size)
     return (
         is_inside
@@ -243,78 +221,67 @@ def _has_only_at(tokens: np.ndarray, token_id: int, indices: np.ndarray) -> bool
 
 
 class _HashedFile:
-    """A file that is written once, from front to end, and knows its size and SHA-256."""
+    """A file that is written sequentially, with its checksum; a context manager."""
 
     def __init__(self, folder: str, name: str):
         self.name = name
         self._path = os.path.join(folder, name)
         self._file = open(self._path, "wb", buffering=1 << 20)
-        self._hash = hashlib.sha256()
-        self._size = 0
+        self._checksum = Checksum()
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):  # After an error, the file is about to be removed.
+            self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends bytes; an OSError names the file."""
-        # Both take about as long.
-        hashing = _HASHER.submit(self._hash.update, data)
+        # Hashing and writing take about equally long, so they run in parallel.
+        hashing = _HASHER.submit(self._checksum.update, data)
         try:
             with naming_file(self._path):
                 self._file.write(data)
         finally:
             hashing.result()
-        self._size += len(data)
 
     def close(self) -> dict[str, int | str]:
-        """Puts the file on the disk and returns its entry in `meta.json`."""
+        """Flushes the file to the disk and returns its entry in `meta.json`."""
         with naming_file(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
-
-    def abandon(self) -> None:
-        """Closes the file whatever state it is in."""
-        try:
-            self._file.close()
-        except OSError:  # What could not be written is about to be deleted.
-            pass
+        return self._checksum.entry
 
 
 def _write_file(folder: str, name: str, content: bytes) -> dict[str, int | str]:
     """Writes a small file and returns its entry in `meta.json`."""
-    file = _HashedFile(folder, name)
-    try:
+    with _HashedFile(folder, name) as file:
         file.write(content)
         return file.close()
-    finally:
-        file.abandon()
-
-
-def _sync_folder(path: str) -> None:
-    """Puts a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def encode_blocks(
-    blocks: Iterable[Block], tokenizer: Tokenizer, workers: int, skip_bad_records: bool = False
-) -> Iterator[tuple[Block, EncodedDocuments]]:
-    """Encodes blocks.
+    blocks: Iterable[DocumentBlock],
+    tokenizer: Tokenizer,
+    workers: int,
+    skip_bad_records: bool = False,
+) -> Iterator[tuple[DocumentBlock, EncodedDocuments]]:
+    """Encodes blocks of documents in several threads.
 
     Args:
-        blocks: Taken one by one, a few ahead of what has been handed out.
-        tokenizer: What to encode with.
-        workers: The number of threads that the `tokenizers` library encodes with. It counts for the
-            first use of the library in a process.
-        skip_bad_records: Leave malformed records out, and list them in `bad_records`.
+        blocks: The blocks; only a few are read ahead.
+        tokenizer: The tokenizer to encode with.
+        workers: The number of threads of the `tokenizers` library. Only the first use of the
+            library in a process sets it.
+        skip_bad_records: Whether to skip malformed records and list them in `bad_records`.
 
     Yields:
-        Each block with its documents, in the order of `blocks` however many workers there are.
+        Each block with its documents, in the order of `blocks` for any number of workers.
 
     Raises:
-        ValueError: A document is malformed (unless they are left out), or a file damaged.
+        ValueError: A record is malformed and not skipped, or a file is damaged.
         OSError: A file cannot be read.
     """
     os.environ["RAYON_NUM_THREADS"] = str(workers)
@@ -333,11 +300,11 @@ def encode_blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(block: Block, tokenizer: Tokenizer, skip_bad_records: bool) -> EncodedDocuments:
+def _encode(block: DocumentBlock, tokenizer: Tokenizer, skip_bad_records: bool) -> EncodedDocuments:
     bad_records: list[str] = []
     texts = block.texts(bad_records.append if skip_bad_records else None)
     try:
         documents = encode_documents(tokenizer, texts)
-    except TextError as error:
-        raise ValueError(f"{block.place(error.index)}: {error}") from error
+    except TokenizationError as error:
+        raise ValueError(f"{block.location(error.index)}: {error}") from error
     return dataclasses.replace(documents, bad_records=tuple(bad_records))

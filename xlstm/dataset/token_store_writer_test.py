@@ -10,47 +10,47 @@ import time
 import numpy as np
 import pytest
 
-from xlstm.dataset.document_block import Block
+from xlstm.dataset.document_block import DocumentBlock
 from xlstm.dataset.testing import open_verified, write_store, write_tokenizer_json
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import (
     EncodedDocuments,
-    StoreExistsError,
     TokenStoreWriter,
     encode_blocks,
     encode_documents,
 )
 from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
+from xlstm.files import FolderExistsError
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbered(Block):
-    """A block whose document is its number; the first ones take longest."""
+class Numbered(DocumentBlock):
+    """A block whose document is its number; the first blocks are slow."""
 
     number: int = 0
 
-    def texts(self, on_bad=None):
+    def texts(self, on_bad_record=None):
         time.sleep(0.05 if self.number < 3 else 0)
         yield str(self.number)
 
 
 @dataclasses.dataclass(frozen=True)
-class Malformed(Block):
-    def texts(self, on_bad=None):
+class Malformed(DocumentBlock):
+    def texts(self, on_bad_record=None):
         raise ValueError("file.txt, line 7: not text")
 
 
 @dataclasses.dataclass(frozen=True)
-class PartlyMalformed(Block):
-    def texts(self, on_bad):
+class PartlyMalformed(DocumentBlock):
+    def texts(self, on_bad_record):
         yield "before"
-        on_bad("file.txt, line 7: not text")
+        on_bad_record("file.txt, line 7: not text")
         yield "behind"
 
 
 @pytest.fixture
 def words(tmp_path):
-    """A tokenizer that is a file."""
+    """Returns a tokenizer with a definition."""
     return load_tokenizer(write_tokenizer_json(tmp_path / "tokenizer.json", ["<a>", "</s>"]))
 
 
@@ -101,7 +101,7 @@ BYTES = ByteTokenizer()
 
 
 def run_python(code, *arguments):
-    """Runs code in another process that finds the same modules."""
+    """Runs code in another process with the same modules."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
@@ -137,14 +137,14 @@ def test_folders_above_are_made(tmp_path):
 
 def test_never_overwrites(tmp_path):
     store = write_store(tmp_path / "store", ["first"])
-    with pytest.raises(StoreExistsError, match="store exists already"):
+    with pytest.raises(FolderExistsError, match="store exists already"):
         TokenStoreWriter(store.path, BYTES)
     assert bytes(open_verified(store.path).tokens[:]) == b"\0first"
 
 
 def test_the_first_to_finish_wins(tmp_path):
     path = str(tmp_path / "store")
-    with pytest.raises(StoreExistsError, match="made by another process"):
+    with pytest.raises(FolderExistsError, match="made by another process"):
         with TokenStoreWriter(path, BYTES) as slow:
             slow.add(encode_documents(BYTES, ["slow"]))
             write_store(path, ["quick"])
@@ -161,7 +161,7 @@ def test_an_exception_leaves_nothing(tmp_path):
 
 
 def test_a_store_without_documents_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="there is no text in the input"):
+    with pytest.raises(ValueError, match="the input holds no text"):
         with TokenStoreWriter(str(tmp_path / "store"), BYTES) as writer:
             writer.add(encode_documents(BYTES, [""]))
     assert os.listdir(tmp_path) == []
@@ -182,13 +182,13 @@ def test_a_killed_writer_leaves_no_store(tmp_path):
     (left,) = os.listdir(tmp_path)
     assert left.startswith("store.incomplete-")
     for name in (left, "store"):
-        with pytest.raises(ValueError, match="no token store"):
+        with pytest.raises(ValueError, match="not a token store|no token store at"):
             TokenStore.open(str(tmp_path / name))
     write_store(tmp_path / "store", ["and again"])
 
 
 def test_a_full_disk_leaves_no_store(tmp_path):
-    # A limit on the size of files fails in the same calls as a full disk.
+    # Writing beyond a size limit fails in the same calls as a full disk.
     code = """
         import resource, sys
         from xlstm.dataset.testing import write_store
@@ -228,5 +228,5 @@ def test_documents_of_another_tokenizer(tmp_path):
         with pytest.raises(ValueError, match="were not encoded with this store's tokenizer"):
             writer.add(encode_documents(BYTES, ["wrong"]))
         too_large = np.array([0, tokenizer.vocab_size], np.uint16)
-        with pytest.raises(ValueError, match=f"has only {tokenizer.vocab_size}"):
+        with pytest.raises(ValueError, match=f"below the vocabulary size {tokenizer.vocab_size}"):
             writer.add(EncodedDocuments(too_large, np.array([2]), 1, 0))

@@ -1,4 +1,4 @@
-"""Loads tokenizers: `byte`, or a `tokenizer.json` with the markers that files beside it name."""
+"""Loading of tokenizers: `byte`, or a `tokenizer.json` and the markers that its folder names."""
 
 import dataclasses
 import json
@@ -17,16 +17,16 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 MODEL_CONFIG_FILE = "config.json"
-MARKERS_FILE = "document_markers.json"  # Ours: what a run decided.
+MARKERS_FILE = "document_markers.json"  # Written by a run: the markers that it uses.
 
 
 @dataclasses.dataclass(frozen=True)
 class Markers:
-    """What the files beside a `tokenizer.json`, and the file itself, say of its markers.
+    """The document markers that a `tokenizer.json` and the files in its folder name.
 
     Attributes:
-        eod_token: The token behind a document; None if nothing names one.
-        bos_token: The token in front of a document; None if nothing names one.
+        eod_token: The token after a document; None if nothing names one.
+        bos_token: The token before a document; None if nothing names one.
         disagreements: Sentences about files that name another token than `eod_token`.
     """
 
@@ -41,69 +41,73 @@ def load_tokenizer(
     """Loads a tokenizer.
 
     Args:
-        name_or_path: "byte", or the path of a `tokenizer.json` (or of a folder that holds one).
-        eod_token: Which entry of the vocabulary is the marker behind documents; not for "byte",
-            whose marker is NUL. By default what `find_markers` finds, or else the first of
-            `EOD_TOKENS` that the vocabulary has.
-        bos_token: Which entry is the marker in front of documents. By default what `find_markers`
-            finds, or else the same as the one behind them.
+        name_or_path: "byte", or the path of a `tokenizer.json` or of a folder that holds one.
+        eod_token: The vocabulary entry of the marker after documents; for "byte", only NUL. The
+            default is the result of `find_markers`, or else the first of `EOD_TOKENS` in the
+            vocabulary.
+        bos_token: The vocabulary entry of the marker before documents. The default is the result
+            of `find_markers`, or else `eod_token`.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: No such tokenizer, not readable, or without such markers.
+        ValueError: The tokenizer is missing, cannot be read, or lacks such a marker.
     """
     if name_or_path == ByteTokenizer.name:
         for token in (eod_token, bos_token):
             if token not in (None, ByteTokenizer.eod_token):
-                raise ValueError(f"the byte tokenizer's marker is NUL and cannot be {token!r}")
+                raise ValueError(f"the marker of the byte tokenizer is NUL, it cannot be {token!r}")
         return ByteTokenizer()
     path = tokenizer_path(name_or_path)
     definition = read_definition(path)
+    parsed = parse_tokenizer(definition, path)
     if eod_token is None or bos_token is None:
-        markers = find_markers(path, definition)
+        markers = find_markers(path, parsed)
         eod_token, bos_token = eod_token or markers.eod_token, bos_token or markers.bos_token
-    return JsonTokenizer(definition, path, eod_token, bos_token)
+    return JsonTokenizer(definition, path, eod_token, bos_token, parsed=parsed)
 
 
 def tokenizer_path(path: str) -> str:
-    """Returns the path of the `tokenizer.json` that a path of its own, or of its folder, names."""
+    """Returns the path of a `tokenizer.json`, given its own path or that of its folder."""
     return inner_path(path, TOKENIZER_FILE) if os.path.isdir(path) else path
 
 
-def find_markers(path: str, definition: bytes) -> Markers:
-    """Finds the markers that the files of a public model name.
+def find_markers(path: str, parsed: tokenizers.Tokenizer) -> Markers:
+    """Finds the document markers that the files of a model name.
 
-    In the folder of a run, `document_markers.json` says both. Else the marker behind documents is
-    the `eos_token` of `tokenizer_config.json`, else that of `special_tokens_map.json`, else the
-    (first) `eos_token_id` of `generation_config.json`, else that of `config.json`. The one in front
-    is what the tokenizer itself puts in front of a text, else the `bos_token_id` of those files.
+    The first source that names a marker decides:
+
+    * both markers: `document_markers.json`, which runs write;
+    * the marker after documents: `eos_token` in `tokenizer_config.json`, then in
+      `special_tokens_map.json`; the first `eos_token_id` in `generation_config.json`, then in
+      `config.json`;
+    * the marker before documents: the token that the tokenizer's post-processor prepends; then
+      `bos_token_id` in `generation_config.json` and in `config.json`.
 
     Args:
         path: The path of the `tokenizer.json`.
-        definition: Its content.
+        parsed: The result of `parse_tokenizer` for it.
 
     Returns:
         The markers.
 
     Raises:
-        ValueError: A file cannot be read, or does not name tokens as it should.
+        ValueError: A file cannot be read, or a field does not hold a token.
     """
     decided = [tokenizer_token(path, MARKERS_FILE, key) for key in ("eod_token", "bos_token")]
     if None not in decided:
         return Markers(*decided)
-    inner = parse_tokenizer(definition, path)
     named: list[tuple[str, list[str]]] = []
     for file in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
         token = tokenizer_token(path, file, "eos_token")
         named += [(file, [token])] if token is not None else []
-    bos_token = _leading_token(json.loads(inner.to_str()))
+    bos_token = _leading_token(json.loads(parsed.to_str()))
     for file in (GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE):
         content = _read_beside(path, file)
-        tokens = _tokens_of_ids(content, "eos_token_id", inner)
+        tokens = _tokens_of_ids(content, "eos_token_id", parsed)
         named += [(file, tokens)] if tokens else []
-        bos_token = bos_token or next(iter(_tokens_of_ids(content, "bos_token_id", inner)), None)
+        bos_token = bos_token or next(iter(_tokens_of_ids(content, "bos_token_id", parsed)), None)
     if not named:
         return Markers(bos_token=bos_token)
     first_file, (eod_token, *_) = named[0]
@@ -118,8 +122,8 @@ def find_markers(path: str, definition: bytes) -> Markers:
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
-    """Returns whether two tokenizers turn texts into the same ids, with the same markers."""
-    # Equal files need no comparison of what they say.
+    """Returns whether two tokenizers yield the same ids for every text, and the same markers."""
+    # For equal files, skip the slower comparison of identities.
     is_equal = one.definition == other.definition and one.eod_id == other.eod_id
     return (is_equal and one.bos_id == other.bos_id) or one.identity == other.identity
 
@@ -138,13 +142,13 @@ def describe(tokenizer: Tokenizer) -> str:
 
 
 def _read_beside(path: str, name: str) -> dict[str, Any]:
-    """Reads a JSON object beside a file; an empty one if it is not there."""
+    """Returns the JSON object in a file of the same folder, or an empty one if it is missing."""
     found = find_file(os.path.dirname(path), name)
     return read_json(found) if found else {}
 
 
 def tokenizer_token(path: str, file: str, key: str) -> str | None:
-    """Reads a token that a file beside a `tokenizer.json` names.
+    """Reads a token that a file in the folder of a `tokenizer.json` names.
 
     Args:
         path: The path of the `tokenizer.json`.
@@ -152,23 +156,23 @@ def tokenizer_token(path: str, file: str, key: str) -> str | None:
         key: The field, which holds the token or an object with its `content`.
 
     Returns:
-        The token; None if there is no such file, or it does not name one.
+        The token; None if the file or the field is missing.
 
     Raises:
-        ValueError: If the file cannot be read, or the field holds something else.
+        ValueError: The file cannot be read, or the field holds something else.
     """
     token = _read_beside(path, file).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
         folder = os.path.dirname(path)
         raise ValueError(
-            f"{os.path.join(folder, file)} has {key}={short_repr(token)}: expected a text"
+            f"{os.path.join(folder, file)} has {key}={short_repr(token)}: expected a string"
         )
     return token
 
 
 def _tokens_of_ids(content: dict[str, Any], key: str, inner: tokenizers.Tokenizer) -> list[str]:
-    """Returns the tokens that a field names by id or a list of ids, without unknown ones."""
+    """Returns the tokens that a field names by an id or a list of ids; skips ids without one."""
     ids = content.get(key)
     ids = ids if isinstance(ids, list) else [ids]
     tokens = [inner.id_to_token(i) for i in ids if type(i) is int and 0 <= i < 2**32]
@@ -176,7 +180,7 @@ def _tokens_of_ids(content: dict[str, Any], key: str, inner: tokenizers.Tokenize
 
 
 def _leading_token(definition: dict[str, Any]) -> str | None:
-    """Returns the special token that a tokenizer's post-processor puts in front of a text."""
+    """Returns the special token that a post-processor prepends to a text, or None."""
     for part in components(definition.get("post_processor")):
         if part["type"] in ("BertProcessing", "RobertaProcessing"):
             return part["cls"][0]

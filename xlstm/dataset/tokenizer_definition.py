@@ -1,4 +1,4 @@
-"""What the parsed content of a `tokenizer.json` says of the text that its tokens stand for."""
+"""Queries and edits of the parsed content of a `tokenizer.json`, its "definition"."""
 
 import copy
 from typing import Any
@@ -9,16 +9,16 @@ import tokenizers
 from xlstm.dataset.token_pieces import byte_letters, components, has_component
 
 
-def adds_space(definition: dict[str, Any]) -> bool:
-    """Returns whether a byte-level tokenizer puts a space in front of texts."""
+def adds_prefix_space(definition: dict[str, Any]) -> bool:
+    """Returns whether a byte-level tokenizer prepends a space to texts."""
     parts = components(definition.get("pre_tokenizer"))
     return any(x["type"] == "ByteLevel" and x.get("add_prefix_space", True) for x in parts)
 
 
 def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
-    """Returns a definition that puts nothing in front of a text, but else turns it into the same.
+    """Returns an otherwise equal definition that prepends nothing to a text.
 
-    Where words are cut at spaces first, what is in front of each of them stays.
+    Where the text is split at spaces first, the prefixes of its words stay.
     """
     definition = copy.deepcopy(definition)
     normalizer = definition.get("normalizer")
@@ -38,8 +38,8 @@ def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
     return definition
 
 
-def may_leave_out(definition: dict[str, Any]) -> bool:
-    """Returns whether characters may have no token, not even one that stands for the unknown."""
+def may_drop_characters(definition: dict[str, Any]) -> bool:
+    """Returns whether some characters have no token, not even the unknown token."""
     model = definition["model"]
     if model["type"] != "BPE" or model.get("unk_token") in model["vocab"]:
         return False
@@ -58,15 +58,15 @@ def has_all_bytes(definition: dict[str, Any]) -> bool:
     return bool(model.get("byte_fallback")) and vocab.keys() >= byte_tokens
 
 
-def finds_byte_tokens(model: dict[str, Any]) -> bool:
-    """Returns whether a model finds its byte tokens, such as `<0x41>`, where a text spells them."""
+def matches_byte_tokens(model: dict[str, Any]) -> bool:
+    """Returns whether a model matches byte tokens, such as `<0x41>`, that a text spells out."""
     return bool(model.get("byte_fallback")) and (
         model["type"] == "Unigram" or bool(model.get("ignore_merges"))
     )
 
 
 def with_unknown_token(definition: dict[str, Any], token: str) -> dict[str, Any]:
-    """Returns the definition of a BPE that has an unknown token for each character left out."""
+    """Returns the definition of a BPE with an unknown token for each character it would drop."""
     definition = copy.deepcopy(definition)
     model = definition["model"]
     model["vocab"][token] = max(model["vocab"].values(), default=-1) + 1
@@ -75,16 +75,16 @@ def with_unknown_token(definition: dict[str, Any], token: str) -> dict[str, Any]
 
 
 def check_added_tokens(inner: tokenizers.Tokenizer, definition: dict[str, Any], name: str) -> None:
-    """Checks that a tokenizer finds its added tokens, and always the same ones.
+    """Checks that a tokenizer matches its added tokens, and does so deterministically.
 
     Args:
         inner: The tokenizer.
         definition: Its definition.
-        name: What to call it.
+        name: Its name in messages.
 
     Raises:
-        ValueError: One is empty once it is normalized, for which the library would look for ever;
-            or two are the same, of which it would take either.
+        ValueError: A normalized added token is empty, for which the library would search forever;
+            or two are equal, of which it would match either.
     """
     seen: dict[str, str] = {}
     for entry in definition["added_tokens"]:
@@ -92,11 +92,13 @@ def check_added_tokens(inner: tokenizers.Tokenizer, definition: dict[str, Any], 
             continue
         normalized = inner.normalizer.normalize_str(entry["content"])
         if not normalized:
-            raise ValueError(f"{name}: the added token {entry['content']!r} is empty, normalized")
+            raise ValueError(
+                f"{name}: the added token {entry['content']!r} is empty once normalized"
+            )
         if normalized in seen:
             raise ValueError(
-                f"{name}: the added tokens {seen[normalized]!r} and {entry['content']!r} are the"
-                " same, normalized"
+                f"{name}: the added tokens {seen[normalized]!r} and {entry['content']!r} are equal"
+                " once normalized"
             )
         seen[normalized] = entry["content"]
 
@@ -107,29 +109,29 @@ def _is_byte_level(definition: dict[str, Any]) -> bool:
     )
 
 
-def bytes_of_spans(text: str, spans: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Counts the bytes of a text that each token stands for, by its place in the text.
+def span_byte_counts(text: str, spans: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Counts the bytes of a text that each token represents, by its offsets.
 
     Args:
         text: The text.
-        spans: `(T, 2)` int64, the first character of each token and the one behind its last.
-        expected: `(T,)` int64, the bytes that each token should have: kept where tokens that share
-            characters have as many together.
+        spans: `(T, 2)` int64, the start and end offset of each token, in characters.
+        expected: `(T,)` int64, the expected bytes of each token; they are kept where the sum over
+            tokens that share characters is right.
 
     Returns:
-        `(T,)` int64, the bytes of each token; together, all bytes of the text. What lies between
-        tokens belongs to the one behind it, or at the end to the last.
+        `(T,)` int64, the bytes of each token, which add up to all bytes of the text. Characters
+        between tokens count for the next token, those at the end for the last one.
     """
     if not len(spans):
         return expected
-    # Where affixes are spelled as bytes, the library's places go beyond the text.
+    # Where affixes are spelled as bytes, the library's offsets exceed the text.
     spans = np.minimum(spans, len(text))
-    # Their offsets as bytes; a token may begin before the end of the one before it.
+    # Offsets in bytes; a token may start before the previous one ends.
     widths = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (widths >= 0x80) + (widths >= 0x800) + (widths >= 0x10000)
     offsets = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
     ends = np.maximum.accumulate(spans[:, 1])
-    if expected[0] == 0:  # What was put in front; its place is that of the first character.
+    if expected[0] == 0:  # A prepended token, which has the offsets of the first character.
         ends[0] = 0
     ends[-1] = len(text)
     sizes = np.diff(offsets[ends], prepend=0)

@@ -7,6 +7,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xlstm.dataset.base_tokenizer import read_definition
+from xlstm.dataset.json_tokenizer import parse_tokenizer
 from xlstm.dataset.testing import tokenizer_families, write_tokenizer_json
 from xlstm.dataset.tokenizer import ByteTokenizer, find_markers, load_tokenizer
 
@@ -40,7 +42,7 @@ def test_a_vocabulary_of_words(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.decode([0, 2, 1]) == "hello wörld"
-    # The marker is what stands for unknown words: a text cannot have it.
+    # The marker is the unknown token, which no text may encode to.
     with pytest.raises(ValueError, match="no token for 'o'"):
         tokenizer.encode("hello other")
 
@@ -51,7 +53,7 @@ def test_byte_tokenizer_has_no_token_for_nul():
         tokenizer.encode("a\0b")
     encoded = tokenizer.encode_batch(["a\0b\0\0", "\0", "c"])
     assert encoded.ids.tolist() == [97, 98, 99]
-    assert encoded.left_out == {0: "\0\0\0", 1: "\0"}
+    assert encoded.dropped == {0: "\0\0\0", 1: "\0"}
     assert encoded.text_bytes.tolist() == [5, 1, 1]
     assert (encoded.corrected.tolist(), encoded.corrected_bytes.tolist()) == ([0], [4])
     assert tokenizer.decode([0, 97, 0, 98]) == "ab"
@@ -104,7 +106,7 @@ def test_eod_as_a_public_model_names_it(tmp_path):
     config.write_text(json.dumps({"eos_token": None}))
     assert load_tokenizer(path).eod_token == "</s>"
     config.write_text('{"eos_token": 5}')
-    with pytest.raises(ValueError, match="eos_token=5: expected a text"):
+    with pytest.raises(ValueError, match="eos_token=5: expected a string"):
         load_tokenizer(path)
     config.write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json cannot be read"):
@@ -112,7 +114,7 @@ def test_eod_as_a_public_model_names_it(tmp_path):
 
 
 def write_family(folder, name="byte_fallback_bpe", change=lambda definition: None, **files):
-    """Writes a tokenizer with `<s>` (id 1), `</s>` (2) and `<pad>` (3), and files beside it."""
+    """Writes a tokenizer with `<s>` (id 1), `</s>` (2) and `<pad>` (3), and files next to it."""
     definition = json.loads(tokenizer_families()[name])
     change(definition)
     (folder / "tokenizer.json").write_text(json.dumps(definition))
@@ -139,7 +141,7 @@ def test_the_end_marker_is_what_the_first_file_names_that_names_one(tmp_path):
 def test_files_that_disagree_about_the_end_marker_are_told(tmp_path):
     def disagreements(**files):
         path = os.path.join(write_family(tmp_path, **files), "tokenizer.json")
-        return find_markers(path, open(path, "rb").read()).disagreements
+        return find_markers(path, parse_tokenizer(read_definition(path), path)).disagreements
 
     config = {"eos_token": "</s>"}
     assert not disagreements(tokenizer_config=config, generation_config={"eos_token_id": [2, 3]})

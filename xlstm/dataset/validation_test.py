@@ -10,8 +10,8 @@ from xlstm.dataset.store_data import train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
     config_for,
-    letters,
     random_text,
+    seen_tokens,
     tokenizer_families,
     write_letter_store,
     write_store,
@@ -35,7 +35,7 @@ def held_out(config, *stores):
 
 
 def named(path, **fields):
-    """The set of a whole store alone."""
+    """Returns the validation set of a whole store."""
     config = DataConfig(validation_stores=(f"named={path}",), validation_fraction=0.0, **fields)
     (validation_set,) = open_validation_sets(config, [])
     return validation_set
@@ -54,12 +54,12 @@ def test_processes_share_each_batch(store, count):
 def test_no_document_is_both_trained_and_validated_on(store):
     for seed in (0, 1):
         config = config_for(store, seed=seed)
-        validation = letters(held_out(config, store).batches())
+        validation = seen_tokens(held_out(config, store).batches())
         batches = train_batches(config, [store])
-        training = letters(next(batches) for _ in range(60))
+        training = seen_tokens(next(batches) for _ in range(60))
         assert len(validation) == 12
         assert not training & validation
-        # All of the others, but perhaps one in the part behind the last window.
+        # All others, except perhaps one after the last window.
         assert len(training) >= 47
         if seed == 0:
             first = validation
@@ -71,9 +71,9 @@ def test_nothing_is_dropped_or_repeated(store):
     batches = list(held_out(config, store).batches())
     assert {batch.inputs.shape for batch in batches} == {(7, 11)}
     targets = np.concatenate([batch.targets[batch.targets_mask] for batch in batches])
-    validation = letters(batches)
+    validation = seen_tokens(batches)
     expected = store.tokens[:][np.isin(store.tokens[:], list(validation))]
-    # Every token of these documents and their markers, but for the very first.
+    # Every token of these documents and their markers, except the first one.
     assert targets.size == expected.size + len(validation) - 1
     np.testing.assert_array_equal(np.sort(targets[targets != 0]), np.sort(expected))
     assert sum((~batch.targets_mask).sum() for batch in batches) > 0
@@ -91,7 +91,7 @@ def test_it_is_the_same_each_time_and_for_each_seed(store):
 def test_all_stores_are_held_out_of(store, tmp_path):
     other = write_letter_store(tmp_path / "other", first=61, documents=30)
     config = config_for(store, other, weights=(0.0, 1.0))
-    assert len(letters(held_out(config, store, other).batches())) == 12 + 6
+    assert len(seen_tokens(held_out(config, store, other).batches())) == 12 + 6
 
 
 def test_held_out_and_named_sets(store, tmp_path):
@@ -102,7 +102,7 @@ def test_held_out_and_named_sets(store, tmp_path):
     sets = open_validation_sets(config, [store])
     assert [each.name for each in sets] == [HELD_OUT, "wiki_1", "B"]
     whole = {letter for letter in range(61, 91)}
-    found = [letters(each.batches()) for each in sets]
+    found = [seen_tokens(each.batches()) for each in sets]
     assert (len(found[0]), found[1:]) == (12, [whole, {91}])
     no_split = dataclasses.replace(config, validation_fraction=0.0)
     assert [each.name for each in open_validation_sets(no_split, [store])] == ["wiki_1", "B"]
@@ -123,7 +123,7 @@ def test_bytes_of_a_whole_store(tmp_path, kind, has_bos):
     store = write_store(tmp_path / "store", texts, tokenizer)
     expected = sum(len(text.encode()) for text in texts)
     assert store.meta.text_bytes == expected
-    # Rows that cut characters in two change nothing.
+    # Rows may split characters.
     for context_length, batch_size in ((1, 7), (5, 2), (16, 3), (64, 3), (1000, 4)):
         sizes = {"context_length": context_length, "batch_size": batch_size}
         assert named(store.path, **sizes).num_bytes() == expected
@@ -156,9 +156,9 @@ def test_bytes_of_the_first_batches(store):
 
 def test_bad_input(store, tmp_path):
     validation_set = held_out(config_for(store), store)
-    with pytest.raises(ValueError, match="batch of 8 rows does not divide into 3 shares"):
+    with pytest.raises(ValueError, match="batch of 8 rows does not divide into 3 shards"):
         validation_set.batches(shard_count=3)
-    with pytest.raises(ValueError, match="shard_index=2 is not one of the 2 shares"):
+    with pytest.raises(ValueError, match="shard_index=2: expected one from 0 to 1"):
         validation_set.batches(shard_index=2, shard_count=2)
     single = write_store(tmp_path / "single", ["a" * 100])
     with pytest.raises(ValueError, match="token store .*single: .*0.2 of 1 documents"):
@@ -174,11 +174,11 @@ def test_bad_input(store, tmp_path):
 
 def test_short_text(store):
     (batch,) = held_out(config_for(store, context_length=100_000), store).batches()
-    assert len(letters([batch])) == 12
+    assert len(seen_tokens([batch])) == 12
 
 
 def test_all_is_trained_on_where_nothing_is_held_out(store):
     config = config_for(store, validation_fraction=0.0)
     batches = train_batches(config, [store])
-    # Perhaps one document lies behind the last window.
-    assert len(letters(next(batches) for _ in range(60))) >= 59
+    # One document may be after the last window.
+    assert len(seen_tokens(next(batches) for _ in range(60))) >= 59

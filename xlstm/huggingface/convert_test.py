@@ -1,4 +1,4 @@
-"""Models of the public layout, imported and exported through real files."""
+"""Tests of importing and exporting models in the Hugging Face format, with real files."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
 from xlstm.trainer.llm.workdir import Workdir
 
-# A copy: Bazel's test data are links to the checkout.
+# A copy, since Bazel's test data are links to the checkout.
 _FOLDER = tempfile.TemporaryDirectory()
 _GOLDEN = shutil.copytree(
     os.path.join(os.path.dirname(layout.__file__), "testdata", "hf_xlstm_tiny"),
@@ -41,7 +41,7 @@ def _ignore(done, total):
 
 
 def _write_model(folder, model=_SMALL):
-    """Writes a model of random numbers as others would."""
+    """Writes a random model in the Hugging Face format."""
     rng = np.random.default_rng(0)
     tensors = layout.hf_tensors(layout.parameter_shapes(model))
     arrays = {x.name: rng.standard_normal(x.shape, dtype=np.float32) for x in tensors}
@@ -54,7 +54,7 @@ def _write_model(folder, model=_SMALL):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The public model, `golden`, and a small one with a tokenizer, `small`, as runs."""
+    """A folder with imports of the golden model and of a small model with a tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     import_model(_GOLDEN, str(folder / "golden"), _ignore)
     _write_model(folder / "small_hf")
@@ -65,18 +65,18 @@ def folder(tmp_path_factory):
 
 
 def _export(folder, name, target, **options):
-    """Exports a run, and returns what was written and how far it was reported."""
+    """Exports a run; returns the summary and the reports of the progress."""
     workdir, reports = Workdir(str(folder / name)), []
     options = {"dtype": "float32", "max_shard_bytes": 10**9} | options
     saved = read_run_info(workdir.checkpoints, 0)["config"]
     config = RunConfig(ModelConfig(**saved["model"]), BackendConfig(**saved["backend"]))
-    converted = export_model(
+    summary = export_model(
         config, workdir, 0, str(target), lambda *numbers: reports.append(numbers), **options
     )
-    return converted, reports
+    return summary, reports
 
 
-def test_a_public_model_is_the_folder_of_a_run(folder):
+def test_a_hugging_face_model_is_the_folder_of_a_run(folder):
     workdir = Workdir(str(folder / "golden"))
     info = read_run_info(workdir.checkpoints, 0)
     assert info["corpora"] == [] and info["tokenizer"] is None
@@ -88,20 +88,20 @@ def test_a_public_model_is_the_folder_of_a_run(folder):
     model = ModelConfig(**info["config"]["model"])
     shapes = layout.parameter_shapes(model)
     params = open_params(workdir.checkpoints, 0, shapes)
-    public = load_file(os.path.join(_GOLDEN, "model.safetensors"))
+    hf_model = load_file(os.path.join(_GOLDEN, "model.safetensors"))
     kernel = params["blocks.ffn.proj_up.kernel"]
     for block in range(2):
-        expected = public[f"backbone.blocks.{block}.ffn.proj_up.weight"].T
+        expected = hf_model[f"backbone.blocks.{block}.ffn.proj_up.weight"].T
         np.testing.assert_array_equal(kernel[block].read().result(), expected)
         assert kernel.chunk_layout.read_chunk.shape == (1, 128, 128)
     embedding = params["embeddings.embedding"].read().result()
-    np.testing.assert_array_equal(embedding, public["backbone.embeddings.weight"])
+    np.testing.assert_array_equal(embedding, hf_model["backbone.embeddings.weight"])
 
 
 @pytest.mark.parametrize("name, source", [("golden", _GOLDEN), ("small", None)])
 def test_what_was_imported_is_exported_bit_by_bit(folder, tmp_path, name, source):
     source = source or str(folder / f"{name}_hf")
-    converted, reports = _export(folder, name, tmp_path / "back")
+    summary, reports = _export(folder, name, tmp_path / "back")
     expected = load_file(os.path.join(source, "model.safetensors"))
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -109,12 +109,12 @@ def test_what_was_imported_is_exported_bit_by_bit(folder, tmp_path, name, source
         assert array.shape == expected[tensor].shape
         assert array.tobytes() == expected[tensor].tobytes()
     num_parameters = sum(array.size for array in expected.values())
-    assert (converted.num_parameters, converted.num_files) == (num_parameters, 1)
-    assert converted.num_bytes == 4 * num_parameters
+    assert (summary.num_parameters, summary.num_files) == (num_parameters, 1)
+    assert summary.num_bytes == 4 * num_parameters
     assert len(reports) == len(expected) and reports[-1] == (num_parameters, num_parameters)
     before = read_json(os.path.join(source, "config.json"))
     after = read_json(str(tmp_path / "back" / "config.json"))
-    # But for what is of other programs.
+    # All fields but those that only `transformers` uses.
     others = {"transformers_version", "max_inference_chunksize", "pad_token_id"}
     others |= {"tie_word_embeddings", "add_out_norm", "return_last_states"}
     others |= {"chunkwise_kernel", "sequence_kernel", "step_kernel", "inference_state_dtype"}
@@ -124,11 +124,11 @@ def test_what_was_imported_is_exported_bit_by_bit(folder, tmp_path, name, source
 
 
 def test_tied_embeddings_that_are_not(tmp_path):
-    """A field that `transformers` does not use: the tensors say what the model is."""
-    shutil.copytree(_GOLDEN, tmp_path / "public")
-    _change_json("config.json", tie_word_embeddings=True)(tmp_path / "public")
-    converted = import_model(str(tmp_path / "public"), str(tmp_path / "run"), _ignore)
-    (note,) = converted.notes
+    """`transformers` ignores this field: the tensors decide."""
+    shutil.copytree(_GOLDEN, tmp_path / "hf_model")
+    _change_json("config.json", tie_word_embeddings=True)(tmp_path / "hf_model")
+    summary = import_model(str(tmp_path / "hf_model"), str(tmp_path / "run"), _ignore)
+    (note,) = summary.notes
     assert note.startswith("tie_word_embeddings=True has no effect")
     _export(tmp_path, "run", tmp_path / "back")
     found = load_file(tmp_path / "back" / "model.safetensors")["lm_head.weight"]
@@ -144,7 +144,7 @@ def test_the_tokenizer_comes_along(folder, tmp_path):
     for name in ("small", tmp_path / "back"):
         content = (folder / name / "tokenizer.json").read_bytes()
         assert content == (source / "tokenizer.json").read_bytes()
-        # What the configuration knows is not lost.
+        # Ids from `config.json` are kept, too.
         generation = read_json(str(folder / name / "generation_config.json"))
         assert generation == {"top_k": 3, "pad_token_id": 1, "eos_token_id": 5}
     found = read_run_info(str(folder / "small" / "checkpoints"), 0)["tokenizer"]
@@ -154,10 +154,10 @@ def test_the_tokenizer_comes_along(folder, tmp_path):
 
 def test_several_files_of_half_the_size(folder, tmp_path):
     options = {"dtype": "bfloat16", "max_shard_bytes": 10_000}
-    converted, _ = _export(folder, "small", tmp_path / "half", **options)
+    summary, _ = _export(folder, "small", tmp_path / "half", **options)
     files = sorted((tmp_path / "half").glob("*.safetensors"))
-    assert converted.num_files == len(files) > 2
-    assert converted.num_bytes == 2 * converted.num_parameters
+    assert summary.num_files == len(files) > 2
+    assert summary.num_bytes == 2 * summary.num_parameters
     found = {}
     for file in files:
         found |= load_file(file)
@@ -167,7 +167,7 @@ def test_several_files_of_half_the_size(folder, tmp_path):
         assert array.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(array, expected[name].astype(ml_dtypes.bfloat16))
     assert read_json(str(tmp_path / "half" / "config.json"))["dtype"] == "bfloat16"
-    # It is read again, as float32.
+    # The import is float32.
     import_model(str(tmp_path / "half"), str(tmp_path / "run"), _ignore)
     shapes = layout.parameter_shapes(_SMALL)
     params = open_params(str(tmp_path / "run" / "checkpoints"), 0, shapes)
@@ -176,12 +176,12 @@ def test_several_files_of_half_the_size(folder, tmp_path):
 
 
 def test_a_model_of_bytes(folder, tmp_path):
-    """Its tokenizer is no file of ours, but one of the public layout, and is known again."""
+    """A byte tokenizer is a file in the Hugging Face format only, and is recognised."""
     _write_model(tmp_path / "bytes_hf")
     write_byte_tokenizer_files(str(tmp_path / "bytes_hf"))
     import_model(str(tmp_path / "bytes_hf"), str(tmp_path / "run"), _ignore)
     assert read_run_info(str(tmp_path / "run" / "checkpoints"), 0)["tokenizer"] == "byte"
-    # As a run of ours would be.
+    # As in a run that was trained here.
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         os.remove(tmp_path / "run" / name)
     _export(tmp_path, "run", tmp_path / "back")
@@ -217,7 +217,7 @@ def _tie(folder):
 
 
 def _link(name, target="../secret.json"):
-    """Links to a file beside the model's folder that would do."""
+    """Replaces a file by a link to a valid file outside of the model's folder."""
 
     def change(folder):
         (folder / name).unlink(missing_ok=True)
@@ -302,8 +302,8 @@ def test_numbers_that_are_not_finite_are_told_or_refused(tmp_path):
     assert text in import_model(source, target, _ignore).notes
     with pytest.raises(ValueError, match=f"run: {text}$"):
         _export(tmp_path, "run", tmp_path / "back", refuse_nonfinite=True)
-    converted, _ = _export(tmp_path, "run", tmp_path / "back")
-    assert converted.notes == (text,)
+    summary, _ = _export(tmp_path, "run", tmp_path / "back")
+    assert summary.notes == (text,)
     found = load_file(tmp_path / "back" / "model.safetensors")["lm_head.weight"]
     np.testing.assert_array_equal(found, arrays["lm_head.weight"])
 
@@ -358,7 +358,7 @@ def test_a_checkpoint_that_its_run_removes_while_it_is_exported(
 
     if is_exported:
         read_checkpoint(str(tmp_path / path), export)
-        assert reads.count(reads[0]) == 2  # It began anew.
+        assert reads.count(reads[0]) == 2  # It started again.
         found = load_file(tmp_path / "exported" / "model.safetensors")
         expected = load_file(folder / "small_hf" / "model.safetensors")
         for name, array in expected.items():

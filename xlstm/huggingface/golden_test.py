@@ -1,4 +1,4 @@
-"""A random checkpoint of the public format, and what the public implementation made of it."""
+"""Tests of logits and a greedy continuation against those that `transformers` computed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 FOLDER = os.path.join(os.path.dirname(__file__), "testdata", "hf_xlstm_tiny")
 
-_ENOUGH = 10**9  # Numbers in the files of a model.
+_ENOUGH = 10**9  # Elements in the files of a model, at least.
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def model_config():
 
 @pytest.fixture(scope="module")
 def params(model_config):
-    """The parameters by our names; every tensor of the file has to be used."""
+    """The parameters by our names, from all tensors of the file."""
     arrays = load_file(os.path.join(FOLDER, "model.safetensors"))
     shapes = parameter_shapes(model_config)
     slices = {path: [] for path in shapes}
@@ -63,14 +63,14 @@ def test_logits(backend, chunk_size, model_config, params, expected):
 def test_greedy_continuation(model_config, params, expected):
     config = LanguageModelConfig(model_config, BackendConfig("fwbw", 8))
     prompt, continuation = expected["ids"][:, :13], expected["gen"]
-    # The recorded continuation holds the prompt first.
+    # The recorded continuation starts with the prompt.
     np.testing.assert_array_equal(continuation[:, :13], prompt)
     tokens = generate(
         params,
         prompt,
         jax.random.key(0),
         config=config,
-        num_tokens=continuation.shape[1] - 13,
+        max_tokens=continuation.shape[1] - 13,
         sampling=SamplingConfig(temperature=0.0),
     )
     np.testing.assert_array_equal(tokens, continuation[:, 13:])

@@ -1,7 +1,8 @@
-"""The public layout of xLSTM-7B models, Hugging Face's `xLSTMForCausalLM`, and ours.
+"""The Hugging Face format of xLSTM-7B models (`xLSTMForCausalLM`), mapped to our parameters.
 
-Both hold the same numbers. There, every block's tensors have names of their own, matrices are
-`(out, in)`, and `config.json` names sizes, constants and kernels. Nothing here touches a file.
+Both formats hold the same numbers. In the Hugging Face format each block has its own tensors,
+matrices are `(out, in)`, and `config.json` has the sizes, constants and kernels. This module reads
+and writes no files.
 """
 
 import dataclasses
@@ -20,30 +21,29 @@ from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig,
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.visible_text import short_repr
 
-# Their `config.json` has two names for two of our fields; where it has both, they must agree.
+# Fields of `config.json` with two names. If both are given, they must agree.
 _OTHER_NAMES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 _SIZES = ("vocab_size", "embedding_dim", "num_blocks", "num_heads")
 _FACTORS = ("qk_dim_factor", "v_dim_factor", "ffn_proj_factor", "ffn_round_up_to_multiple_of")
 _CONSTANTS = ("gate_soft_cap", "output_logit_soft_cap", "norm_eps")
-# What a model of ours always is; a field that is missing there means the same.
+# Fields that must have the value that our models have. A missing field has it.
 _FIXED = {
     "use_bias": False,
     "norm_reduction_force_float32": True,
     "weight_mode": "single",
 }
-# Fields that `transformers` (from version 5 on) knows and does not use: what they have to be to say
-# what it computes, and the tensor that it takes whatever they say.
-_WITHOUT_EFFECT = {
+# Fields that `transformers` (since version 5) accepts and ignores: the value that says what it
+# computes, and the tensor that it uses for any value.
+_IGNORED = {
     "tie_word_embeddings": (False, "lm_head.weight"),
     "add_out_norm": (True, "backbone.out_norm.weight"),
 }
 _MODEL_TYPE = {"model_type": "xlstm"}
-# They add `eps` to the normalizer, we add nothing; so little is lost in rounding.
+# `transformers` adds `eps` to the normalizer, we do not. Up to this value rounding hides it.
 _MAX_EPS = 1e-6
-# How an exported model runs. Fields that choose kernels are left out: `transformers` has one of
-# each kind, which its defaults name.
+# How `transformers` runs an exported model. Its defaults name its only kernel of each kind.
 _COMPUTATION = {"mode": "inference", "use_cache": True}
-# The configuration of `transformers` rounds these sizes up for its cache, but its layers do not.
+# `transformers` rounds head sizes up to a multiple of this for its cache, but not in its layers.
 _CACHE_ROUNDS_UP_TO = 64
 _TYPES = typing.get_type_hints(ModelConfig)
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -51,13 +51,13 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-    """A tensor of the public layout.
+    """A tensor of the Hugging Face format.
 
     Attributes:
-        name: Its name there.
-        shape: Its shape there.
-        parameter: The path of our parameter that it belongs to, the parts joined by `.`.
-        block: The index along that parameter's first axis; None if it is all of the parameter.
+        name: Its name.
+        shape: Its shape.
+        parameter: The path of our parameter that contains it, joined by `.`.
+        block: The index along that parameter's first axis; None if it is the whole parameter.
         is_transposed: Whether our matrix is its transpose.
     """
 
@@ -69,12 +69,12 @@ class HFTensor:
 
     @property
     def size(self) -> int:
-        """The number of its elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of our parameters by their paths, the parts joined by `.`."""
+    """Returns the shape of each of our parameters, by its path joined by `.`."""
     init = xLSTMLMModel(LanguageModelConfig(model)).init
     params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -87,13 +87,10 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def hf_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[HFTensor]:
-    """All tensors that the public layout has for a model, block after block.
+    """Returns the tensors of a model in the Hugging Face format, block after block.
 
     Args:
-        shapes: The shapes of the model's parameters, see `parameter_shapes`.
-
-    Returns:
-        The tensors.
+        shapes: The shapes of the model's parameters; see `parameter_shapes`.
     """
     blocks = {path: shape for path, shape in shapes.items() if path.startswith("blocks.")}
     others = [_tensor(path, shapes[path], None) for path in sorted(shapes.keys() - blocks.keys())]
@@ -118,81 +115,82 @@ def _tensor(path: str, shape: tuple[int, ...], block: int | None) -> HFTensor:
 
 
 def from_hf_config(
-    published: Mapping[str, Any], num_numbers: int
+    hf_config: Mapping[str, Any], num_elements: int
 ) -> tuple[ModelConfig, BackendConfig]:
-    """Reads the content of a `config.json`.
+    """Converts a `config.json` to our configuration.
 
-    Fields about kernels are left aside, since they change the speed alone; only the chunk size is
-    taken over. So are fields that the public implementation does not know.
+    Fields that select kernels affect the speed only, and are ignored except for the chunk size.
+    Unknown fields are ignored too.
 
     Args:
-        published: The content.
-        num_numbers: How many numbers the model's files hold.
+        hf_config: The content of `config.json`.
+        num_elements: The number of elements of all tensors in the model's files.
 
     Returns:
-        The model, and the backend to compute it with.
+        The configurations of the model and of its backend.
 
     Raises:
-        ValueError: If it is of no such model, or of one that ours cannot be, or larger than the
-            files are.
+        ValueError: If the model is not an xLSTM, uses an unsupported feature, or is larger than its
+            files.
     """
-    _check_kind(published)
+    _check_kind(hf_config)
     fields = {}
     for name in (*_SIZES, *_FACTORS, *_CONSTANTS):
         given = {
-            x: _number(x, published[x], _TYPES[name])
+            x: _number(x, hf_config[x], _TYPES[name])
             for x in (name, _OTHER_NAMES.get(name))
-            if published.get(x) is not None
+            if hf_config.get(x) is not None
         }
         if len(set(given.values())) > 1:
             raise ValueError(
-                f"{' and '.join(f'{x}={short_repr(y)}' for x, y in given.items())} contradict"
+                f"{' and '.join(f'{x}={short_repr(y)}' for x, y in given.items())} contradict each"
+                " other"
             )
         if given:
             fields[name] = next(iter(given.values()))
-        elif name in _SIZES or name in published:
-            found = short_repr(published[name]) if name in published else "missing"
+        elif name in _SIZES or name in hf_config:
+            found = short_repr(hf_config[name]) if name in hf_config else "missing"
             raise ValueError(f"{name} is {found}: expected a number")
     _check_constants(fields)
-    check_sizes(fields, num_numbers)
-    chunk_size = _number("chunk_size", published.get("chunk_size", BackendConfig.chunk_size), int)
+    check_sizes(fields, num_elements)
+    chunk_size = _number("chunk_size", hf_config.get("chunk_size", BackendConfig.chunk_size), int)
     return ModelConfig(**fields), BackendConfig(chunk_size=chunk_size)
 
 
-def demands_without_effect(published: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names what a `config.json` demands and `transformers` does not do, nor do we.
+def describe_ignored_fields(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Describes fields of a `config.json` that `transformers` ignores, and so do we.
 
     Args:
-        published: The content.
+        hf_config: The content of `config.json`.
 
     Returns:
-        A line for each such field: what is computed in spite of it.
+        A line for each field whose value differs from what the model computes.
     """
     return tuple(
-        f"{name}={published[name]} has no effect, as in transformers 5: {tensor} is used"
-        for name, (value, tensor) in _WITHOUT_EFFECT.items()
-        if published.get(name, value) != value
+        f"{name}={hf_config[name]} has no effect, as in transformers 5: {tensor} is used"
+        for name, (value, tensor) in _IGNORED.items()
+        if hf_config.get(name, value) != value
     )
 
 
-def _check_kind(published: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model that differs from ours by more than its numbers."""
+def _check_kind(hf_config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model with an unsupported feature."""
     for name, value in (_MODEL_TYPE | _FIXED).items():
-        found = published.get(name, None if name in _MODEL_TYPE else value)
+        found = hf_config.get(name, None if name in _MODEL_TYPE else value)
         if found != value:
             raise ValueError(f"{name}={short_repr(found)} is not supported, only {value!r}")
-    for name in _WITHOUT_EFFECT:
-        if not isinstance(published.get(name, False), bool):
+    for name in _IGNORED:
+        if not isinstance(hf_config.get(name, False), bool):
             raise ValueError(
-                f"{name}={short_repr(published[name])} is not supported: expected bool"
+                f"{name}={short_repr(hf_config[name])} is not supported: expected bool"
             )
-    eps = _number("eps", published.get("eps", _MAX_EPS), float)
+    eps = _number("eps", hf_config.get("eps", _MAX_EPS), float)
     if not 0 <= eps <= _MAX_EPS:
         raise ValueError(f"eps={eps} is not supported, only 0 to {_MAX_EPS}")
 
 
 def _check_constants(fields: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model without soft caps: ours may be, theirs always has them."""
+    """Raises ValueError for a model without soft caps, which the Hugging Face format requires."""
     for name in _CONSTANTS:
         if name in fields and not fields[name] > 0:
             raise ValueError(f"{name}={fields[name]} is not supported: it must be positive")
@@ -205,35 +203,34 @@ def _number(name: str, value: Any, kind: type) -> int | float:
 
 
 def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict[str, Any]:
-    """The content of a `config.json`, but for the ids of special tokens.
+    """Converts our configuration to a `config.json`, without the ids of special tokens.
 
     Args:
-        model: The model.
-        backend: What it was trained with.
+        model: The configuration of the model.
+        backend: The configuration of the backend that it was trained with.
         dtype: Type of the tensors, `float32` or `bfloat16`.
 
     Returns:
-        What JSON can hold.
+        The content of `config.json`.
 
     Raises:
-        ValueError: If the public layout has no such model.
+        ValueError: If the Hugging Face format does not support the model.
     """
-    # Whatever the layout has no names for is refused here.
     if model.block != "xlstm_7b":
         raise ValueError(
-            f"the public layout has no place for the block {model.block}, only for xlstm_7b"
+            f"the Hugging Face format does not support model.block={model.block}: expected xlstm_7b"
         )
     if "slstm" in model.pattern.counts:
-        raise ValueError("the public layout has no place for sLSTM blocks")
+        raise ValueError("the Hugging Face format does not support sLSTM blocks")
     if not backend.stabilize_correctly:
         raise ValueError(
-            "the public layout has no place for a model with backend.stabilize_correctly=False:"
-            " its implementations bound the normalizer by exp(-m)"
+            "the Hugging Face format does not support backend.stabilize_correctly=False: its"
+            " implementations bound the normalizer by exp(-m)"
         )
     ours = {name: getattr(model, name) for name in (*_SIZES, *_FACTORS, *_CONSTANTS)}
     _check_constants(ours)
     others = {other: ours[name] for name, other in _OTHER_NAMES.items()}
-    # A chunk of the whole sequence is not known there.
+    # Our chunk size 0, the whole sequence, is not supported there.
     chunk_size = backend.chunk_size or BackendConfig.chunk_size
     numerics = {"chunk_size": chunk_size, "dtype": dtype, "autocast_kernel_dtype": dtype}
     numerics["eps"] = _MAX_EPS
@@ -243,10 +240,10 @@ def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict
 
 
 def _cache_sizes(model: ModelConfig) -> dict[str, Any]:
-    """The fields that make the cache of `transformers` fit, where it would not.
+    """Returns fields that correct the cache's head sizes in `transformers`, if it rounds them.
 
-    Its configuration computes the sizes of a head in the cache, and has no field for them. But it
-    looks every attribute up by the name that `attribute_map` has for it.
+    Its configuration computes these sizes and has no fields for them. But it looks up every
+    attribute under the name that `attribute_map` gives it.
     """
     sizes = {"qk_head_dim": model.qk_dim, "v_head_dim": model.v_dim}
     multiple, heads = _CACHE_ROUNDS_UP_TO, model.num_heads

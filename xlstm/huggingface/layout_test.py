@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from xlstm.huggingface.layout import (
-    demands_without_effect,
+    describe_ignored_fields,
     from_hf_config,
     hf_tensors,
     parameter_shapes,
@@ -17,23 +17,23 @@ from xlstm.models.xlstm_parallel.config import ModelConfig
 
 FOLDER = os.path.join(os.path.dirname(__file__), "testdata", "hf_xlstm_tiny")
 
-_ENOUGH = 10**9  # Numbers in the files of a model.
+_ENOUGH = 10**9  # Elements in the files of a model, at least.
 
 
 @pytest.fixture(scope="module")
-def published():
-    """The content of a `config.json` that the public implementation wrote."""
+def hf_config():
+    """The content of a `config.json` that `transformers` wrote."""
     with open(os.path.join(FOLDER, "config.json")) as file:
         return json.load(file)
 
 
 @pytest.fixture(scope="module")
-def shapes(published):
-    model, _ = from_hf_config(published, _ENOUGH)
+def shapes(hf_config):
+    model, _ = from_hf_config(hf_config, _ENOUGH)
     return parameter_shapes(model)
 
 
-def test_the_tensors_are_those_of_a_public_model(shapes):
+def test_the_tensors_are_those_of_a_hugging_face_model(shapes):
     with safe_open(os.path.join(FOLDER, "model.safetensors"), framework="numpy") as file:
         expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     tensors = hf_tensors(shapes)
@@ -52,28 +52,28 @@ def test_every_parameter_is_covered_once(shapes):
         assert blocks == (list(range(2)) if path.startswith("blocks.") else [None])
 
 
-def test_the_largest_public_size():
-    """Nothing is allocated; the published number of parameters is of the other layout."""
+def test_the_largest_published_size():
+    """Allocates nothing."""
     model = ModelConfig(vocab_size=50304, embedding_dim=4096, num_blocks=32, num_heads=8)
     tensors = hf_tensors(parameter_shapes(model))
     assert sum(tensor.size for tensor in tensors) == 6_865_424_896
     assert {t.shape for t in tensors if t.name.endswith("ffn.proj_up.weight")} == {(10944, 4096)}
 
 
-def test_a_public_configuration(published):
-    model, backend = from_hf_config(published, _ENOUGH)
+def test_a_hugging_face_configuration(hf_config):
+    model, backend = from_hf_config(hf_config, _ENOUGH)
     sizes = (model.vocab_size, model.embedding_dim, model.num_blocks, model.num_heads)
     assert sizes == (61, 128, 2, 4)
     assert (model.ffn_dim, model.gate_soft_cap, model.output_logit_soft_cap) == (128, 15.0, 30.0)
     assert backend == BackendConfig(chunk_size=16)
-    # All that it says comes back, but for what other programs want to know.
+    # The round trip keeps all fields but those that only `transformers` uses,
     ours = to_hf_config(model, backend, "float32")
     others = {"bos_token_id", "eos_token_id", "pad_token_id"}
     others |= {"transformers_version", "max_inference_chunksize"}
-    # Nor what changes nothing there.
+    # and those that have no effect.
     others |= {"tie_word_embeddings", "add_out_norm", "return_last_states"}
     others |= {"chunkwise_kernel", "sequence_kernel", "step_kernel", "inference_state_dtype"}
-    assert ours == {name: value for name, value in published.items() if name not in others}
+    assert ours == {name: value for name, value in hf_config.items() if name not in others}
 
 
 def test_a_configuration_of_ours_comes_back():
@@ -91,14 +91,14 @@ def test_a_configuration_of_ours_comes_back():
         norm_eps=1e-3,
     )
     backend = BackendConfig(chunk_size=24)
-    published = json.loads(json.dumps(to_hf_config(model, backend, "bfloat16")))
-    assert published["dtype"] == "bfloat16"
-    assert from_hf_config(published, _ENOUGH) == (model, backend)
+    hf_config = json.loads(json.dumps(to_hf_config(model, backend, "bfloat16")))
+    assert hf_config["dtype"] == "bfloat16"
+    assert from_hf_config(hf_config, _ENOUGH) == (model, backend)
 
 
-def test_what_may_be_left_out(published):
+def test_what_may_be_left_out(hf_config):
     sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_heads")
-    model, backend = from_hf_config({name: published[name] for name in sizes} | {"new": 1}, _ENOUGH)
+    model, backend = from_hf_config({name: hf_config[name] for name in sizes} | {"new": 1}, _ENOUGH)
     assert model == ModelConfig(vocab_size=61, embedding_dim=128, num_blocks=2, num_heads=4)
     assert backend == BackendConfig()
 
@@ -129,22 +129,22 @@ def test_what_may_be_left_out(published):
     ],
     ids=str,
 )
-def test_what_ours_cannot_be(published, changes, message):
+def test_what_ours_cannot_be(hf_config, changes, message):
     with pytest.raises(ValueError, match=message):
-        from_hf_config(published | changes, _ENOUGH)
+        from_hf_config(hf_config | changes, _ENOUGH)
 
 
-def test_demands_that_change_nothing(published):
-    assert demands_without_effect(published) == demands_without_effect({}) == ()
-    changed = published | {"tie_word_embeddings": True, "add_out_norm": False}
-    assert from_hf_config(changed, _ENOUGH) == from_hf_config(published, _ENOUGH)
-    assert demands_without_effect(changed) == (
+def test_demands_that_change_nothing(hf_config):
+    assert describe_ignored_fields(hf_config) == describe_ignored_fields({}) == ()
+    changed = hf_config | {"tie_word_embeddings": True, "add_out_norm": False}
+    assert from_hf_config(changed, _ENOUGH) == from_hf_config(hf_config, _ENOUGH)
+    assert describe_ignored_fields(changed) == (
         "tie_word_embeddings=True has no effect, as in transformers 5: lm_head.weight is used",
         "add_out_norm=False has no effect, as in transformers 5: backbone.out_norm.weight is used",
     )
 
 
-# What the public implementation says that the shapes of its layers' states are, and of its cache.
+# The head sizes of the states in the layers and in the cache of `transformers`.
 @pytest.mark.parametrize(
     "sizes, layers, cache",
     [
@@ -162,7 +162,7 @@ def test_demands_that_change_nothing(published):
     ],
     ids=str,
 )
-def test_the_cache_of_the_public_implementation_fits(sizes, layers, cache):
+def test_the_cache_of_transformers_fits(sizes, layers, cache):
     width, heads, qk_dim_factor, v_dim_factor = sizes
     model = ModelConfig(
         embedding_dim=width,
@@ -170,27 +170,27 @@ def test_the_cache_of_the_public_implementation_fits(sizes, layers, cache):
         qk_dim_factor=qk_dim_factor,
         v_dim_factor=v_dim_factor,
     )
-    published = to_hf_config(model, BackendConfig(), "float32")
-    assert ("attribute_map" in published) == (layers != cache)
-    names = published.get("attribute_map", {})
+    hf_config = to_hf_config(model, BackendConfig(), "float32")
+    assert ("attribute_map" in hf_config) == (layers != cache)
+    names = hf_config.get("attribute_map", {})
     computed = dict(zip(("qk_head_dim", "v_head_dim"), cache, strict=True))
-    found = [published[names[name]] if name in names else computed[name] for name in computed]
+    found = [hf_config[names[name]] if name in names else computed[name] for name in computed]
     assert tuple(found) == layers
-    assert from_hf_config(published, _ENOUGH) == (model, BackendConfig())
+    assert from_hf_config(hf_config, _ENOUGH) == (model, BackendConfig())
 
 
-def test_a_size_that_is_missing(published):
-    without = {x: y for x, y in published.items() if x not in ("hidden_size", "embedding_dim")}
+def test_a_size_that_is_missing(hf_config):
+    without = {x: y for x, y in hf_config.items() if x not in ("hidden_size", "embedding_dim")}
     with pytest.raises(ValueError, match="embedding_dim is missing: expected a number"):
         from_hf_config(without, _ENOUGH)
 
 
-def test_what_the_public_layout_has_no_place_for():
-    with pytest.raises(ValueError, match="no place for .*stabilize_correctly=False"):
+def test_what_the_hugging_face_format_does_not_support():
+    with pytest.raises(ValueError, match="does not support .*stabilize_correctly=False"):
         to_hf_config(ModelConfig(), BackendConfig(stabilize_correctly=False), "float32")
-    with pytest.raises(ValueError, match="no place for the block xlstm_2024"):
+    with pytest.raises(ValueError, match="does not support model.block=xlstm_2024"):
         to_hf_config(ModelConfig(block="xlstm_2024"), BackendConfig(), "float32")
-    with pytest.raises(ValueError, match="no place for sLSTM blocks"):
+    with pytest.raises(ValueError, match="does not support sLSTM blocks"):
         to_hf_config(ModelConfig(slstm_at=(1,)), BackendConfig(), "float32")
     with pytest.raises(ValueError, match="gate_soft_cap=0.0 is not supported"):
         to_hf_config(ModelConfig(gate_soft_cap=0.0), BackendConfig(), "float32")

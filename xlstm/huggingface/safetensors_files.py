@@ -1,4 +1,4 @@
-"""Files of tensors in the public layout: found, checked, read and written, tensor by tensor."""
+"""Safetensors files of a model in the Hugging Face format, read and written tensor by tensor."""
 
 import json
 import math
@@ -22,17 +22,17 @@ _MOST_LISTED = 20
 
 
 def open_tensors(folder: str) -> dict[str, safe_open]:
-    """Opens the files of a model, which all lie in its folder.
+    """Opens the safetensors files of a model.
 
     Args:
-        folder: The folder of the files.
+        folder: The model's folder.
 
     Returns:
-        For each tensor's name, the file that it is in.
+        The open file of each tensor, by the tensor's name.
 
     Raises:
-        ValueError: If a file is missing or damaged or leads out of the folder, or the index and the
-            files contradict each other.
+        ValueError: If a file is missing, damaged or outside of the folder, or the index does not
+            match the files.
     """
     weight_map = _weight_map(folder)
     opened = {name: _open(inner_path(folder, name)) for name in sorted(set(weight_map.values()))}
@@ -44,45 +44,45 @@ def open_tensors(folder: str) -> dict[str, safe_open]:
     return {name: opened[file] for name, file in weight_map.items()}
 
 
-def count_numbers(tensors: Mapping[str, safe_open]) -> int:
-    """Counts the numbers in all tensors, from what the files say of their shapes."""
+def count_elements(tensors: Mapping[str, safe_open]) -> int:
+    """Counts the elements of all tensors, from the shapes in the files' headers."""
     slices = (file.get_slice(name) for name, file in tensors.items())
     return sum(math.prod(entry.get_shape()) for entry in slices)
 
 
 def check_tensors(
-    folder: str, wanted: Iterable[HFTensor], tensors: Mapping[str, safe_open]
+    folder: str, expected: Iterable[HFTensor], tensors: Mapping[str, safe_open]
 ) -> None:
-    """Checks everything of tensors but their numbers.
+    """Checks the names, shapes and types of a model's tensors.
 
     Args:
-        folder: The folder of the files.
-        wanted: The tensors that the model must have.
+        folder: The model's folder.
+        expected: The tensors that the model must have.
         tensors: What `open_tensors` returned.
 
     Raises:
-        ValueError: If the tensors are others than those wanted; they are named.
+        ValueError: If tensors are missing or unexpected, or have other shapes or types.
     """
-    names = {tensor.name for tensor in wanted}
+    names = {tensor.name for tensor in expected}
     if names != tensors.keys():
         raise ValueError(
-            f"{folder}: the tensors are not those of the model in config.json (missing:"
+            f"{folder}: the tensors do not match config.json (missing:"
             f" {_listed(names - tensors.keys())}; unexpected: {_listed(tensors.keys() - names)})"
         )
     wrong = []
-    for tensor in wanted:
+    for tensor in expected:
         entry = tensors[tensor.name].get_slice(tensor.name)
         shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
         if shape != tensor.shape:
-            wrong.append(f"{tensor.name} has the shape {shape}, not {tensor.shape}")
+            wrong.append(f"{tensor.name} has the shape {shape}, expected {tensor.shape}")
         if dtype not in _READABLE:
-            wrong.append(f"{tensor.name} is of the type {dtype}, not {' or '.join(_READABLE)}")
+            wrong.append(f"{tensor.name} has the type {dtype}, expected {' or '.join(_READABLE)}")
     if wrong:
         raise ValueError(f"{folder}: {'; '.join(wrong)}")
 
 
 def _weight_map(folder: str) -> dict[str, str]:
-    """The file of each tensor that the index lists; without an index there is one file."""
+    """Returns the file name of each tensor: from the index or, without one, the only file."""
     path = find_file(folder, _INDEX_FILE)
     if path is None:
         single = find_file(folder, _SINGLE_FILE)
@@ -91,7 +91,7 @@ def _weight_map(folder: str) -> dict[str, str]:
         return dict.fromkeys(_open(single).keys(), _SINGLE_FILE)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map from tensors to files")
+        raise ValueError(f"{path} has no weight_map: expected an object that maps tensors to files")
     missing = [name for name in set(weight_map.values()) if find_file(folder, name) is None]
     if missing:
         raise ValueError(f"{path} names files that are missing: {_listed(missing)}")
@@ -100,7 +100,7 @@ def _weight_map(folder: str) -> dict[str, str]:
 
 def _open(path: str) -> safe_open:
     try:
-        # Mapped into memory, all of a file that was read would stay there.
+        # A memory-mapped file would stay in memory once read.
         return safe_open(path, framework="numpy", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
@@ -121,20 +121,20 @@ def write_tensors(
     dtype: str,
     max_shard_bytes: int,
 ) -> int:
-    """Writes the tensors of a model, into several files if they are large, one in memory at a time.
+    """Writes the tensors of a model to one or several files, with one file in memory at a time.
 
     Args:
         folder: The folder for the files.
         tensors: The tensors.
         read: Returns one of them, float32.
-        dtype: As what they are written, `float32` or `bfloat16`.
-        max_shard_bytes: Largest size of a file's tensors together; a single larger one has its own.
+        dtype: Type to write them as, `float32` or `bfloat16`.
+        max_shard_bytes: Largest total size of the tensors in a file; a larger tensor gets its own.
 
     Returns:
         The number of files.
 
     Raises:
-        OSError: If something cannot be written.
+        OSError: If a file cannot be written.
     """
     kind = np.dtype(DTYPES[dtype])
     shards = _shards(tensors, kind.itemsize, max_shard_bytes)
@@ -144,7 +144,7 @@ def write_tensors(
         name = name if len(shards) > 1 else _SINGLE_FILE
         arrays = {tensor.name: read(tensor).astype(kind, copy=False) for tensor in shard}
         _save(os.path.join(folder, name), arrays)
-        del arrays  # Before those of the next one are made.
+        del arrays  # Frees the memory before the next file is read.
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
     if len(shards) > 1:
         total_size = sum(tensor.size for tensor in tensors) * kind.itemsize
@@ -158,7 +158,7 @@ def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
         with open(path, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
         save_file(arrays, path, metadata={"format": "pt"})
-        os.chmod(path, mode)  # The library keeps its files from all other users.
+        os.chmod(path, mode)  # The library makes its files private.
 
 
 def _shards(
@@ -176,6 +176,6 @@ def _shards(
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes a JSON object in the way of public models."""
+    """Writes a JSON object, formatted as Hugging Face models are."""
     with naming_file(path), open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -12,14 +12,14 @@ from xlstm.files import read_json
 from xlstm.huggingface.layout import HFTensor
 from xlstm.huggingface.safetensors_files import (
     check_tensors,
-    count_numbers,
+    count_elements,
     open_tensors,
     write_json,
     write_tensors,
 )
 
 _SHAPES = {"a": (2, 3), "b": (4,), "c": (5, 2)}
-_WANTED = [HFTensor(name, shape, name, None, False) for name, shape in _SHAPES.items()]
+_EXPECTED = [HFTensor(name, shape, name, None, False) for name, shape in _SHAPES.items()]
 _ARRAYS = {
     name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     for name, shape in _SHAPES.items()
@@ -30,12 +30,12 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 def _write(folder, *, max_shard_bytes=1000, dtype="float32"):
     read = lambda tensor: _ARRAYS[tensor.name]  # noqa: E731
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    return write_tensors(str(folder), _WANTED, read, **options)
+    return write_tensors(str(folder), _EXPECTED, read, **options)
 
 
 def _read(folder):
     tensors = open_tensors(folder)
-    check_tensors(folder, _WANTED, tensors)
+    check_tensors(folder, _EXPECTED, tensors)
     return {name: file.get_tensor(name) for name, file in tensors.items()}
 
 
@@ -54,7 +54,7 @@ def test_what_is_written_is_read(tmp_path, max_shard_bytes, files):
     assert found.keys() == _SHAPES.keys()
     for name, array in found.items():
         assert array.tobytes() == _ARRAYS[name].tobytes()
-    # As readable as other files.
+    # The files have the default permissions.
     (tmp_path / "other").write_text("")
     modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in [*names, "other"]}
     assert len(modes) == 1
@@ -70,7 +70,7 @@ def test_a_file_is_in_memory_at_a_time(tmp_path):
         return array
 
     options = {"dtype": "float32", "max_shard_bytes": 24 + 16}
-    assert write_tensors(str(tmp_path), _WANTED, make, **options) == 2
+    assert write_tensors(str(tmp_path), _EXPECTED, make, **options) == 2
     assert len(read) == 3
 
 
@@ -94,21 +94,21 @@ def _without(*names, **more):
         (_without("a", "c"), "missing: a, c; unexpected: none"),
         (_without(x=_ARRAYS["a"], y=_ARRAYS["b"]), "missing: none; unexpected: x, y"),
         (_without("b", x=_ARRAYS["a"]), "missing: b; unexpected: x"),
-        (_without(a=_ARRAYS["a"].T.copy()), r"a has the shape \(3, 2\), not \(2, 3\)$"),
+        (_without(a=_ARRAYS["a"].T.copy()), r"a has the shape \(3, 2\), expected \(2, 3\)$"),
         (
             _without(a=_ARRAYS["c"], c=_ARRAYS["a"]),
-            r"a has the shape \(5, 2\), not \(2, 3\); c has the shape \(2, 3\), not \(5, 2\)",
+            r"a has the shape \(5, 2\), expected \(2, 3\); c has .*\(2, 3\), expected \(5, 2\)",
         ),
-        (_without(b=np.arange(4)), "b is of the type I64, not F32 or BF16 or F16"),
+        (_without(b=np.arange(4)), "b has the type I64, expected F32 or BF16 or F16"),
     ],
     ids=str,
 )
 def test_other_tensors(tmp_path, arrays, message):
     save_file(arrays, tmp_path / _SINGLE)
     tensors = open_tensors(str(tmp_path))
-    assert count_numbers(tensors) == sum(array.size for array in arrays.values())
+    assert count_elements(tensors) == sum(array.size for array in arrays.values())
     with pytest.raises(ValueError, match=message):
-        check_tensors(str(tmp_path), _WANTED, tensors)
+        check_tensors(str(tmp_path), _EXPECTED, tensors)
 
 
 @pytest.mark.parametrize("size", [0, 7, 50, -1])
@@ -167,15 +167,15 @@ def test_what_is_written_is_json(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("../model.safetensors", "no plain name"),
-        ("", "no plain name"),
-        ("..", "no plain name"),
-        ("a\0b", "no plain name"),
+        ("../model.safetensors", "not a plain name"),
+        ("", "not a plain name"),
+        ("..", "not a plain name"),
+        ("a\0b", "not a plain name"),
         ("link", "leads out of"),
     ],
 )
 def test_an_index_names_files_of_its_folder_only(tmp_path, name, message):
-    _write(tmp_path)  # Somebody else's, which holds the very tensors.
+    _write(tmp_path)  # A file outside of the folder, with the right tensors.
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path / _SINGLE)
@@ -183,7 +183,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path, name, message):
     for written in (name, outside):
         index = {"weight_map": dict.fromkeys(_SHAPES, written)}
         (folder / _INDEX).write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="no plain name" if written == outside else message):
+        with pytest.raises(ValueError, match="not a plain name" if written == outside else message):
             open_tensors(str(folder))
 
 
@@ -199,7 +199,7 @@ def test_a_link_instead_of_the_only_file(tmp_path):
 def test_many_names_are_a_few_in_a_message(tmp_path):
     save_file({f"x{i:03}": np.zeros(1) for i in range(100)}, tmp_path / _SINGLE)
     with pytest.raises(ValueError, match="unexpected: x000, x001, .*, x019 and 80 more"):
-        check_tensors(str(tmp_path), _WANTED, open_tensors(str(tmp_path)))
+        check_tensors(str(tmp_path), _EXPECTED, open_tensors(str(tmp_path)))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -1,4 +1,4 @@
-"""The tokenizer files that public models have beside them, brought to a run's folder and back."""
+"""Tokenizers of models in the Hugging Face format."""
 
 import os
 
@@ -18,18 +18,18 @@ from xlstm.trainer.llm.run_tokenizer import tokenizer_config
 
 
 def find_tokenizer(folder: str, eod_token: str | None = None) -> Tokenizer | None:
-    """Loads the tokenizer of a public model.
+    """Loads the tokenizer of a model in the Hugging Face format.
 
     Args:
         folder: The model's folder.
-        eod_token: The token that ends its documents; None for what its files name.
+        eod_token: The token that ends documents; None for the one that the model's files name.
 
     Returns:
-        The tokenizer; that of bytes if `write_byte_tokenizer_files` wrote it. None if there is no
-        `tokenizer.json`.
+        The tokenizer: a `ByteTokenizer` for the files of `write_byte_tokenizer_files`, None if
+        there is no `tokenizer.json`.
 
     Raises:
-        ValueError: If it cannot be used.
+        ValueError: If the tokenizer cannot be used.
     """
     path = find_file(folder, TOKENIZER_FILE)
     if path is None:
@@ -40,16 +40,16 @@ def find_tokenizer(folder: str, eod_token: str | None = None) -> Tokenizer | Non
 
 
 def write_byte_tokenizer_files(folder: str) -> None:
-    """Writes the byte tokenizer, which is no file of ours, as public models have theirs."""
+    """Writes the files of a tokenizer that is equivalent to `ByteTokenizer`."""
     write_atomically(os.path.join(folder, TOKENIZER_FILE), _byte_tokenizer_json())
     config = tokenizer_config(ByteTokenizer())
     write_atomically(os.path.join(folder, TOKENIZER_CONFIG_FILE), config)
 
 
 def _byte_tokenizer_json() -> str:
-    """A vocabulary of single bytes: the id is the byte, and nothing is merged."""
+    """Returns a tokenizer of single bytes: the id is the byte, and there are no merges."""
     letters = list(byte_letters())
-    letters[ByteTokenizer.eod_id] = ByteTokenizer.eod_token  # A NUL in a text has no token.
+    letters[ByteTokenizer.eod_id] = ByteTokenizer.eod_token  # A NUL character has no token.
     vocab = {letter: byte for byte, letter in enumerate(letters)}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
     inner.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)

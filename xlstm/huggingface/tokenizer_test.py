@@ -10,18 +10,18 @@ from xlstm.huggingface.tokenizer import find_tokenizer, write_byte_tokenizer_fil
 from xlstm.trainer.llm.run_tokenizer import TOKENIZER_FILES, copy_files
 
 
-def test_bytes_as_public_models_have_them(tmp_path):
+def test_bytes_as_hugging_face_models_have_them(tmp_path):
     write_byte_tokenizer_files(str(tmp_path))
-    public = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     characters = [*range(1, 0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 991)]
     text = "it's  two\r\n\t" + "".join(map(chr, characters))
-    ids = public.encode(text).ids
+    ids = tokenizer.encode(text).ids
     np.testing.assert_array_equal(ids, ByteTokenizer().encode(text))
-    assert public.decode(ids) == text
-    # The marker is one token, and nothing of the text.
-    assert public.encode("a\0b").ids == [97, 0, 98]
-    assert public.decode([97, 0, 98]) == "ab"
-    assert public.get_vocab_size() == 256
+    assert tokenizer.decode(ids) == text
+    # The end-of-document token decodes to nothing.
+    assert tokenizer.encode("a\0b").ids == [97, 0, 98]
+    assert tokenizer.decode([97, 0, 98]) == "ab"
+    assert tokenizer.get_vocab_size() == 256
 
 
 def test_bytes_are_known_again(tmp_path):

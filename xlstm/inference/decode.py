@@ -1,21 +1,24 @@
-"""Reading prompts and writing what follows them, a token at a time.
+"""Prefilling and decoding: logits and states of token ids, one batch at a time.
 
-    logits, state = prefill(params, prompts, config=config)
+For a decoding loop of your own, carry the model's state from token to token:
+
+    logits, state = prefill_step(params, prompts, config=config)
     logits, state = decode_step(params, tokens, state, config=config)
 
-is all that a loop of one's own needs. With sampling, and with rows that end on their own:
+To sample, with rows that end at different positions:
 
-    tokens = generate(params, prompts, rng, config=config, num_tokens=100, sampling=sampling)
+    tokens = generate(params, prompts, rng, config=config, max_tokens=100, sampling=sampling)
 
-and in several goes, on a mesh, or with more text in between:
+To sample in several calls, on a mesh, or with more prompt tokens in between:
 
-    progress = begin(config, batch_size, mesh)
-    progress = read(params, progress, prompts, lengths, config=config)
-    progress, tokens = write(params, progress, keys, 100, config=config, ...)
+    decode_state = init_decode_state(config, batch_size, mesh)
+    decode_state = prefill(params, decode_state, prompts, lengths, config=config)
+    decode_state, tokens = decode(params, decode_state, keys, 100, config=config, ...)
 
-A prompt is read chunkwise, by the configured backend; then the state, of constant size, is carried
-from token to token. Parameters may be anywhere on a mesh (but not cut into pipeline stages): these
-functions run outside of `shard_map`, and XLA divides the work as the parameters are divided.
+Prefilling is chunkwise, with the configured backend; decoding takes one step of the `recurrent`
+backend per token. The size of the model's state does not depend on the number of tokens. The
+functions run outside of `shard_map`: XLA partitions them as the parameters are partitioned, which
+may be over any mesh axis but `pp` (see `reshard_for_inference`).
 """
 
 import dataclasses
@@ -41,21 +44,21 @@ from xlstm.models.xlstm_parallel.xlstm_lm_model import (
     xLSTMLMModel,
 )
 
-# Tokens of all rows that are read at once, so that long prompts need no more memory than others.
-_TOKENS_AT_ONCE = 16384
+# Prompt tokens, over all rows, in one pass; longer prompts take several, and no more memory.
+_PREFILL_TOKENS = 16384
 
-NO_TOKEN = -1  # Stands behind the last token of a row.
+PAD_ID = -1  # Follows the last token of a row.
 
 
-class Progress(NamedTuple):
-    """How far the texts of a batch are; all that is needed to go on.
+class DecodeState(NamedTuple):
+    """A batch of sequences between two calls of `prefill` and `decode`.
 
     Attributes:
         logits: Logits of each row's next token, float32 `(B, V)`.
         state: The model's state after all tokens so far, leading axes `(num_blocks, B)`.
         seen: Which tokens have occurred, bool `(B, V)`.
-        num_tokens: How many tokens have been read and written, int32 `(B,)`.
-        done: Rows that are not written any further, bool `(B,)`.
+        num_tokens: The number of tokens so far, prompt included, int32 `(B,)`.
+        done: Which rows have ended, bool `(B,)`.
     """
 
     logits: jax.Array
@@ -66,7 +69,22 @@ class Progress(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def prefill(
+def compute_logits(params: PyTree, tokens: jax.Array, *, config: LanguageModelConfig) -> jax.Array:
+    """Computes the logits at every position, in one forward pass.
+
+    Args:
+        params: Parameters of the model.
+        tokens: Ids `(B, T)`; a document begins with the end-of-document id.
+        config: Configuration of the model.
+
+    Returns:
+        Logits of the token that follows each token, float32 `(B, T, V)`.
+    """
+    return xLSTMLMModel(config).apply({"params": params}, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefill_step(
     params: PyTree,
     tokens: jax.Array,
     state: PyTree | None = None,
@@ -74,42 +92,43 @@ def prefill(
     *,
     config: LanguageModelConfig,
 ) -> tuple[jax.Array, PyTree]:
-    """Reads prompts.
+    """Computes the logits and the state after prompts.
 
     Args:
         params: Parameters of the model.
         tokens: Ids `(B, T)`; a document begins with the end-of-document id.
-        state: The state before them; None for the zero state.
-        lengths: How many of the tokens count, int `(B,)`; what is behind is padding. None for all.
+        state: The model's state before them; None for the zero state.
+        lengths: The number of tokens in each row, int `(B,)`; the rest of the row is padding.
+            None for `T`.
         config: Configuration of the model.
 
     Returns:
-        Logits of the token after each prompt, float32 `(B, V)` (meaningless where the length is 0),
-        and the state after the prompts.
+        Logits of the token after each prompt, float32 `(B, V)` (undefined where the length is 0),
+        and the model's state after the prompts.
     """
     batch, time = tokens.shape
     if state is None:
         state = initial_state(config, batch)
-    read = functools.partial(
+    apply = functools.partial(
         xLSTMLMModel(config).apply, {"params": params}, method="next_token_logits"
     )
-    size = max(1, _TOKENS_AT_ONCE // batch)
+    size = max(1, _PREFILL_TOKENS // batch)
     if time <= size:
-        return read(tokens, state, lengths)
+        return apply(tokens, state, lengths)
     if lengths is None:
         lengths = jnp.full((batch,), time)
     tokens = jnp.pad(tokens, ((0, 0), (0, -time % size)))
-    pieces = tokens.reshape(batch, -1, size).swapaxes(0, 1)
+    chunks = tokens.reshape(batch, -1, size).swapaxes(0, 1)
 
     def body(carry, xs):
         logits, state = carry
-        start, piece = xs
+        start, chunk = xs
         inside = jnp.clip(lengths - start, 0, size)
-        new_logits, state = read(piece, state, inside)
+        new_logits, state = apply(chunk, state, inside)
         return (jnp.where(inside[:, None] > 0, new_logits, logits), state), None
 
     logits = jnp.zeros((batch, config.model.vocab_size), jnp.float32)
-    (logits, state), _ = lax.scan(body, (logits, state), (jnp.arange(len(pieces)) * size, pieces))
+    (logits, state), _ = lax.scan(body, (logits, state), (jnp.arange(len(chunks)) * size, chunks))
     return logits, state
 
 
@@ -117,42 +136,44 @@ def prefill(
 def decode_step(
     params: PyTree, tokens: jax.Array, state: PyTree, *, config: LanguageModelConfig
 ) -> tuple[jax.Array, PyTree]:
-    """Reads one more token of each text.
+    """Computes the logits and the state after one more token in each row.
 
     Args:
         params: Parameters of the model.
         tokens: Ids `(B,)`.
-        state: The state before them, of `prefill` or of the step before.
+        state: The model's state before them, from `prefill_step` or the previous step.
         config: Configuration of the model.
 
     Returns:
-        Logits of the next token, float32 `(B, V)`, and the state.
+        Logits of the next token, float32 `(B, V)`, and the model's state.
     """
-    return _stepwise(config).apply(
+    return _recurrent_model(config).apply(
         {"params": params}, tokens[:, None], state, method="next_token_logits"
     )
 
 
-def _stepwise(config: LanguageModelConfig) -> xLSTMLMModel:
+def _recurrent_model(config: LanguageModelConfig) -> xLSTMLMModel:
     backend = dataclasses.replace(config.backend, name="recurrent")
     return xLSTMLMModel(dataclasses.replace(config, backend=backend))
 
 
-def begin(config: LanguageModelConfig, batch_size: int, mesh: Mesh | None = None) -> Progress:
-    """How far texts are before anything is read.
+def init_decode_state(
+    config: LanguageModelConfig, batch_size: int, mesh: Mesh | None = None
+) -> DecodeState:
+    """Returns the state of a batch of empty sequences, for `prefill`.
 
     Args:
         config: Configuration of the model.
         batch_size: `B`.
-        mesh: Where to place it: rows are divided over `dp` and `fsdp` if they can be, heads over
-            `tp`; None for the default device.
+        mesh: The mesh to place the state on: rows are sharded over `dp` and `fsdp` if `B` is a
+            multiple of their sizes, heads over `tp`. None for the default device.
 
     Returns:
-        The beginning of `B` texts, which have no next token yet.
+        The state; its logits are zero until the first prefill.
     """
 
-    def make() -> Progress:
-        return Progress(
+    def make() -> DecodeState:
+        return DecodeState(
             logits=jnp.zeros((batch_size, config.model.vocab_size), jnp.float32),
             state=initial_state(config, batch_size),
             seen=jnp.zeros((batch_size, config.model.vocab_size), bool),
@@ -162,72 +183,72 @@ def begin(config: LanguageModelConfig, batch_size: int, mesh: Mesh | None = None
 
     if mesh is None:
         return make()
-    return jax.jit(make, out_shardings=progress_shardings(config, batch_size, mesh))()
+    return jax.jit(make, out_shardings=decode_state_shardings(config, batch_size, mesh))()
 
 
-def progress_shardings(config: LanguageModelConfig, batch_size: int, mesh: Mesh) -> Progress:
-    """Where a mesh has what `Progress` holds, see `begin`."""
+def decode_state_shardings(config: LanguageModelConfig, batch_size: int, mesh: Mesh) -> DecodeState:
+    """Returns the sharding of each array of a `DecodeState`; see `init_decode_state`."""
     rows = rows_spec(batch_size, mesh)
-    specs = Progress(P(*rows), state_specs(config, *rows), P(*rows), P(*rows), P(*rows))
+    specs = DecodeState(P(*rows), state_specs(config, *rows), P(*rows), P(*rows), P(*rows))
     return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
 
 
 def rows_spec(batch_size: int, mesh: Mesh) -> P:
-    """How the rows of a batch lie on a mesh: divided, if they can be."""
-    num_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return P(None if batch_size % num_parts else BATCH_AXES)
+    """Returns the partition spec of a batch's rows: replicated if they do not divide evenly."""
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return P(None if batch_size % num_shards else BATCH_AXES)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def read(
+def prefill(
     params: PyTree,
-    progress: Progress,
+    decode_state: DecodeState,
     tokens: jax.Array,
     lengths: jax.Array | None = None,
     *,
     config: LanguageModelConfig,
-) -> Progress:
-    """Reads prompts, or what is added to texts that were begun before.
+) -> DecodeState:
+    """Appends prompts to sequences, or further tokens to sequences with a prompt.
 
     Args:
         params: Parameters of the model.
-        progress: How far the texts are.
+        decode_state: The sequences.
         tokens: Ids `(B, T)`; a document begins with the end-of-document id.
-        lengths: How many of them count, int `(B,)`, for the beginning of a text at least 1; None
-            for all.
+        lengths: The number of tokens in each row, int `(B,)`, at least 1 for an empty sequence;
+            None for `T`.
         config: Configuration of the model.
 
     Returns:
-        How far the texts are then; no row is done.
+        The sequences with their new tokens; no row is done.
     """
     batch, time = tokens.shape
     if lengths is None:
         lengths = jnp.full((batch,), time)
-    logits, state = prefill(params, tokens, progress.state, lengths, config=config)
-    # A token behind the end counts as the place behind the vocabulary, which is dropped.
-    counted = jnp.where(jnp.arange(time) < lengths[:, None], tokens, config.model.vocab_size)
-    return Progress(
-        logits=jnp.where(lengths[:, None] > 0, logits, progress.logits),
+    logits, state = prefill_step(params, tokens, decode_state.state, lengths, config=config)
+    # Padding gets an id outside of the vocabulary, which `set` drops.
+    tokens = jnp.where(jnp.arange(time) < lengths[:, None], tokens, config.model.vocab_size)
+    return DecodeState(
+        logits=jnp.where(lengths[:, None] > 0, logits, decode_state.logits),
         state=state,
-        seen=progress.seen.at[jnp.arange(batch)[:, None], counted].set(True),
-        num_tokens=progress.num_tokens + lengths,
-        done=jnp.zeros_like(progress.done),
+        seen=decode_state.seen.at[jnp.arange(batch)[:, None], tokens].set(True),
+        num_tokens=decode_state.num_tokens + lengths,
+        done=jnp.zeros_like(decode_state.done),
     )
 
 
-def row_keys(rng: PRNGKeyArray, rows: Sequence[int]) -> PRNGKeyArray:
-    """Derives a random key `(B, ...)` for each of some rows from their numbers."""
-    return jax.vmap(functools.partial(jax.random.fold_in, rng))(np.asarray(rows))
+def row_keys(rng: PRNGKeyArray, indices: Sequence[int]) -> PRNGKeyArray:
+    """Derives a random key for each row from the row's index; returns keys `(B, ...)`."""
+    return jax.vmap(functools.partial(jax.random.fold_in, rng))(np.asarray(indices))
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("config", "sampling", "stop_ids", "max_tokens"),
-    donate_argnames="progress",
+    donate_argnames="decode_state",
 )
-def write(
+def decode(
     params: PyTree,
-    progress: Progress,
+    decode_state: DecodeState,
     keys: PRNGKeyArray,
     num_tokens: jax.Array | int,
     *,
@@ -235,53 +256,54 @@ def write(
     sampling: SamplingConfig,
     max_tokens: int,
     stop_ids: tuple[int, ...] = (),
-) -> tuple[Progress, jax.Array]:
-    """Writes some tokens more.
+) -> tuple[DecodeState, jax.Array]:
+    """Samples tokens and appends them to sequences.
 
-    What is written in a row depends on its key and the place in its text, and not on how many
-    tokens are written at once or what other rows there are.
+    The tokens of a row depend on its key and their positions alone, not on the number of tokens
+    per call or the other rows.
 
     Args:
         params: Parameters of the model.
-        progress: How far the texts are; it is consumed.
-        keys: A random key for each row, `(B, ...)`, see `row_keys`.
-        num_tokens: How many tokens to write, at most; less once all rows are done.
+        decode_state: The sequences; donated.
+        keys: A random key for each row, `(B, ...)`; see `row_keys`.
+        num_tokens: The largest number of tokens to sample; fewer if all rows end before.
         config: Configuration of the model.
-        sampling: How tokens are chosen.
-        max_tokens: The largest `num_tokens` that the compiled program is for.
-        stop_ids: Ids that end a row; they are its last tokens.
+        sampling: How to sample.
+        max_tokens: The upper bound of `num_tokens` to compile for.
+        stop_ids: Ids that end a row; each is the last token of its row.
 
     Returns:
-        How far the texts are then, and the tokens, int32 `(B, max_tokens)`, `NO_TOKEN` where there
-        is none.
+        The sequences with their new tokens, and these tokens, int32 `(B, max_tokens)`, padded with
+        `PAD_ID`.
     """
-    batch, model = progress.done.shape[0], _stepwise(config)
+    batch, model = decode_state.done.shape[0], _recurrent_model(config)
     rows, stops = jnp.arange(batch), jnp.asarray(stop_ids, jnp.int32)
 
-    def is_going_on(carry):
-        index, progress, _ = carry
-        return (index < num_tokens) & ~jnp.all(progress.done)
+    def keep_going(carry):
+        index, decode_state, _ = carry
+        return (index < num_tokens) & ~jnp.all(decode_state.done)
 
     def body(carry):
-        index, (logits, state, seen, count, done), written = carry
+        index, (logits, state, seen, count, done), new_tokens = carry
         tokens = sample(logits, seen, jax.vmap(jax.random.fold_in)(keys, count), sampling)
-        # A row that is done keeps its state: what it would read is padding.
-        is_read = jnp.where(done, 0, 1)
+        # A row that is done keeps its state: its tokens are padding.
+        lengths = jnp.where(done, 0, 1)
         new_logits, state = model.apply(
-            {"params": params}, tokens[:, None], state, is_read, method="next_token_logits"
+            {"params": params}, tokens[:, None], state, lengths, method="next_token_logits"
         )
-        progress = Progress(
+        decode_state = DecodeState(
             logits=jnp.where(done[:, None], logits, new_logits),
             state=state,
             seen=seen.at[rows, tokens].max(~done),
-            num_tokens=count + is_read,
+            num_tokens=count + lengths,
             done=done | jnp.isin(tokens, stops),
         )
-        return index + 1, progress, written.at[:, index].set(jnp.where(done, NO_TOKEN, tokens))
+        new_tokens = new_tokens.at[:, index].set(jnp.where(done, PAD_ID, tokens))
+        return index + 1, decode_state, new_tokens
 
-    written = jnp.full((batch, max_tokens), NO_TOKEN, jnp.int32)
-    _, progress, written = lax.while_loop(is_going_on, body, (0, progress, written))
-    return progress, written
+    new_tokens = jnp.full((batch, max_tokens), PAD_ID, jnp.int32)
+    _, decode_state, new_tokens = lax.while_loop(keep_going, body, (0, decode_state, new_tokens))
+    return decode_state, new_tokens
 
 
 def generate(
@@ -290,36 +312,36 @@ def generate(
     rng: PRNGKeyArray,
     *,
     config: LanguageModelConfig,
-    num_tokens: int,
+    max_tokens: int,
     sampling: SamplingConfig,
     lengths: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
 ) -> jax.Array:
-    """Continues prompts.
+    """Samples continuations of prompts.
 
     Args:
         params: Parameters of the model.
         prompts: Ids `(B, T)`; a document begins with the end-of-document id.
         rng: Random key.
         config: Configuration of the model.
-        num_tokens: The largest number of tokens to write.
-        sampling: How tokens are chosen.
-        lengths: How many tokens of each prompt count, int `(B,)`, at least 1; None for all.
-        stop_ids: Ids that end a row; they are its last tokens.
+        max_tokens: The largest number of tokens to sample.
+        sampling: How to sample.
+        lengths: The number of tokens of each prompt, int `(B,)`, at least 1; None for `T`.
+        stop_ids: Ids that end a row; each is the last token of its row.
 
     Returns:
-        The tokens written, int32 `(B, num_tokens)`; `NO_TOKEN` behind the end of a row.
+        The sampled tokens, int32 `(B, max_tokens)`, padded with `PAD_ID`.
     """
-    progress = begin(config, len(prompts))
-    progress = read(params, progress, prompts, lengths, config=config)
-    _, tokens = write(
+    decode_state = init_decode_state(config, len(prompts))
+    decode_state = prefill(params, decode_state, prompts, lengths, config=config)
+    _, tokens = decode(
         params,
-        progress,
+        decode_state,
         row_keys(rng, range(len(prompts))),
-        num_tokens,
+        max_tokens,
         config=config,
         sampling=sampling,
-        max_tokens=num_tokens,
+        max_tokens=max_tokens,
         stop_ids=tuple(stop_ids),
     )
     return tokens

@@ -10,17 +10,17 @@ from jax.sharding import PartitionSpec as P
 
 from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.distributed.mesh import MeshConfig, create_mesh
-from xlstm.inference import decode as generate_module
+from xlstm.inference import decode as decode_module
 from xlstm.inference.decode import (
-    NO_TOKEN,
-    begin,
+    PAD_ID,
+    decode,
     decode_step,
     generate,
+    init_decode_state,
     prefill,
-    read,
+    prefill_step,
     row_keys,
     rows_spec,
-    write,
 )
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
@@ -47,20 +47,20 @@ def logits_of(tokens):
     return np.asarray(_jitted_logits()({"params": PARAMS}, tokens))
 
 
-def read_prompts(tokens, lengths, progress=None):
-    """Reads them all in arrays of one shape, so that one compilation does."""
+def prefilled(tokens, lengths, decode_state=None):
+    """Returns the state after prompts, padded to one shape so that one compilation is enough."""
     padded = np.zeros((3, 20), int)
     padded[: len(tokens), : tokens.shape[1]] = tokens
-    progress = progress or begin(CONFIG, 3)
-    return read(PARAMS, progress, padded, np.resize(lengths, 3), config=CONFIG)
+    decode_state = decode_state or init_decode_state(CONFIG, 3)
+    return prefill(PARAMS, decode_state, padded, np.resize(lengths, 3), config=CONFIG)
 
 
-def written(progress, num_tokens=12, keys=KEYS, sampling=GREEDY, stop_ids=()):
+def decoded(decode_state, num_tokens=12, keys=KEYS, sampling=GREEDY, stop_ids=()):
     options = {"config": CONFIG, "sampling": sampling, "max_tokens": 12, "stop_ids": stop_ids}
-    return write(PARAMS, progress, keys, num_tokens, **options)
+    return decode(PARAMS, decode_state, keys, num_tokens, **options)
 
 
-def assert_same_progress(found, row, expected, expected_row):
+def assert_same_row(found, row, expected, expected_row):
     assert found.num_tokens[row] == expected.num_tokens[expected_row]
     np.testing.assert_array_equal(found.seen[row], expected.seen[expected_row])
     np.testing.assert_allclose(found.logits[row], expected.logits[expected_row], atol=1e-4)
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_text():
         PROMPTS,
         jax.random.key(0),
         config=CONFIG,
-        num_tokens=8,
+        max_tokens=8,
         lengths=LENGTHS,
         sampling=GREEDY,
     )
@@ -88,10 +88,10 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_text():
 
 
 def test_decoding_gives_the_logits_of_the_whole_text():
-    logits, state = prefill(PARAMS, PROMPTS[:, :4], config=CONFIG)
+    logits, state = prefill_step(PARAMS, PROMPTS[:, :4], config=CONFIG)
     found, sizes = [logits], {tuple(x.size for x in state)}
-    for place in range(4, 9):
-        logits, state = decode_step(PARAMS, PROMPTS[:, place], state, config=CONFIG)
+    for position in range(4, 9):
+        logits, state = decode_step(PARAMS, PROMPTS[:, position], state, config=CONFIG)
         found.append(logits)
         sizes.add(tuple(x.size for x in state))
     text = np.zeros((3, 20), int)
@@ -102,48 +102,48 @@ def test_decoding_gives_the_logits_of_the_whole_text():
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
 def test_a_prompt_in_a_batch_gives_what_it_gives_alone_and_in_several_goes(sampling):
-    together, tokens = written(read_prompts(PROMPTS, LENGTHS), sampling=sampling)
+    together, tokens = decoded(prefilled(PROMPTS, LENGTHS), sampling=sampling)
     for row, length in enumerate(LENGTHS):
-        progress = read_prompts(PROMPTS[[row] * 3, :length], length)
+        decode_state = prefilled(PROMPTS[[row] * 3, :length], length)
         parts, keys = [], KEYS[np.array([row] * 3)]
         for size in (1, 5, 0, 6):
-            progress, part = written(progress, size, keys, sampling)
-            assert np.all(part[:, size:] == NO_TOKEN)
+            decode_state, part = decoded(decode_state, size, keys, sampling)
+            assert np.all(part[:, size:] == PAD_ID)
             parts.append(part[0, :size])
         np.testing.assert_array_equal(np.concatenate(parts), tokens[row])
-        assert_same_progress(together, row, progress, 0)
+        assert_same_row(together, row, decode_state, 0)
 
 
 def test_a_long_prompt_in_pieces_is_the_prompt(monkeypatch):
     tokens = np.random.default_rng(1).integers(0, 12, (3, 20))
     lengths = np.array([20, 11, 20])
-    expected = read_prompts(tokens, lengths)
-    monkeypatch.setattr(generate_module, "_TOKENS_AT_ONCE", 21)
+    expected = prefilled(tokens, lengths)
+    monkeypatch.setattr(decode_module, "_PREFILL_TOKENS", 21)
     other = dataclasses.replace(CONFIG, backend=dataclasses.replace(CONFIG.backend, chunk_size=3))
-    found = read(PARAMS, begin(CONFIG, 3), tokens, lengths, config=other)
+    found = prefill(PARAMS, init_decode_state(CONFIG, 3), tokens, lengths, config=other)
     for row in range(3):
-        assert_same_progress(found, row, expected, row)
+        assert_same_row(found, row, expected, row)
 
 
 def test_a_row_that_is_done_is_left_as_it_is():
-    free = np.asarray(written(read_prompts(PROMPTS, LENGTHS))[1])
-    stop_id = int(free[1, 4])  # Ends one row there, others perhaps elsewhere.
+    free = np.asarray(decoded(prefilled(PROMPTS, LENGTHS))[1])
+    stop_id = int(free[1, 4])  # Ends this row there, and perhaps others.
     ends = [(list(row).index(stop_id) if stop_id in row else 11) + 1 for row in free]
     assert min(ends) <= 5 and len(set(ends)) > 1
-    progress, tokens = written(read_prompts(PROMPTS, LENGTHS), stop_ids=(stop_id,))
+    decode_state, tokens = decoded(prefilled(PROMPTS, LENGTHS), stop_ids=(stop_id,))
     for row, end in enumerate(ends):
         np.testing.assert_array_equal(tokens[row, :end], free[row, :end])
-        assert np.all(tokens[row, end:] == NO_TOKEN)
-        expected, _ = written(read_prompts(PROMPTS, LENGTHS), end)
-        assert_same_progress(progress, row, expected, row)
+        assert np.all(tokens[row, end:] == PAD_ID)
+        expected, _ = decoded(prefilled(PROMPTS, LENGTHS), end)
+        assert_same_row(decode_state, row, expected, row)
 
 
 def test_more_text_behind_what_was_read():
     lengths = np.array([3, 9, 0])
-    more = read_prompts(PROMPTS[::-1], lengths, read_prompts(PROMPTS, LENGTHS))
+    more = prefilled(PROMPTS[::-1], lengths, prefilled(PROMPTS, LENGTHS))
     for row, (first, second) in enumerate(zip(LENGTHS, lengths, strict=True)):
         text = np.append(PROMPTS[row, :first], PROMPTS[::-1][row, :second])
-        assert_same_progress(more, row, read_prompts(text[None], len(text)), 0)
+        assert_same_row(more, row, prefilled(text[None], len(text)), 0)
         assert set(np.flatnonzero(more.seen[row])) == set(text)
 
 
@@ -171,22 +171,23 @@ def test_on_a_mesh_it_is_the_same(axes, options):
     rows = NamedSharding(mesh, rows_spec(4, mesh))
     on_mesh = [jax.device_put(x, rows) for x in (prompts, lengths)]
     keys = row_keys(jax.random.key(0), range(4))
-    progress = read(params, begin(config, 4, mesh), *on_mesh, config=config)
+    decode_state = init_decode_state(config, 4, mesh)
+    decode_state = prefill(params, decode_state, *on_mesh, config=config)
     options = {"config": config, "sampling": GREEDY, "max_tokens": 6}
-    progress, tokens = write(params, progress, keys, 6, **options)
+    decode_state, tokens = decode(params, decode_state, keys, 6, **options)
     expected = generate(
         whole,
         prompts,
         jax.random.key(0),
         config=config,
-        num_tokens=6,
+        max_tokens=6,
         lengths=lengths,
         sampling=GREEDY,
     )
     np.testing.assert_array_equal(tokens, expected)
-    # What grows with the batch and the heads stays divided.
+    # What grows with the batch and the heads stays sharded.
     for x, spec in zip(
-        jax.tree.leaves(progress.state),
+        jax.tree.leaves(decode_state.state),
         jax.tree.leaves(state_specs(config, *rows_spec(4, mesh))),
         strict=True,
     ):
@@ -195,5 +196,5 @@ def test_on_a_mesh_it_is_the_same(axes, options):
 
 def test_rows_that_do_not_divide_are_everywhere():
     mesh = create_mesh(MeshConfig(dp=4), jax.devices()[:4])
-    assert begin(CONFIG, 3, mesh).logits.sharding.is_fully_replicated
-    assert not begin(CONFIG, 4, mesh).logits.sharding.is_fully_replicated
+    assert init_decode_state(CONFIG, 3, mesh).logits.sharding.is_fully_replicated
+    assert not init_decode_state(CONFIG, 4, mesh).logits.sharding.is_fully_replicated

@@ -1,4 +1,4 @@
-"""Text that a model writes behind prompts, in batches, while it is written."""
+"""Text generation: completions of a batch of prompts, as text and token ids, while they grow."""
 
 import dataclasses
 import math
@@ -9,54 +9,55 @@ import jax
 import numpy as np
 
 from xlstm.dataset.detokenizer import DetokenizerState
+from xlstm.dataset.tokenizer import Tokenizer
+from xlstm.inference.completion_detokenizer import CompletionDetokenizer
 from xlstm.inference.decode import (
-    NO_TOKEN,
-    Progress,
-    begin,
-    progress_shardings,
-    read,
+    PAD_ID,
+    DecodeState,
+    decode,
+    decode_state_shardings,
+    init_decode_state,
+    prefill,
     row_keys,
-    write,
 )
-from xlstm.inference.load_model import LoadedModel
+from xlstm.inference.loaded_model import LoadedModel
 from xlstm.inference.sampling import SamplingConfig
-from xlstm.inference.streaming_detokenizer import TextStream
 from xlstm.trainer.base.multihost import to_host
 
-# Written at once where nobody watches: what a call costs no longer matters then.
-_TOKENS_A_CALL = 32
+# Tokens per call of `decode` unless each must be seen at once: amortises the cost of a call.
+_TOKENS_PER_CALL = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class WritingOptions:
-    """What is to be written.
+class GenerationConfig:
+    """What to generate.
 
     Attributes:
-        num_tokens: The largest number of tokens behind a prompt.
-        sampling: How they are chosen.
-        stops: Strings that end a text and do not belong to it.
-        seed: With it, the number of the prompt and the place, what is sampled is certain.
-        token_by_token: Whether each token is handed on at once, which takes longer.
+        max_tokens: The largest number of tokens of a completion.
+        sampling: How to sample them.
+        stop_strings: Strings that end a completion and are not part of it.
+        seed: The sampled tokens depend on it, the prompt's index and the position only.
+        token_by_token: Whether to report each token at once, which is slower.
     """
 
-    num_tokens: int
+    max_tokens: int
     sampling: SamplingConfig
-    stops: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     seed: int = 0
     token_by_token: bool = False
 
     def __post_init__(self):
         """Checks what `SamplingConfig` does not."""
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens={self.num_tokens}: it must be at least 1")
-        if "" in self.stops:
-            raise ValueError("a stop string is empty: every text would end at once")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: it must be at least 1")
+        if "" in self.stop_strings:
+            raise ValueError("a stop string is empty: it would end every completion at once")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: it must be from 0 to {2**32 - 1}")
 
 
-class Piece(NamedTuple):
-    """What is new in a row: ids, and the text that is certain by now."""
+class TextChunk(NamedTuple):
+    """New tokens of a row, and the text that no later token can change."""
 
     row: int
     ids: list[int]
@@ -64,15 +65,14 @@ class Piece(NamedTuple):
 
 
 @dataclasses.dataclass
-class Written:
-    """What was written behind a prompt.
+class Completion:
+    """What follows a prompt.
 
     Attributes:
-        ids: The tokens, with what ended them.
-        text: Their text, without what ended it; empty if there is no tokenizer.
+        ids: The tokens, including what ended the completion.
+        text: The text, without what ended the completion; empty without a tokenizer.
         reason: Why it ended: "length", "end" (a token that ends texts) or "stop" (a stop string).
-        end_token: The token that ended it, or its id if there is no tokenizer; None for other
-            reasons.
+        end_token: The token that ended it, or its id without a tokenizer; None for other reasons.
     """
 
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -81,156 +81,184 @@ class Written:
     end_token: str | int | None = None
 
 
-class TextsSoFar(NamedTuple):
-    """How far the texts of a batch are.
+class GenerationState(NamedTuple):
+    """A batch of texts between two calls of `generate_text`.
 
     Attributes:
-        progress: How far the model is.
-        states: What the text of each row leaves open; empty without a tokenizer.
+        decode_state: The state of the model and the sampling.
+        detokenizer_states: The detokenizer's state of each row; empty without a tokenizer.
     """
 
-    progress: Progress
-    states: Sequence[DetokenizerState]
+    decode_state: DecodeState
+    detokenizer_states: Sequence[DetokenizerState]
 
 
 def encode_prompt(
-    model: LoadedModel, text: str, before: DetokenizerState | None = None
+    model: LoadedModel, text: str, state: DetokenizerState | None = None
 ) -> list[int]:
-    """Turns a prompt into ids.
+    """Encodes a prompt.
 
     Args:
-        model: The model.
+        model: The model, with a tokenizer.
         text: The prompt.
-        before: What is left open by the text that it continues; None for the beginning of a
-            document, which a marker stands in front of.
+        state: The detokenizer's state of the text that the prompt continues; None for a new
+            document, which starts with the begin-of-document id.
 
     Returns:
         The ids.
 
     Raises:
-        ValueError: If the tokenizer has no token for some of its characters.
+        ValueError: If the tokenizer has no token for a character.
     """
-    if before is None:
+    if state is None:
         return [model.tokenizer.bos_id, *model.tokenizer.encode(text).tolist()]
-    encode = model.tokenizer.encode if before.is_first else model.tokenizer.encode_continuation
+    encode = model.tokenizer.encode if state.is_first else model.tokenizer.encode_continuation
     return encode(text).tolist()
 
 
-def write_texts(
+def generate_text(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    options: WritingOptions,
+    config: GenerationConfig,
     *,
-    before: TextsSoFar | None = None,
+    state: GenerationState | None = None,
     is_continued: bool = False,
-    first_number: int = 0,
-    on_pieces: Callable[[list[Piece]], None] = lambda pieces: None,
-) -> tuple[list[Written], TextsSoFar]:
-    """Continues a batch of prompts of any lengths.
+    first_index: int = 0,
+    on_chunks: Callable[[list[TextChunk]], None] = lambda chunks: None,
+) -> tuple[list[Completion], GenerationState]:
+    """Generates completions of a batch of prompts of any lengths.
 
     Args:
         model: The model.
-        prompts: Ids of each prompt; an empty one only where something was before.
-        options: What is to be written.
-        before: How far the texts are that the prompts continue; None if they begin.
-        is_continued: Whether they will be continued: a character that lacks bytes at the end is
-            then left to what follows.
-        first_number: The number of the first prompt among all, for the seed.
-        on_pieces: Called with what is new, as it comes.
+        prompts: Ids of each prompt; only with a state may a prompt be empty.
+        config: What to generate.
+        state: The state of the texts that the prompts continue; None for new texts.
+        is_continued: Whether another call will continue the texts: it then gets the bytes of an
+            incomplete last character.
+        first_index: The index of the first prompt among all prompts, for the seed.
+        on_chunks: Called with the new chunks of all rows, as they arrive.
 
     Returns:
-        What was written behind each prompt, and how far the texts are then.
+        The completion of each prompt, and the state of the texts after them.
 
     Raises:
-        ValueError: If a prompt is empty or holds an id that the model does not know.
+        ValueError: If a prompt is empty or has an id outside of the vocabulary.
     """
-    _check_prompts(model, prompts, before)
+    check_prompts(model, prompts, may_be_empty=state is not None)
     rows = range(len(prompts))
-    # All that goes in always lies alike, so that each program is compiled once.
-    shardings = progress_shardings(model.config, len(prompts), model.mesh)
+    # The inputs of each program always have the same shardings, so that it is compiled once.
+    shardings = decode_state_shardings(model.config, len(prompts), model.mesh)
     tokens, lengths = (jax.device_put(x, shardings.done) for x in _padded(prompts))
-    progress = before.progress if before else begin(model.config, len(prompts), model.mesh)
-    progress = jax.device_put(progress, shardings)
-    progress = read(model.params, progress, tokens, lengths, config=model.config)
-    progress = jax.device_put(progress, shardings)
-    seed = jax.random.PRNGKey(options.seed)
-    keys = row_keys(seed, [first_number + row for row in rows])
-    written = [Written() for _ in rows]
-    tokenizer, streams = model.tokenizer, _open_streams(model, prompts, options, before)
-    # After a stop string nothing may be read any more: that is known after each token only.
-    size = 1 if options.token_by_token or options.stops else _TOKENS_A_CALL
-    for place in range(0, options.num_tokens, size):
-        progress, tokens = write(
+    decode_state = (
+        state.decode_state if state else init_decode_state(model.config, len(prompts), model.mesh)
+    )
+    decode_state = jax.device_put(decode_state, shardings)
+    decode_state = prefill(model.params, decode_state, tokens, lengths, config=model.config)
+    decode_state = jax.device_put(decode_state, shardings)
+    keys = row_keys(jax.random.PRNGKey(config.seed), [first_index + row for row in rows])
+    completions = [Completion() for _ in rows]
+    detokenizers = _create_detokenizers(model, prompts, config, state)
+    # The model must not process a token after a stop string, which only the host can find.
+    size = 1 if config.token_by_token or config.stop_strings else _TOKENS_PER_CALL
+    for start in range(0, config.max_tokens, size):
+        decode_state, tokens = decode(
             model.params,
-            progress,
+            decode_state,
             keys,
-            min(size, options.num_tokens - place),
+            min(size, config.max_tokens - start),
             config=model.config,
-            sampling=options.sampling,
+            sampling=config.sampling,
             max_tokens=size,
-            stop_ids=model.end_ids,
+            stop_ids=model.stop_ids,
         )
-        done, pieces = to_host(progress.done), []
-        for row, ids in enumerate(to_host(tokens)):
-            ids = ids[ids != NO_TOKEN].tolist()
-            if not ids:
-                continue
-            # What ends a text is not in it, even where it is no special token.
-            text = streams[row].add(ids[:-1] if done[row] else ids) if streams else ""
-            written[row].ids += ids
-            if done[row]:
-                written[row].reason = "end"
-                written[row].end_token = tokenizer.token(ids[-1]) if tokenizer else ids[-1]
-            elif streams and streams[row].is_stopped:
-                written[row].reason = "stop"
-            written[row].text += text
-            pieces.append(Piece(row, ids, text))
-        on_pieces(pieces)
-        if all(text.reason != "length" for text in written):
+        ended = to_host(decode_state.done)
+        on_chunks(_append(completions, to_host(tokens), ended, model.tokenizer, detokenizers))
+        done = np.array([completion.reason != "length" for completion in completions])
+        if done.all():
             break
-        done = np.array([x.reason != "length" for x in written])
-        progress = jax.device_put(progress._replace(done=done), shardings)
-    for row, stream in enumerate(streams):
-        rest = stream.finish(is_continued=is_continued)
-        written[row].text += rest
-        on_pieces([Piece(row, [], rest)])
-    return written, TextsSoFar(progress, [stream.state for stream in streams])
+        decode_state = jax.device_put(decode_state._replace(done=done), shardings)
+    for row, detokenizer in enumerate(detokenizers):
+        rest = detokenizer.finish(is_continued=is_continued)
+        completions[row].text += rest
+        on_chunks([TextChunk(row, [], rest)])
+    states = [detokenizer.state for detokenizer in detokenizers]
+    return completions, GenerationState(decode_state, states)
 
 
-def _open_streams(
+def _append(
+    completions: Sequence[Completion],
+    tokens: np.ndarray,
+    ended: np.ndarray,
+    tokenizer: Tokenizer | None,
+    detokenizers: Sequence[CompletionDetokenizer],
+) -> list[TextChunk]:
+    """Appends new tokens to the completions of a batch.
+
+    Args:
+        completions: The completion of each row; modified.
+        tokens: What `decode` returned, int32 `(B, max_tokens)`.
+        ended: Which rows end with the last of their tokens, or ended before, bool `(B,)`.
+        tokenizer: The tokenizer, or None.
+        detokenizers: The detokenizer of each row; empty without a tokenizer.
+
+    Returns:
+        The chunk of each row that has new tokens.
+    """
+    chunks = []
+    for row, ids in enumerate(tokens):
+        ids, completion = ids[ids != PAD_ID].tolist(), completions[row]
+        if not ids:
+            continue
+        # The token that ends a text is not part of it, even if it is not a special token.
+        text = detokenizers[row].add(ids[:-1] if ended[row] else ids) if detokenizers else ""
+        completion.ids += ids
+        completion.text += text
+        if ended[row]:
+            completion.reason = "end"
+            completion.end_token = tokenizer.id_to_token(ids[-1]) if tokenizer else ids[-1]
+        elif detokenizers and detokenizers[row].is_stopped:
+            completion.reason = "stop"
+        chunks.append(TextChunk(row, ids, text))
+    return chunks
+
+
+def _create_detokenizers(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    options: WritingOptions,
-    before: TextsSoFar | None,
-) -> list[TextStream]:
-    """Begins the text of each row behind its prompt; without a tokenizer there is none."""
+    config: GenerationConfig,
+    state: GenerationState | None,
+) -> list[CompletionDetokenizer]:
+    """Creates the detokenizer of each row; none if the model has no tokenizer."""
     if not model.tokenizer:
         return []
-    states = before.states if before else [None] * len(prompts)
-    pairs = zip(prompts, states, strict=True)
-    return [TextStream(model.tokenizer, ids, options.stops, state) for ids, state in pairs]
+    states = state.detokenizer_states if state else [None] * len(prompts)
+    return [
+        CompletionDetokenizer(model.tokenizer, ids, config.stop_strings, row_state)
+        for ids, row_state in zip(prompts, states, strict=True)
+    ]
 
 
-def _check_prompts(
-    model: LoadedModel, prompts: Sequence[Sequence[int]], before: TextsSoFar | None
+def check_prompts(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], *, may_be_empty: bool = False
 ) -> None:
+    """Raises ValueError if a prompt is empty or has an id outside of the vocabulary."""
     vocab_size = (model.tokenizer or model.config.model).vocab_size
-    for number, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         unknown = [token for token in prompt if not 0 <= token < vocab_size]
         if unknown:
             raise ValueError(
-                f"prompt {number} has the token id {unknown[0]}: the model knows ids from 0 to"
+                f"prompt {index} has the token id {unknown[0]}: expected ids from 0 to"
                 f" {vocab_size - 1}"
             )
-        if not prompt and before is None:
-            raise ValueError(f"prompt {number} has no token: a text begins with at least one")
+        if not prompt and not may_be_empty:
+            raise ValueError(f"prompt {index} is empty: expected at least one token")
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as an array of few possible lengths, so that few programs are compiled."""
+    """Returns the prompts, padded to one of a few widths to limit compilations, and lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = max(1, int(lengths.max()))
-    # At most an eighth is padding once prompts are long.
+    # Padding of the longest prompt is at most an eighth once prompts are long.
     step = max(16, 2 ** (longest.bit_length() - 3))
     tokens = np.zeros((len(prompts), math.ceil(longest / step) * step), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits."""
+"""Sampling the next token from its logits."""
 
 import dataclasses
 import math
@@ -13,20 +13,20 @@ from xlstm.finite import check_finite
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen; the default is to sample from the model's own distribution.
+    """How to sample tokens; the default samples from the model's own distribution.
 
-    The penalty comes first, then the temperature; then each of `top_k`, `top_p` and `min_p` leaves
-    out tokens of what the ones before it left.
+    The repetition penalty applies first, then the temperature, then `top_k`, `top_p` and `min_p`,
+    each to the tokens that the previous filter kept.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Only so many of the likeliest tokens are left; 0 for all.
-        top_p: Of the likeliest tokens only so many are left as make up this probability.
-        min_p: Only tokens at least this times as likely as the likeliest are left.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keeps this number of the most likely tokens; 0 keeps all.
+        top_p: Keeps the smallest set of most likely tokens that has at least this probability.
+        min_p: Keeps tokens that are at least this fraction as likely as the most likely one.
         repetition_penalty: Divides positive logits of tokens that have occurred, and multiplies
-            negative ones; 1 for none.
-        vocab_size: Ids from this on are never chosen, since a model's vocabulary is often rounded
-            up; None for no bound.
+            negative ones; 1 disables it.
+        vocab_size: Ids from this one on are never sampled: the vocabulary of a model is often
+            padded. None for no bound.
 
     References:
         Fan et al., "Hierarchical Neural Story Generation", 2018 (top_k).
@@ -46,11 +46,11 @@ class SamplingConfig:
         """Checks every field."""
         check_finite("", self)
         self._check("temperature", self.temperature >= 0, "must not be negative")
-        self._check("top_k", self.top_k >= 0, "must not be negative; 0 is for all tokens")
+        self._check("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens")
         self._check("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         self._check("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1")
         is_factor = self.repetition_penalty > 0
-        self._check("repetition_penalty", is_factor, "must be positive; 1 is for none")
+        self._check("repetition_penalty", is_factor, "must be positive; 1 disables it")
         has_tokens = self.vocab_size is None or self.vocab_size > 0
         self._check("vocab_size", has_tokens, "must be at least 1, or None")
 
@@ -60,15 +60,15 @@ class SamplingConfig:
 
 
 def filter_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Changes logits so that a sample of them is as the configuration wants.
+    """Applies the penalty, the temperature and the filters of a configuration to logits.
 
     Args:
         logits: Float32 `(B, V)`.
         seen: Which tokens have occurred, bool `(B, V)`.
-        config: What is wanted.
+        config: How to sample.
 
     Returns:
-        Logits `(B, V)`, -inf for tokens that are left out; at least one is left in each row.
+        Logits `(B, V)`, -inf for tokens that are filtered out; each row keeps at least one.
     """
     if config.vocab_size is not None:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < config.vocab_size, logits, -jnp.inf)
@@ -77,7 +77,7 @@ def filter_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) ->
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if config.temperature == 0:
         return jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), logits, -jnp.inf)
-    # Of huge logits, at a tiny temperature, differences are left that are still numbers.
+    # Subtracting the maximum first keeps large logits finite at a tiny temperature.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / config.temperature
     if config.top_k:
         largest, _ = lax.top_k(logits, min(config.top_k, logits.shape[-1]))
@@ -96,13 +96,13 @@ def filter_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) ->
 def sample(
     logits: jax.Array, seen: jax.Array, keys: PRNGKeyArray, config: SamplingConfig
 ) -> jax.Array:
-    """Chooses a token for each row.
+    """Samples a token for each row.
 
     Args:
         logits: Float32 `(B, V)`.
         seen: Which tokens have occurred, bool `(B, V)`.
         keys: A random key for each row, `(B, ...)`.
-        config: How they are chosen.
+        config: How to sample.
 
     Returns:
         Ids, int32 `(B,)`.

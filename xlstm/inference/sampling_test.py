@@ -14,7 +14,7 @@ UNSEEN = jnp.zeros(LOGITS.shape, bool)
 
 
 def kept(seen=UNSEEN, **options):
-    """The tokens of each row that are left, and their probabilities."""
+    """Returns the tokens that each row keeps, and their probabilities."""
     logits = filter_logits(LOGITS, seen, SamplingConfig(**options))
     return [set(np.flatnonzero(row > -np.inf)) for row in logits], jax.nn.softmax(logits, axis=-1)
 
@@ -24,7 +24,7 @@ def kept(seen=UNSEEN, **options):
     [
         ({}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
         ({"temperature": 0.0}, [{1}, {4}]),
-        ({"top_k": 2}, [{1, 3}, {0, 1, 2, 3, 4}]),  # Of equally likely ones none is preferred.
+        ({"top_k": 2}, [{1, 3}, {0, 1, 2, 3, 4}]),  # Ties are kept.
         ({"top_k": 1}, [{1}, {4}]),
         ({"top_k": 100}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
         ({"top_p": 0.65}, [{1, 3}, {0, 1, 2, 3, 4}]),
@@ -50,7 +50,7 @@ def test_what_is_left_keeps_its_proportions():
 def test_the_penalty_makes_seen_tokens_less_likely():
     seen = UNSEEN.at[0, 1].set(True).at[1, 0].set(True)
     probabilities = kept(seen, repetition_penalty=2.0)[1]
-    logits = np.log(PROBABILITIES) + 3  # 2.08 and 0.70 of the tokens that were seen.
+    logits = np.log(PROBABILITIES) + 3  # 2.08 and 0.70 for the tokens that were seen.
     logits[0, 1] /= 2
     logits[1, 0] /= 2
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

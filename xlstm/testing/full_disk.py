@@ -1,4 +1,4 @@
-"""A disk that is full, for tests of what is written then."""
+"""A simulated full disk, for tests of writing."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def full_disk(num_bytes: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond a size, in a block: writing more is an OSError.
+    """Limits the size of all files that this process writes in a block; more is an OSError.
 
     Args:
         num_bytes: The largest size of a file.

@@ -1,4 +1,4 @@
-"""The matrix products of a lowered program, and how exactly each is to be computed."""
+"""The matrix products of a lowered program, with their requested precision."""
 
 import re
 from typing import NamedTuple
@@ -12,11 +12,11 @@ _PRODUCT = re.compile(
 
 
 class LoweredProduct(NamedTuple):
-    """A matrix product; types are such as `8x4xf32`.
+    """A matrix product.
 
     Attributes:
-        precisions: What is asked for the two operands, such as `HIGHEST`.
-        operands: The types of the two operands.
+        precisions: The requested precision of the two operands, such as `HIGHEST`.
+        operands: The types of the two operands, such as `8x4xf32`.
         result: The type of the result.
     """
 
@@ -26,12 +26,12 @@ class LoweredProduct(NamedTuple):
 
     @property
     def has_float32(self) -> bool:
-        """Whether one of the operands is float32."""
+        """Whether an operand is float32."""
         return any(operand.endswith("f32") for operand in self.operands)
 
 
 def gpu_products(traced: jax.stages.Traced) -> list[LoweredProduct]:
-    """Lowers a program for a GPU, which need not be there; see `lowered_products`."""
+    """Lowers a program for a GPU, without needing one; see `lowered_products`."""
     return lowered_products(traced.lower(lowering_platforms=("cuda",)))
 
 
@@ -42,10 +42,10 @@ def lowered_products(lowered: jax.stages.Lowered) -> list[LoweredProduct]:
         lowered: The program.
 
     Returns:
-        All products, in the order of the text, those in functions and loops once.
+        All products, in the order of the program text; a product in a function or loop occurs once.
 
     Raises:
-        ValueError: If a product cannot be read, or something else is there that multiplies.
+        ValueError: A product cannot be parsed, or another operation multiplies matrices.
     """
     text = lowered.as_text()
     found = [
@@ -53,5 +53,5 @@ def lowered_products(lowered: jax.stages.Lowered) -> list[LoweredProduct]:
         for left, right, *operands, result in _PRODUCT.findall(text)
     ]
     if len(found) != len(re.findall(r"stablehlo\.(?:dot|convolution|composite)", text)):
-        raise ValueError("there are products that cannot be read")
+        raise ValueError("the program has matrix products that cannot be parsed")
     return found

@@ -1,7 +1,8 @@
-"""Runs pytest on the files of an `xlstm_test`, and tells Bazel what came of it.
+"""The main program of an `xlstm_test`: runs pytest on its files and reports the results to Bazel.
 
-Bazel's variables: XML_OUTPUT_FILE takes the results test by test, TESTBRIDGE_TEST_ONLY is the
-`--test_filter` (an expression as for `pytest -k`), TEST_TMPDIR is the place for temporary files.
+It reads Bazel's environment variables: XML_OUTPUT_FILE (the file for the result of each test),
+TESTBRIDGE_TEST_ONLY (the `--test_filter`, an expression of `pytest -k`) and TEST_TMPDIR (the folder
+for temporary files).
 """
 
 import importlib.util
@@ -13,13 +14,13 @@ import pytest
 
 
 def _keep_to(folder: str) -> None:
-    """Points the libraries that write to the home or working folder to `folder`."""
+    """Makes libraries that write to the home or working folder use `folder`."""
     os.environ["HOME"] = folder
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")
 
 
 def _make_hypothesis_repeatable() -> None:
-    """Lets hypothesis try the same examples every time: a result must not depend on luck."""
+    """Makes hypothesis try the same examples every time, so that results are reproducible."""
     if importlib.util.find_spec("hypothesis") is None:
         return
     import hypothesis
@@ -30,8 +31,8 @@ def _make_hypothesis_repeatable() -> None:
 
 
 def _pytest_arguments() -> list[str]:
-    """Returns the arguments of pytest that stand for Bazel's environment variables."""
-    # No configuration, cache or plugin from outside; modules under their full names.
+    """Returns the pytest arguments for Bazel's environment variables."""
+    # Use no external configuration, cache or plugin; import modules by their full names.
     arguments = ["-c", os.devnull, "--rootdir", os.curdir, "--no-header"]
     arguments += ["-p", "no:cacheprovider", "--import-mode=importlib"]
     arguments += ["-o", "consider_namespace_packages=true"]
@@ -45,18 +46,18 @@ def _pytest_arguments() -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs pytest with the environment that Bazel gives.
+    """Runs pytest in the environment that Bazel sets.
 
     Args:
-        arguments: test files, and any options of pytest.
+        arguments: The test files, and options of pytest.
 
     Returns:
-        The exit status: 0 if all tests passed. Running no test at all is a failure, unless a filter
-        left none.
+        The exit status: 0 if all tests passed. Running no test is a failure, unless a filter
+        excludes all of them.
     """
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Tolerances are those of float32; a GPU would multiply in TF32 unless asked otherwise.
+    # The tolerances of tests assume float32; the default on GPUs is TF32.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     if folder := os.environ.get("TEST_TMPDIR"):
         _keep_to(folder)

@@ -29,7 +29,7 @@ def test_float32_is_multiplied_in_float32():
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns a function that runs the runner on a file of tests, in a process of its own."""
+    """Returns a function that runs the main program on a file of tests, in its own process."""
 
     def run(tests, **env):
         (tmp_path / "some_test.py").write_text(tests)

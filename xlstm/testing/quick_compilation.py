@@ -1,14 +1,14 @@
-"""How XLA compiles quickly, for tests that compile much and compute little."""
+"""Options for fast compilation, for tests that compile much and compute little."""
 
 import jax
 
-# Options for the compiler of one function, as in `jax.jit(..., compiler_options=...)`.
+# Options for one function: `jax.jit(..., compiler_options=QUICK_COMPILATION)`.
 QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
-    # Most of what was left of the time. Later versions do not know the flag, and would not start.
+    # Saves most of the remaining time. Later versions lack the flag and would fail to start.
     QUICK_COMPILATION["xla_cpu_use_fusion_emitters"] = False
 
-# The same for a whole process, in XLA_FLAGS, which is read when JAX first looks for devices.
+# The same for a process, in XLA_FLAGS, which JAX reads when it first looks for devices.
 QUICK_XLA_FLAGS = " ".join(
     f"--{name}={str(value).lower()}" for name, value in QUICK_COMPILATION.items()
 )

@@ -1,12 +1,12 @@
-"""Converts between our checkpoints and the public layout, Hugging Face's `xLSTMForCausalLM`.
+"""Converts checkpoints from and to the Hugging Face format (`xLSTMForCausalLM`).
 
     bazel run //xlstm/tools:convert -- --from_hf=models/xlstm-7b --to=runs/xlstm-7b
     bazel run //xlstm/tools:convert -- --from=runs/mine --to_hf=models/mine
 
-The first makes the folder of a run that has not taken a step: evaluate it, generate with it, or
-train from it with `--config=finetune:runs/xlstm-7b`. The second writes a run's last checkpoint (or
-the one named), the moving average of its parameters if there is one. Either way the tokenizer comes
-along, and no more is in memory than a few tensors or one of the files written.
+The first command imports a model as a run folder at step 0: evaluate it, generate with it, or
+fine-tune it with `--config=finetune:runs/xlstm-7b`. The second exports a run's last checkpoint, or
+the checkpoint that `--from` names; if the run keeps a moving average of the parameters, the average
+is exported. Both copy the tokenizer, and hold only a few tensors or one file in memory.
 """
 
 import contextlib
@@ -20,31 +20,35 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from xlstm.common_types import DTYPES
-from xlstm.huggingface.convert import Converted, export_model, import_model
+from xlstm.huggingface.convert import ConversionSummary, export_model, import_model
 from xlstm.tools.command_line import print_note, resolve_path, run
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
 from xlstm.trainer.llm.workdir import Workdir, load_run_config
 from xlstm.visible_text import visible
 
-_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of a model in the public layout.")
-_TO = flags.DEFINE_string("to", None, "Folder of a run to make of it.")
+_FROM_HF = flags.DEFINE_string(
+    "from_hf", None, "Folder of a model in the Hugging Face format to import."
+)
+_TO = flags.DEFINE_string("to", None, "Run folder to create from the imported model.")
 _FROM = flags.DEFINE_string(
-    "from", None, "Folder of a run, for its last checkpoint, or of one of its checkpoints."
+    "from", None, "Folder of a run, to export its last checkpoint, or of one of its checkpoints."
 )
-_TO_HF = flags.DEFINE_string("to_hf", None, "Folder to make of it in the public layout.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", sorted(DTYPES), "Type of the tensors of the public layout."
+_TO_HF = flags.DEFINE_string(
+    "to_hf", None, "Folder to create for the exported model in the Hugging Face format."
 )
+_DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Type of the exported tensors.")
 _MAX_SHARD_SIZE = flags.DEFINE_string(
-    "max_shard_size", "5GB", "Largest file of tensors of the public layout: MB, GB, MiB or GiB."
+    "max_shard_size", "5GB", "Largest size of an exported file, in MB, GB, MiB or GiB."
 )
 _EOD_TOKEN = flags.DEFINE_string(
     "eod_token",
     None,
-    "The token that ends the documents of a model to import [what the model's files name].",
+    "Token that ends the documents of the imported model [the one that the model's files name].",
 )
 _REFUSE_NONFINITE = flags.DEFINE_bool(
-    "refuse_nonfinite", False, "Write nothing if a parameter is infinite or NaN [a note says so]."
+    "refuse_nonfinite",
+    False,
+    "Fail if a parameter is infinite or NaN, instead of printing a note.",
 )
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
@@ -58,7 +62,7 @@ def _to_bytes(size: str) -> int:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Draws a bar, on a terminal, of parameters done and of all."""
+    """Shows a progress bar on a terminal; yields the function that updates it."""
     columns = TextColumn("parameters"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -66,18 +70,18 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def convert() -> tuple[Converted, str]:
-    """Converts as the flags say; returns what was written, and where to."""
+def convert() -> tuple[ConversionSummary, str]:
+    """Converts as the flags say; returns a summary and the folder that was written."""
     chosen = {flag.name for flag in (_FROM_HF, _TO, _FROM, _TO_HF) if flag.value}
     if chosen == {"from_hf", "to"}:
         if _DTYPE.present or _MAX_SHARD_SIZE.present:
-            raise ValueError("--dtype and --max_shard_size are for --to_hf: ours are float32")
+            raise ValueError("--dtype and --max_shard_size apply to --to_hf: imports are float32")
         source, target = resolve_path(_FROM_HF.value), resolve_path(_TO.value)
         options = {"eod_token": _EOD_TOKEN.value, "refuse_nonfinite": _REFUSE_NONFINITE.value}
         with _progress() as report:
             return import_model(source, target, report, **options), target
     if _EOD_TOKEN.value is not None:
-        raise ValueError("--eod_token is for --from_hf: a run knows its tokens")
+        raise ValueError("--eod_token applies to --from_hf: a run has its own")
     if chosen == {"from", "to_hf"}:
         max_shard_bytes = _to_bytes(_MAX_SHARD_SIZE.value)
         source, target = resolve_path(_FROM.value), resolve_path(_TO_HF.value)
@@ -87,28 +91,28 @@ def convert() -> tuple[Converted, str]:
             "refuse_nonfinite": _REFUSE_NONFINITE.value,
         }
 
-        def export(workdir: Workdir, step: int) -> Converted:
+        def export(workdir: Workdir, step: int) -> ConversionSummary:
             config = load_run_config(workdir)
             with _progress() as report:
                 return export_model(config, workdir, step, target, report, **options)
 
         return read_checkpoint(source, export, print_note), target
-    raise ValueError("name both folders: --from_hf and --to, or --from and --to_hf")
+    raise ValueError("expected two folders: --from_hf and --to, or --from and --to_hf")
 
 
 def main(argv: list[str]) -> None:
-    """Converts as the flags say, and prints what was written."""
+    """Converts as the flags say, and prints a summary."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy, and are of no use here.
-    converted, target = convert()
-    for note in converted.notes:
+    jax.config.update("jax_platforms", "cpu")  # An accelerator would not help, and may be busy.
+    summary, target = convert()
+    for note in summary.notes:
         print_note(note)
-    count = converted.num_files
+    count = summary.num_files
     files = f" in {count} file{'s' if count > 1 else ''}" if count else ""
     Console(highlight=False, soft_wrap=True, emoji=False).print(
-        f"{converted.num_parameters:,} parameters ({decimal(converted.num_bytes)}{files}) are"
-        f" written to {visible(target)}",
+        f"wrote {summary.num_parameters:,} parameters ({decimal(summary.num_bytes)}{files}) to"
+        f" {visible(target)}",
         markup=False,
     )
 

@@ -1,4 +1,4 @@
-"""A public model, converted, evaluated, begun from and converted back, as a user does it."""
+"""Tests of the tool `convert`: a model is imported, evaluated, fine-tuned and exported again."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.base.trainer import fit
 from xlstm.trainer.llm.train import open_training
 
-# What a public model has beside its tokenizer and its tensors.
+# Files of a Hugging Face model besides its tokenizer, configuration and tensors.
 _FILES = {
     "tokenizer_config.json": '{"eos_token": "<|endoftext|>", "bos_token": "<s>", "extra": 1}',
     "special_tokens_map.json": '{"bos_token": "<s>"}',
@@ -35,24 +35,24 @@ _FILES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a public model of random numbers lies, and stores of its tokenizer."""
+    """A folder with a random Hugging Face model, `hf`, and token stores of its tokenizer."""
     folder = tmp_path_factory.mktemp("convert")
-    os.makedirs(folder / "public")
+    os.makedirs(folder / "hf")
     rng = np.random.default_rng(0)
     model = ModelConfig(vocab_size=300, embedding_dim=16, num_blocks=2, num_heads=2)
     arrays = {
         tensor.name: rng.standard_normal(tensor.shape, dtype=np.float32)
         for tensor in hf_tensors(parameter_shapes(model))
     }
-    save_file(arrays, folder / "public" / "model.safetensors")
+    save_file(arrays, folder / "hf" / "model.safetensors")
     config = to_hf_config(model, BackendConfig(chunk_size=8), "float32")
-    config["tie_word_embeddings"] = True  # They are not: both tensors are in the file.
-    (folder / "public" / "config.json").write_text(json.dumps(config))
+    config["tie_word_embeddings"] = True  # Not true: both tensors are in the file.
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
     special = ["<|endoftext|>", "<s>", "<|im_end|>"]
-    write_tokenizer_json(folder / "public" / "tokenizer.json", special, words=["x = 1"])
+    write_tokenizer_json(folder / "hf" / "tokenizer.json", special, words=["x = 1"])
     for name, content in _FILES.items():
-        (folder / "public" / name).write_text(content)
-    tokenizer = load_tokenizer(str(folder / "public"))
+        (folder / "hf" / name).write_text(content)
+    tokenizer = load_tokenizer(str(folder / "hf"))
     assert (tokenizer.bos_id, tokenizer.eod_id) == (1, 0)
     texts = [f"x{i} = {i}\n" * 40 for i in range(20)]
     for name in ("mine", "wiki"):
@@ -79,7 +79,7 @@ def _error(process):
 
 
 def _fine_tuning(folder):
-    """What `train --config=finetune:imported` does, on data that lies in the folder."""
+    """Returns the configuration of `train --config=finetune:imported`, on the folder's data."""
     config = to_run_config(load_config(f"finetune:{folder / 'imported'}"))
     data = dataclasses.replace(
         config.data,
@@ -94,7 +94,7 @@ def _fine_tuning(folder):
 
 
 def _convert(**values):
-    """Converts in this process; the values are those of the flags."""
+    """Converts in this process with these values of flags."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["convert"])
     with flagsaver.flagsaver():
@@ -102,10 +102,10 @@ def _convert(**values):
         return convert.convert()
 
 
-def test_from_a_public_model_to_another_one(folder):
+def test_from_a_hugging_face_model_to_another_one(folder):
     (folder / "taken").mkdir()
-    taken = _start(convert, folder, "--from_hf=public", "--to=taken")
-    imported = _start(convert, folder, "--from_hf=public", "--to=imported")
+    taken = _start(convert, folder, "--from_hf=hf", "--to=taken")
+    imported = _start(convert, folder, "--from_hf=hf", "--to=imported")
     output, errors = imported.communicate(timeout=200)
     assert imported.returncode == 0, errors
     notes = errors.splitlines()
@@ -121,7 +121,7 @@ def test_from_a_public_model_to_another_one(folder):
     words = "--checkpoint=imported", "--data=wiki=wiki", "--json=found.json", "--context_length=16"
     evaluation = _start(evaluate, folder, *words)
     with open_training(_fine_tuning(folder), str(folder / "tuned")) as run:
-        fit(  # It evaluates before its first step.
+        fit(  # Evaluates before the first step.
             run.state,
             run.batches_from,
             run.train_step,
@@ -138,16 +138,16 @@ def test_from_a_public_model_to_another_one(folder):
     assert first["step"] == found["step"] == 0
     assert first["val_loss_wiki"] == pytest.approx(found["val_loss_wiki"], rel=1e-5)
 
-    converted, _ = _convert(**{"from": folder / "tuned", "to_hf": folder / "back"})
-    assert converted.num_files == 1
-    before, after = (load_file(folder / x / "model.safetensors") for x in ("public", "back"))
+    summary, _ = _convert(**{"from": folder / "tuned", "to_hf": folder / "back"})
+    assert summary.num_files == 1
+    before, after = (load_file(folder / x / "model.safetensors") for x in ("hf", "back"))
     assert before.keys() == after.keys()
     for name, array in before.items():
         assert after[name].tobytes() == array.tobytes()
-    # The model is who it was: as in a round trip without training.
+    # The export of the untrained copy has the same files as a round trip.
     _convert(**{"from": folder / "imported", "to_hf": folder / "direct"})
     names = set(os.listdir(folder / "direct"))
-    assert names == set(os.listdir(folder / "back")) == set(os.listdir(folder / "public"))
+    assert names == set(os.listdir(folder / "back")) == set(os.listdir(folder / "hf"))
     for name in names:
         assert (folder / "back" / name).read_bytes() == (folder / "direct" / name).read_bytes()
     for name, content in _FILES.items():
@@ -161,25 +161,31 @@ def test_from_a_public_model_to_another_one(folder):
 
 
 def test_the_end_marker_may_be_decided(folder):
-    _convert(from_hf=folder / "public", to=folder / "decided", eod_token="<|im_end|>")
+    _convert(from_hf=folder / "hf", to=folder / "decided", eod_token="<|im_end|>")
     tokenizer = load_tokenizer(str(folder / "decided"))
     assert (tokenizer.bos_id, tokenizer.eod_id) == (1, 2)
     with pytest.raises(ValueError, match="looked for 'no such'"):
-        _convert(from_hf=folder / "public", to=folder / "none", eod_token="no such")
+        _convert(from_hf=folder / "hf", to=folder / "none", eod_token="no such")
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({}, "name both folders: --from_hf and --to, or --from and --to_hf"),
-        ({"from_hf": "a", "to_hf": "b"}, "name both folders"),
-        ({"from_hf": "a", "to": "b", "from": "c"}, "name both folders"),
+        ({}, "expected two folders: --from_hf and --to, or --from and --to_hf"),
+        ({"from_hf": "a", "to_hf": "b"}, "expected two folders"),
+        ({"from_hf": "a", "to": "b", "from": "c"}, "expected two folders"),
         ({"from_hf": "/no/model", "to": "/b"}, "/no/model/config.json is missing"),
-        ({"from": "/no/run", "to_hf": "/b"}, "/no/run: there is no such folder"),
+        (
+            {"from": "/no/run", "to_hf": "/b"},
+            "/no/run does not exist: expected",
+        ),
         ({"from": "a", "to_hf": "b", "max_shard_size": "5"}, "max_shard_size=5: expected a size"),
         ({"from": "a", "to_hf": "b", "max_shard_size": "0GB"}, "max_shard_size=0GB: expected"),
-        ({"from_hf": "a", "to": "b", "dtype": "bfloat16"}, "are for --to_hf: ours are float32"),
-        ({"from": "a", "to_hf": "b", "eod_token": "x"}, "--eod_token is for --from_hf"),
+        (
+            {"from_hf": "a", "to": "b", "dtype": "bfloat16"},
+            "apply to --to_hf: imports are float32",
+        ),
+        ({"from": "a", "to_hf": "b", "eod_token": "x"}, "--eod_token applies to --from_hf:"),
     ],
     ids=str,
 )

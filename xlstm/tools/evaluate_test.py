@@ -88,14 +88,14 @@ def test_bad_input_is_one_line_and_status_2(folder):
     tokens.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     cases = {
         "is missing": [],
-        "store: there is no whole checkpoint of a run": ["--checkpoint=store"],
-        "7: there is no such folder; the run has": ["--checkpoint=run/checkpoints/7"],
-        "nowhere: there is no such folder; expected the folder of a run": ["--checkpoint=nowhere"],
+        "store has no complete checkpoint: expected the folder of a run": ["--checkpoint=store"],
+        "7 does not exist: the run has the checkpoints": ["--checkpoint=run/checkpoints/7"],
+        "nowhere does not exist: expected the folder of a run": ["--checkpoint=nowhere"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
         "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],
         "encoded with another tokenizer": ["--checkpoint=run", "--data=foreign"],
-        "write sizes as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
+        "expected sizes, such as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
         "is larger than the validation sets": ["--checkpoint=run", "--batch_size=2000000"],
     }
     texts = list(cases)

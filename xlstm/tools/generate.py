@@ -1,4 +1,4 @@
-r"""Lets a model continue prompts.
+r"""Generates text that continues prompts.
 
     bazel run //xlstm/tools:generate -- --checkpoint=runs/mine --prompt="def main("
     bazel run //xlstm/tools:generate -- --checkpoint=runs/mine --prompt_file=- --temperature=0.7 \
@@ -6,9 +6,9 @@ r"""Lets a model continue prompts.
     bazel run //xlstm/tools:generate -- --checkpoint=models/7b --prompt_ids=0,510,2565 \
         --output_ids --mesh=tp=8
 
-Text goes to the standard output while it is written, everything else to the standard error. On a
-terminal control characters in it are written out, as `\x1b`; into files and pipes goes what it is.
-If the run keeps a moving average of the parameters, that is what writes.
+The text streams to standard output; everything else goes to standard error. A terminal shows
+control characters escaped, as `\x1b`; files and pipes get the text unchanged. If the run keeps a
+moving average of the parameters, the average is used.
 """
 
 import codecs
@@ -22,81 +22,105 @@ from absl import flags
 
 from xlstm.files import write_atomically
 from xlstm.inference.generate import (
-    Piece,
-    TextsSoFar,
-    WritingOptions,
-    Written,
+    Completion,
+    GenerationConfig,
+    GenerationState,
+    TextChunk,
     encode_prompt,
-    write_texts,
+    generate_text,
 )
-from xlstm.inference.load_model import LoadedModel, load_model
+from xlstm.inference.load_model import load_run
+from xlstm.inference.loaded_model import LoadedModel
 from xlstm.inference.sampling import SamplingConfig
-from xlstm.inference.state_file import load_progress, save_progress
-from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
+from xlstm.inference.state_file import load_state, save_state
+from xlstm.tools.checkpoint_flags import (
+    checkpoint_path,
+    mesh_sizes,
+    note_nonfinite,
+    note_once,
+)
 from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import from_first_process
 from xlstm.visible_text import visible_lines
 
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt. Repeat the flag for several prompts.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "UTF-8 file with a prompt a line; - for the standard input."
+    "prompt_file", None, "UTF-8 file with one prompt per line; - reads standard input."
 )
 _PROMPT_IDS = flags.DEFINE_multi_string(
-    "prompt_ids", [], "A prompt as token ids, such as 0,17,4, taken as they are; several times."
+    "prompt_ids",
+    [],
+    "A prompt as token ids, such as 0,17,4, used unchanged. Repeat the flag for several prompts.",
 )
-_OUTPUT_IDS = flags.DEFINE_bool("output_ids", False, "Show token ids, a line a prompt.")
+_OUTPUT_IDS = flags.DEFINE_bool(
+    "output_ids", False, "Print token ids instead of text, one line per prompt."
+)
 _NUM_TOKENS = flags.DEFINE_integer(
-    "num_tokens", 200, "Largest number of tokens behind each prompt.", lower_bound=1
+    "num_tokens", 200, "Largest number of tokens to generate after each prompt.", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "How many prompts are continued at once; with a state, all.", lower_bound=1
+    "batch_size",
+    8,
+    "Number of prompts to continue at once. With a saved state all prompts are one batch.",
+    lower_bound=1,
 )
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Divides the logits; 0 takes the likeliest token."
+    "temperature", 1.0, "Divides the logits; 0 takes the most likely token."
 )
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the likeliest tokens; 0 for all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this probability together.")
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Sample from this number of the most likely tokens only; 0 disables."
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Sample from the smallest set of most likely tokens with this probability."
+)
 _MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Only tokens at least this times as likely as the likeliest."
+    "min_p",
+    0.0,
+    "Sample from tokens that are at least this fraction as likely as the most likely one.",
 )
 _REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Makes tokens that have occurred less likely; 1 for none."
+    "repetition_penalty", 1.0, "Makes tokens that have occurred less likely; 1 disables."
 )
-_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a text; several times.")
-_SEED = flags.DEFINE_integer("seed", 0, "Decides what is sampled, below 2**32.", lower_bound=0)
-_SAVE_STATE = flags.DEFINE_string("save_state", None, "File for the state behind the texts.")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "A string that ends a text. Repeat the flag for several strings."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed for sampling, below 2**32.", lower_bound=0)
+_SAVE_STATE = flags.DEFINE_string(
+    "save_state", None, "File to write the state after the texts to, for --load_state."
+)
 _LOAD_STATE = flags.DEFINE_string(
-    "load_state", None, "File of --save_state: the texts go on, each behind its prompt, if any."
+    "load_state",
+    None,
+    "File that --save_state wrote: continue its texts, each with its prompt if there are prompts.",
 )
-_JSON = flags.DEFINE_string("json", None, "File for the texts, a list of objects.")
+_JSON = flags.DEFINE_string("json", None, "File to write the texts to, as a list of objects.")
 
-
-_NO_TOKENIZER = "the model came without a tokenizer: give --prompt_ids and --output_ids"
+_NO_TOKENIZER = "the model has no tokenizer: use --prompt_ids and --output_ids"
 
 
 def split_prompts(content: bytes, name: str) -> list[str]:
-    """Splits a file into its lines, of whatever system's ends, without a byte order mark.
+    """Splits a file into its lines, with any line ends and without a byte order mark.
 
     Args:
-        content: The file: UTF-8, a prompt a line.
-        name: What to call it in an error.
+        content: The content of the file: UTF-8, one prompt per line.
+        name: The name of the file in error messages.
 
     Returns:
-        The prompts; an empty line is an empty one.
+        The prompts; an empty line is an empty prompt.
 
     Raises:
-        OSError: The file is empty or not UTF-8. (It is no ValueError, since all processes have to
-            hear of it: see `from_first_process`.)
+        OSError: If the file is empty or not UTF-8. Not a ValueError, since `from_first_process`
+            passes OSErrors on to all processes.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise OSError(f"{name} looks like UTF-16: convert it to UTF-8, a prompt a line")
+        raise OSError(f"{name} looks like UTF-16: expected UTF-8, one prompt per line")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OSError(f"{name} is not UTF-8: {error}") from None
     if not text:
-        raise OSError(f"{name} is empty: write a prompt a line")
+        raise OSError(f"{name} is empty: expected one prompt per line")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.removesuffix("\n").split("\n")
 
@@ -116,42 +140,46 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"--prompt_ids={text}: expected whole numbers, such as 0,17,4") from None
+        raise ValueError(f"--prompt_ids={text}: expected token ids, such as 0,17,4") from None
 
 
-def _prompts(model: LoadedModel, texts: list[str], before: TextsSoFar | None) -> list[list[int]]:
-    """The ids of all prompts; a document without any begins with its marker alone."""
-    has_ids = _PROMPT_IDS.value or before is not None
+def _encode_prompts(
+    model: LoadedModel, texts: list[str], state: GenerationState | None
+) -> list[list[int]]:
+    """Returns the ids of all prompts; without a prompt, of one empty document."""
+    has_ids = _PROMPT_IDS.value or state is not None
     if model.tokenizer is None and (texts or not has_ids):
         raise ValueError(_NO_TOKENIZER)
     if _PROMPT_IDS.value and texts:
-        raise ValueError("prompts are given as text and as --prompt_ids: give them in one way")
+        raise ValueError("--prompt_ids cannot be combined with --prompt and --prompt_file")
     prompts = [_parse_ids(text) for text in _PROMPT_IDS.value]
-    states = before.states if before else [None] * len(texts)
-    if before is not None:
-        rows = len(before.progress.done)
+    row_states = state.detokenizer_states if state else [None] * len(texts)
+    if state is not None:
+        batch_size = len(state.decode_state.done)
         num_prompts = len(prompts) + len(texts)
-        if num_prompts not in (0, rows):
+        if num_prompts not in (0, batch_size):
             raise ValueError(
-                f"--load_state={_LOAD_STATE.value} has {rows} texts, and there are {num_prompts}"
-                " prompts: give one for each, or none"
+                f"--load_state={_LOAD_STATE.value} has {batch_size} texts, but there are"
+                f" {num_prompts} prompts: expected one for each text, or none"
             )
-        prompts = prompts or ([] if texts else [[]] * rows)
-    pairs = zip(texts, states, strict=False)
-    prompts += [encode_prompt(model, text, state) for text, state in pairs]
+        prompts = prompts or ([] if texts else [[]] * batch_size)
+    pairs = zip(texts, row_states, strict=False)
+    prompts += [encode_prompt(model, text, row_state) for text, row_state in pairs]
     return prompts or [encode_prompt(model, "")]
 
 
-def _texts_of(model: LoadedModel, prompts: list[list[int]], before: TextsSoFar | None) -> list[str]:
-    """The texts of prompts that were given as ids, up to their last whole character."""
+def _decode_prompts(
+    model: LoadedModel, prompts: list[list[int]], state: GenerationState | None
+) -> list[str]:
+    """Returns the texts of prompts that are ids, without an incomplete last character."""
     if model.tokenizer is None:
         return [""] * len(prompts)
-    states = before.states if before else [None] * len(prompts)
-    pairs = zip(prompts, states, strict=True)
-    return [model.tokenizer.detokenizer(state).add(ids) for ids, state in pairs]
+    row_states = state.detokenizer_states if state else [None] * len(prompts)
+    pairs = zip(prompts, row_states, strict=True)
+    return [model.tokenizer.detokenizer(row_state).add(ids) for ids, row_state in pairs]
 
 
-def _options(model: LoadedModel, *, token_by_token: bool) -> WritingOptions:
+def _generation_config(model: LoadedModel, *, token_by_token: bool) -> GenerationConfig:
     if model.tokenizer is None and (_STOP.value or not _OUTPUT_IDS.value):
         raise ValueError(_NO_TOKENIZER)
     sampling = SamplingConfig(
@@ -162,19 +190,19 @@ def _options(model: LoadedModel, *, token_by_token: bool) -> WritingOptions:
         repetition_penalty=_REPETITION_PENALTY.value,
         vocab_size=model.tokenizer.vocab_size if model.tokenizer else None,
     )
-    stops = tuple(_STOP.value)
-    return WritingOptions(_NUM_TOKENS.value, sampling, stops, _SEED.value, token_by_token)
+    stop_strings = tuple(_STOP.value)
+    return GenerationConfig(_NUM_TOKENS.value, sampling, stop_strings, _SEED.value, token_by_token)
 
 
-class _Clock:
-    """How fast tokens come."""
+class _Speedometer:
+    """Measures the time to the first tokens, and the speed after them."""
 
     def __init__(self):
         self._start, self._first, self._last = time.perf_counter(), None, None
         self._num_tokens = 0
 
     def count(self, num_tokens: int) -> None:
-        """Takes note of tokens that have come; those that came first are not counted."""
+        """Counts new tokens; the first ones are not part of the speed."""
         if not num_tokens:
             return
         self._last = time.perf_counter()
@@ -185,90 +213,90 @@ class _Clock:
 
     def __str__(self) -> str:
         if self._first is None:
-            return "no token was written"
+            return "no tokens were generated"
         text = f"first tokens after {self._first - self._start:.1f} s"
         if not self._num_tokens:
             return text
-        return f"{text}, then {self._num_tokens / (self._last - self._first):,.0f} a second"
+        return f"{text}, then {self._num_tokens / (self._last - self._first):,.0f} tokens/s"
 
 
-def _shown(text: str) -> str:
-    """A text as the standard output gets it: into files and pipes goes what it is."""
+def _printable(text: str) -> str:
+    """Returns a text for standard output: unchanged for files and pipes, escaped for a terminal."""
     return visible_lines(text) if sys.stdout.isatty() else text
 
 
-def _show(number: int, num_prompts: int, prompt: str, written: Written) -> None:
-    """Shows a text that is whole, among others."""
+def _print_completion(index: int, num_prompts: int, prompt: str, completion: Completion) -> None:
+    """Prints one of several texts."""
     if _OUTPUT_IDS.value:
-        print(*written.ids, flush=True)
+        print(*completion.ids, flush=True)
     else:
-        title = f" {number + 1} of {num_prompts} "
-        print(f"{title:─^80}\n{_shown(prompt + written.text)}", flush=True)
+        title = f" {index + 1} of {num_prompts} "
+        print(f"{title:─^80}\n{_printable(prompt + completion.text)}", flush=True)
 
 
-def write_all(
-    model: LoadedModel, prompts: list[list[int]], texts: list[str], before: TextsSoFar | None
-) -> tuple[list[Written], TextsSoFar]:
-    """Continues all prompts as the flags say, and shows what comes.
+def generate_and_print(
+    model: LoadedModel, prompts: list[list[int]], texts: list[str], state: GenerationState | None
+) -> tuple[list[Completion], GenerationState]:
+    """Continues all prompts as the flags say, and prints the texts.
 
     Args:
         model: The model.
         prompts: The ids of each prompt.
-        texts: The text of each.
-        before: How far the texts are that are continued, or None.
+        texts: The text of each prompt.
+        state: The state of the texts that the prompts continue, or None.
 
     Returns:
-        What was written behind each prompt, and how far the texts of the last batch are then.
+        The completion of each prompt, and the state after the last batch.
     """
     is_first = jax.process_index() == 0
     streams = len(prompts) == 1 and not _OUTPUT_IDS.value and is_first
     is_watched = streams and sys.stdout.isatty() and jax.process_count() == 1
-    options, clock = _options(model, token_by_token=is_watched), _Clock()
-    # What is saved, or was, is one batch.
-    has_state = before is not None or _SAVE_STATE.value
+    config, speedometer = _generation_config(model, token_by_token=is_watched), _Speedometer()
+    # A saved state holds one batch.
+    has_state = state is not None or _SAVE_STATE.value
     size = len(prompts) if has_state else _BATCH_SIZE.value
     if streams:
-        print(_shown(texts[0]), end="", flush=True)
+        print(_printable(texts[0]), end="", flush=True)
 
-    def on_pieces(pieces: list[Piece]) -> None:
-        clock.count(sum(len(piece.ids) for piece in pieces))
+    def on_chunks(chunks: list[TextChunk]) -> None:
+        speedometer.count(sum(len(chunk.ids) for chunk in chunks))
         if streams:
-            print(_shown("".join(piece.text for piece in pieces)), end="", flush=True)
+            print(_printable("".join(chunk.text for chunk in chunks)), end="", flush=True)
 
-    all_written, progress = [], None
+    completions, last_state = [], None
     for first in range(0, len(prompts), size):
-        written, progress = write_texts(
+        batch, last_state = generate_text(
             model,
             prompts[first : first + size],
-            options,
-            before=before,
+            config,
+            state=state,
             is_continued=bool(_SAVE_STATE.value),
-            first_number=first,
-            on_pieces=on_pieces,
+            first_index=first,
+            on_chunks=on_chunks,
         )
         if is_first and not streams:
-            for row, text in enumerate(written, first):
-                _show(row, len(prompts), texts[row], text)
-        all_written += written
+            for index, completion in enumerate(batch, first):
+                _print_completion(index, len(prompts), texts[index], completion)
+        completions += batch
     if streams:
         print(flush=True)
     if is_first:
-        for row, written in enumerate(all_written, 1):
-            if written.end_token is not None:
-                of = f" {row}" if len(prompts) > 1 else ""
-                print(f"text{of} ended with the token {written.end_token!r}", file=sys.stderr)
-        print(clock, file=sys.stderr)
-    return all_written, progress
+        for index, completion in enumerate(completions, 1):
+            if completion.end_token is not None:
+                name = f"text {index}" if len(prompts) > 1 else "the text"
+                print(f"{name} ended with the token {completion.end_token!r}", file=sys.stderr)
+        print(speedometer, file=sys.stderr)
+    return completions, last_state
 
 
-def _write_json(path: str, texts: list[str], all_written: list[Written]) -> None:
-    pairs = zip(texts, all_written, strict=True)
-    objects = [{"prompt": prompt} | dataclasses.asdict(written) for prompt, written in pairs]
+def _write_json(path: str, texts: list[str], completions: list[Completion]) -> None:
+    pairs = zip(texts, completions, strict=True)
+    objects = [{"prompt": prompt} | dataclasses.asdict(completion) for prompt, completion in pairs]
     write_atomically(path, json.dumps(objects, indent=2, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str]) -> None:
-    """Generates as the flags say."""
+    """Generates text as the flags say."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     path = checkpoint_path()
@@ -277,19 +305,17 @@ def main(argv: list[str]) -> None:
     initialize_devices()
     with abort_all_on_failure():
         texts = from_first_process(_read_prompts)
-        model = use_checkpoint(path, load_model)
+        model = load_run(path, mesh=mesh_sizes(), report=note_once)
         note_nonfinite(model.params)
-        before = (
-            load_progress(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
-        )
-        prompts = _prompts(model, texts, before)
-        if before or not texts:
-            texts = _texts_of(model, prompts, before)
-        all_written, progress = write_all(model, prompts, texts, before)
+        state = load_state(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None
+        prompts = _encode_prompts(model, texts, state)
+        if state or not texts:
+            texts = _decode_prompts(model, prompts, state)
+        completions, last_state = generate_and_print(model, prompts, texts, state)
         if json_path and jax.process_index() == 0:
-            _write_json(json_path, texts, all_written)
+            _write_json(json_path, texts, completions)
         if save_path:
-            save_progress(save_path, progress, model)
+            save_state(save_path, last_state, model)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Texts that a run's model writes, as a user of the tool sees them."""
+"""Tests of the tool `generate`, started as a user starts it."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ WORDS = ["one", " two", " three"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a run lies that has a tokenizer of its own."""
+    """A folder with a run that has its own tokenizer."""
     folder = tmp_path_factory.mktemp("generate")
     tokenizer = load_tokenizer(write_tokenizer_json(str(folder / "words.json"), words=WORDS))
     write_store(folder / "store", ["one two three " * 20] * 30, tokenizer)
@@ -79,7 +79,7 @@ def test_a_text_goes_on_from_a_saved_state(folder):
         (b"the cat\r\nthe dog", ["the cat", "the dog"]),
         (b"\xef\xbb\xbfthe cat\n", ["the cat"]),
         (b"\xef\xbb\xbf\r\nthe cat", ["", "the cat"]),
-        ("é \ufeff\u2028\n".encode(), ["é \ufeff\u2028"]),  # Inside of a prompt they are its own.
+        ("é \ufeff\u2028\n".encode(), ["é \ufeff\u2028"]),  # They stay inside of a prompt.
         (b" the cat \n\n\n", [" the cat ", "", ""]),
         (b"\n", [""]),
         (b"\r\n", [""]),
@@ -92,13 +92,13 @@ def test_a_prompt_is_a_line(content, prompts):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "^file is empty: write a prompt a line$"),
-        (b"\xef\xbb\xbf", "^file is empty: write a prompt a line$"),
+        (b"", "^file is empty: expected one prompt per line$"),
+        (b"\xef\xbb\xbf", "^file is empty: expected one prompt per line$"),
         (b"caf\xe9\n", "^file is not UTF-8: .* byte 0xe9 in position 3"),
         *(
             (
                 "the cat\n".encode(name),
-                "^file looks like UTF-16: convert it to UTF-8, a prompt a line$",
+                "^file looks like UTF-16: expected UTF-8, one prompt per line$",
             )
             for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
         ),
@@ -112,8 +112,8 @@ def test_files_that_hold_no_prompts(content, message):
 @pytest.mark.parametrize(
     "message, flags",
     [
-        ("--prompt_ids=a: expected whole numbers", ["--prompt_ids=a"]),
-        ("give them in one way", ["--prompt_ids=1", "--prompt=x"]),
+        ("--prompt_ids=a: expected token ids", ["--prompt_ids=a"]),
+        ("--prompt_ids cannot be combined with --prompt", ["--prompt_ids=1", "--prompt=x"]),
         ("--prompt_file=/dev/null is empty", ["--prompt_file=/dev/null"]),
         ("temperature=nan: it must be a finite number", ["--temperature=nan"]),
         ("run/config.json is not a saved state", ["--load_state=run/config.json"]),
@@ -127,6 +127,6 @@ def test_bad_input_is_one_line_and_status_2(folder, message, flags):
 
 def test_a_terminal_obeys_no_text(monkeypatch, capsys):
     text = "\x1b[2J\tred\n\u202eabc\r"
-    assert generate._shown(text) == text  # Into a file or a pipe goes what it is.
+    assert generate._printable(text) == text  # Files and pipes get the text unchanged.
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert generate._shown(text) == "\\x1b[2J\tred\n\\u202eabc\\x0d"
+    assert generate._printable(text) == "\\x1b[2J\tred\n\\u202eabc\\x0d"

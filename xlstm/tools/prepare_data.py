@@ -28,7 +28,7 @@ from rich.table import Table
 
 from xlstm.dataset.base_tokenizer import list_characters
 from xlstm.dataset.config import DataConfig
-from xlstm.dataset.document_block import Block
+from xlstm.dataset.document_block import DocumentBlock
 from xlstm.dataset.document_readers import read_blocks
 from xlstm.dataset.input_files import find_files
 from xlstm.dataset.store_meta import StoreMeta
@@ -117,16 +117,16 @@ class LeftOut:
     num_characters: int = 0
     first_characters: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, documents: EncodedDocuments, block: Block) -> None:
+    def add(self, documents: EncodedDocuments, block: DocumentBlock) -> None:
         """Counts what was left out when a block's documents were encoded."""
         self.num_empty += documents.num_empty
         self.num_bad += len(documents.bad_records)
         self.first_bad += documents.bad_records[: 10 - len(self.first_bad)]
         self.num_unknown += documents.num_unknown
-        for index, characters in documents.left_out.items():
+        for index, characters in documents.dropped.items():
             self.num_characters += len(characters)
             if len(self.first_characters) < 10:
-                message = f"{block.place(index)}: no token for {list_characters(characters)}"
+                message = f"{block.location(index)}: no token for {list_characters(characters)}"
                 self.first_characters.append(message)
 
 

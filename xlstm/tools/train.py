@@ -21,8 +21,8 @@ if __name__ == "__main__":  # The other imports take seconds.
     announce_start("train: loading JAX and the model code ...", always=True)
 
 from xlstm.common_types import TrainState
-from xlstm.inference.generate import WritingOptions, encode_prompt, write_texts
-from xlstm.inference.load_model import LoadedModel, without_stages
+from xlstm.inference.generate import GenerationConfig, encode_prompt, generate_text
+from xlstm.inference.loaded_model import LoadedModel, reshard_for_inference
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
@@ -43,11 +43,11 @@ _VERIFY_DATA = define_verify_data()
 def sample_text(run: TrainingRun, state: TrainState) -> str:
     """Writes text with a trained model, as `config.logger` says, up to the end of the document."""
     logger, tokenizer = run.config.logger, run.data.tokenizer
-    params = without_stages(evaluated_params(state), run.mesh)
+    params = reshard_for_inference(evaluated_params(state), run.mesh)
     model = LoadedModel(run.config.language_model, params, run.mesh, tokenizer)
     sampling = SamplingConfig(logger.sample_temperature, vocab_size=tokenizer.vocab_size)
-    options = WritingOptions(logger.sample_tokens, sampling, seed=run.config.trainer.seed)
-    (written,), _ = write_texts(model, [encode_prompt(model, logger.sample_prompt)], options)
+    options = GenerationConfig(logger.sample_tokens, sampling, seed=run.config.trainer.seed)
+    (written,), _ = generate_text(model, [encode_prompt(model, logger.sample_prompt)], options)
     return logger.sample_prompt + written.text
 
 

@@ -1,11 +1,11 @@
-"""Times reading prompts and writing tokens, with random parameters of a config's model.
+"""Times prefilling and decoding, with random parameters of a config's model.
 
     bazel run //xlstm/tools:benchmark_generation -- --config.model.embedding_dim=256 \
         --batch_sizes=1,8 --prompt_lengths=512,100000
 
-Beside each figure is what the machine could do at best, measured in turn with it: for prompts the
-rate of a large dense matmul, for writing a single product with a square matrix of as many numbers
-as the model has parameters.
+Each figure is compared with the best that the machine can do, measured in alternation: prefilling
+with the rate of a large dense matmul, decoding with one product by a square matrix that has as many
+elements as the model has parameters.
 """
 
 import functools
@@ -26,7 +26,14 @@ from rich.table import Table
 
 from xlstm.common_types import PyTree
 from xlstm.files import write_atomically
-from xlstm.inference.decode import Progress, begin, prefill, read, row_keys, write
+from xlstm.inference.decode import (
+    DecodeState,
+    decode,
+    init_decode_state,
+    prefill,
+    prefill_step,
+    row_keys,
+)
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.models.shared.precision import product_precision
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
@@ -37,23 +44,25 @@ from xlstm.tools.config import define_config_flags, run_config
 from xlstm.trainer.base.param_utils import get_num_params, unboxed
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
-_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Numbers of texts at once.")
-_PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", ["512"], "Tokens that are read before.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "File for the figures, a list of objects.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Numbers of prompts in a batch.")
+_PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", ["512"], "Numbers of tokens of a prompt.")
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 10, "Number of timed repeats of each measurement.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a list of objects.")
 
-_NUM_TOKENS = 32  # Written in a timed run.
-_READ_SECONDS = 5.0  # Long prompts are read less often.
+_NUM_TOKENS = 32  # Decoded per repeat.
+_PREFILL_SECONDS = 5.0  # No further repeats of prefilling after this time: long prompts are slow.
 
 
 def _sizes(name: str, values: list[str]) -> list[int]:
     if not all(value.isdigit() and int(value) for value in values):
-        raise ValueError(f"--{name}={','.join(values)}: expected whole numbers above 0")
+        raise ValueError(f"--{name}={','.join(values)}: expected whole numbers of at least 1")
     return [int(value) for value in values]
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call takes, and what it returns."""
+    """Calls a function; returns the seconds that it took and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(function())
     return time.perf_counter() - start, result
@@ -62,17 +71,17 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 def time_generation(
     config: LanguageModelConfig, params: PyTree, batch_size: int, prompt_length: int, repeats: int
 ) -> dict[str, float]:
-    """Times reading prompts of one length, and writing behind them.
+    """Times prefilling prompts of one length, and decoding after them.
 
     Args:
         config: Configuration of the model.
         params: Its parameters.
-        batch_size: Number of texts.
-        prompt_length: Tokens of each prompt.
-        repeats: Number of timed runs.
+        batch_size: Number of prompts in the batch.
+        prompt_length: Number of tokens of each prompt.
+        repeats: Number of timed repeats.
 
     Returns:
-        The figures, medians over the runs, whose keys name the units.
+        The figures, medians over the repeats; their keys name the units.
     """
     model, num_params = config.model, get_num_params(params)
     rng = np.random.default_rng(0)
@@ -84,42 +93,42 @@ def time_generation(
     product = jax.jit(functools.partial(jnp.dot, precision=precision))
     row = matrix[:batch_size]
 
-    def write_some(progress: Progress) -> Progress:
-        return write_compiled(params, progress, keys, _NUM_TOKENS)[0]
+    def decode_some(decode_state: DecodeState) -> DecodeState:
+        return decode_compiled(params, decode_state, keys, _NUM_TOKENS)[0]
 
-    compile_read = prefill.lower(params, prompts, config=config).compile
-    read_compile, read_compiled = _timed(compile_read)
-    read_all = functools.partial(read_compiled, params, prompts)
-    progress = read(params, begin(config, batch_size), prompts, config=config)
+    compile_prefill = prefill_step.lower(params, prompts, config=config).compile
+    prefill_compile, prefill_compiled = _timed(compile_prefill)
+    prefill_all = functools.partial(prefill_compiled, params, prompts)
+    decode_state = prefill(params, init_decode_state(config, batch_size), prompts, config=config)
     options = {"config": config, "sampling": SamplingConfig(temperature=0.0)}
-    compile_write = write.lower(
-        params, progress, keys, _NUM_TOKENS, **options, max_tokens=_NUM_TOKENS
+    compile_decode = decode.lower(
+        params, decode_state, keys, _NUM_TOKENS, **options, max_tokens=_NUM_TOKENS
     ).compile
-    write_compile, write_compiled = _timed(compile_write)
-    progress = write_some(progress)
-    jax.block_until_ready((read_all(), progress, product(row, matrix)))
-    read_times, figures = [], []
+    decode_compile, decode_compiled = _timed(compile_decode)
+    decode_state = decode_some(decode_state)
+    jax.block_until_ready((prefill_all(), decode_state, product(row, matrix)))
+    prefill_times, figures = [], []
     for _ in range(repeats):
         rate = measure_matmul_rate(model.compute_dtype, model.precision, seconds=0.1)
-        if sum(read_times) < _READ_SECONDS:
-            read_times.append(_timed(read_all)[0])
-        write_time, progress = _timed(functools.partial(write_some, progress))
+        if sum(prefill_times) < _PREFILL_SECONDS:
+            prefill_times.append(_timed(prefill_all)[0])
+        decode_time, decode_state = _timed(functools.partial(decode_some, decode_state))
         product_time = min(_timed(functools.partial(product, row, matrix))[0] for _ in range(5))
-        figures.append((rate, write_time / _NUM_TOKENS, product_time))
+        figures.append((rate, decode_time / _NUM_TOKENS, product_time))
     rates, token_times, product_times = np.array(figures).T
-    # Only the last token of a prompt goes through the head.
+    # The head computes logits of the last token of a prompt only.
     head = 2 * model.embedding_dim * model.vocab_size
     operations = count_flops_per_token(config, prompt_length) / 3 - head
-    read_rates = operations * batch_size * prompt_length / np.array(read_times)
+    prefill_rates = operations * batch_size * prompt_length / np.array(prefill_times)
     return {
         "batch_size": batch_size,
         "prompt_length": prompt_length,
         "parameters": num_params,
         "matmul_rate_gflop_per_s": float(np.median(rates)) / 1e9,
-        "prefill_compile_s": read_compile,
-        "prefill_ms": float(np.median(read_times)) * 1e3,
-        "prefill_matmul_fraction": float(np.median(read_rates / rates[: len(read_rates)])),
-        "decode_compile_s": write_compile,
+        "prefill_compile_s": prefill_compile,
+        "prefill_ms": float(np.median(prefill_times)) * 1e3,
+        "prefill_matmul_fraction": float(np.median(prefill_rates / rates[: len(prefill_rates)])),
+        "decode_compile_s": decode_compile,
         "decode_step_ms": float(np.median(token_times)) * 1e3,
         "decode_tokens_per_s": batch_size / float(np.median(token_times)),
         "decode_product_fraction": float(np.median(product_times / token_times)),
@@ -129,8 +138,8 @@ def time_generation(
 def _table(rows: list[dict[str, Any]]) -> Table:
     title = f"{rows[0]['parameters']:,} parameters on {rows[0]['device']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
-    columns = ("texts", "tokens\nbefore", "matmul\nGFLOP/s", "reading\nms", "of\nmatmul")
-    columns += ("a token\nms", "tokens\na second", "of\nproduct", "compile\ns")
+    columns = ("batch\nsize", "prompt\ntokens", "matmul\nGFLOP/s", "prefill\nms", "of\nmatmul")
+    columns += ("decode\nms/token", "decode\ntokens/s", "of\nproduct", "compile\ns")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -149,7 +158,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str]) -> None:
-    """Times what the flags choose, prints a table, and writes the figures if asked to."""
+    """Times what the flags select, prints a table, and writes the figures to a file."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = run_config().language_model

@@ -1,9 +1,9 @@
 """Trains on from the parameters of a run, on other data: `--config=finetune:FOLDER`.
 
 `bazel run //xlstm/tools:train -- --config=finetune:runs/mine --config.data.stores=data/mine`
-takes the model of a run, or of one of its checkpoints (`runs/mine/checkpoints/500`); a model of the
-public layout is made the folder of a run by `//xlstm/tools:convert`. The token stores must be
-prepared with the model's tokenizer, which lies in that folder.
+takes the model of a run, or of one of its checkpoints (`runs/mine/checkpoints/500`).
+`//xlstm/tools:convert` imports a model in the Hugging Face format as such a folder. The token
+stores must be prepared with the model's tokenizer, which is in that folder.
 """
 
 import dataclasses

@@ -6,12 +6,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from xlstm.files import find_outward_link, parse_json, read_file, write_atomically
+from xlstm.files import (
+    file_checksum,
+    find_outward_link,
+    parse_json,
+    read_file,
+    write_atomically,
+)
 
 # The file of a folder that holds the size and the SHA-256 of every other one.
 CHECKSUMS = "checksums.json"
 _THREADS = 4
-_BLOCK_BYTES = 1 << 20  # Large enough that hashing lets other Python threads run.
 
 
 def write_checksums(folder: str) -> None:
@@ -24,7 +29,9 @@ def write_checksums(folder: str) -> None:
         OSError: If something cannot be read or written.
     """
     names = sorted(_files(folder))
-    entries = _in_threads(lambda name: _entry(os.path.join(folder, name), sync=True), names)
+    entries = _in_threads(
+        lambda name: file_checksum(os.path.join(folder, name), sync=True).entry, names
+    )
     write_atomically(
         os.path.join(folder, CHECKSUMS), _encode(dict(zip(names, entries, strict=True)))
     )
@@ -88,18 +95,6 @@ def _in_threads(function: Callable, names: list[str] | dict) -> list:
         return list(pool.map(function, names))
 
 
-def _entry(path: str, *, sync: bool = False) -> dict[str, int | str]:
-    """Size and hash of a file, read in blocks."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-        if sync:
-            os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
 def _size_damage(folder: str, name: str, entry: dict) -> str | None:
     try:
         size = os.path.getsize(os.path.join(folder, name))
@@ -112,7 +107,7 @@ def _size_damage(folder: str, name: str, entry: dict) -> str | None:
 
 def _content_damage(folder: str, name: str, entry: dict) -> str | None:
     try:
-        found = _entry(os.path.join(folder, name))
+        found = file_checksum(os.path.join(folder, name)).entry
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None if found == entry else f"{name} has other bytes than were written"

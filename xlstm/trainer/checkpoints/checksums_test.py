@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_damaged(folder, monkeypatch):
     def fail(path, **options):
         raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
-    monkeypatch.setattr(checksums, "_entry", fail)
+    monkeypatch.setattr(checksums, "file_checksum", fail)
     assert find_damage(str(folder)) == "a cannot be read (Input/output error)"
     with pytest.raises(OSError, match="Input/output error"):
         write_checksums(str(folder))

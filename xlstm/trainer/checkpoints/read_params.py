@@ -1,7 +1,6 @@
 """Reads what lies in a checkpoint, for all that is not training."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from xlstm.common_types import PyTree
+from xlstm.files import file_checksum
 from xlstm.trainer.base.multihost import failing_together, from_first_process
 from xlstm.trainer.base.param_utils import path_name, reboxed, unboxed
 from xlstm.trainer.checkpoints.arrays import arrays_to_read, stored_arrays
@@ -135,5 +135,4 @@ def read_fingerprint(directory: str, step: int) -> str:
     """
     path = os.path.join(CheckpointFolder(directory).of_step(step), CHECKSUMS)
     with _reading(directory, step):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_checksum(path).sha256

@@ -49,7 +49,8 @@ def find_checkpoint(
         The run's folder and the step.
 
     Raises:
-        ValueError: If there is none, or it is a link that leads out of the run's folder.
+        ValueError: If the folder does not exist, or has no checkpoint, or one that is a link that
+            leads out of the run's folder.
     """
     workdir, wanted = split_checkpoint_path(path)
     folder = CheckpointFolder(workdir.checkpoints)
@@ -70,21 +71,23 @@ def find_checkpoint(
         if newest != confirmed:
             report(f"{unsure}: the checkpoint of step {confirmed} is used")
     if wanted not in steps:
-        raise ValueError(_no_checkpoint(path, steps))
+        raise ValueError(_describe_missing(path, wanted, steps))
     checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
     for used in (workdir.config, workdir.tokenizer, checkpoint):
         check_inside(workdir.path, used)
     return workdir, wanted
 
 
-def _no_checkpoint(path: str, steps: list[int]) -> str:
-    """Returns the message that there is no checkpoint at a path, and which ones its run has."""
+def _describe_missing(path: str, step: int | None, steps: list[int]) -> str:
+    """Returns the message that a path is no checkpoint, and which ones its run has."""
+    expected = "expected the folder of a run or of one of its checkpoints"
+    if steps:
+        expected = f"the run has the checkpoints {', '.join(map(str, sorted(steps)))}"
     if not os.path.exists(path):
-        message = f"{path}: there is no such folder"
-        if steps:
-            return f"{message}; the run has the checkpoints {', '.join(map(str, sorted(steps)))}"
-        return f"{message}; expected the folder of a run, or of one of its checkpoints"
-    return f"{path}: there is no whole checkpoint of a run"
+        return f"{path} does not exist: {expected}"
+    if step is None:
+        return f"{path} has no complete checkpoint: {expected}"
+    return f"{path} is not a complete checkpoint: {expected}"
 
 
 def read_checkpoint(

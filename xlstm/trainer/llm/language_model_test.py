@@ -139,8 +139,8 @@ def test_what_a_new_run_begins_from(runs, stores, tmp_path, store, path, step):
 @pytest.mark.parametrize(
     "store, path, message",
     [
-        ("byte", "nowhere", "nowhere: there is no such folder; expected the folder of a run"),
-        ("byte", "plain/checkpoints/4", "4: there is no such folder; the run has the checkpoints"),
+        ("byte", "nowhere", "nowhere does not exist: expected the folder of a run"),
+        ("byte", "plain/checkpoints/4", "4 does not exist: the run has the checkpoints"),
         (
             "words",
             "plain",

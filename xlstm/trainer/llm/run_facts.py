@@ -1,6 +1,5 @@
 """What is known of a run: its code, configuration and data."""
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +13,7 @@ import jax
 from xlstm.dataset.data import Data
 from xlstm.dataset.store_sample import sample_store
 from xlstm.dataset.token_store import TokenStore
+from xlstm.files import file_checksum
 from xlstm.trainer.base.coordinator import Facts, num_processes
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import plain_config
@@ -65,9 +65,7 @@ def source_digests() -> dict[str, str]:
     for module in list(sys.modules.values()):
         path = os.path.abspath(getattr(module, "__file__", None) or os.sep)
         if path.startswith(os.path.join(root, "xlstm", "")) and path.endswith(".py"):
-            with open(path, "rb") as file:
-                digest = hashlib.sha256(file.read()).hexdigest()
-            digests[os.path.relpath(path, root)] = digest[:16]
+            digests[os.path.relpath(path, root)] = file_checksum(path).sha256[:16]
     return dict(sorted(digests.items()))
 
 

@@ -5,12 +5,12 @@ import tokenizers
 from xlstm.dataset.json_tokenizer import JsonTokenizer
 from xlstm.dataset.testing import random_text, tokenizer_families, write_tokenizer_json
 from xlstm.dataset.tokenizer import ByteTokenizer, load_tokenizer
-from xlstm.inference.streaming_detokenizer import TextStream
+from xlstm.inference.completion_detokenizer import CompletionDetokenizer
 
 
-def _pieces(stream, ids, size):
-    pieces = [stream.add(ids[start : start + size]) for start in range(0, len(ids), size)]
-    return [*pieces, stream.finish()]
+def _chunks(detokenizer, ids, size):
+    chunks = [detokenizer.add(ids[start : start + size]) for start in range(0, len(ids), size)]
+    return [*chunks, detokenizer.finish()]
 
 
 @pytest.fixture(scope="module", params=["byte", "json"])
@@ -25,32 +25,37 @@ def tokenizer(request, tmp_path_factory):
 def test_pieces_make_up_the_text(tokenizer, size):
     text = "grüße, 🙂🙃 hello hello�!\nß"
     ids = tokenizer.encode(text).tolist()
-    pieces = _pieces(TextStream(tokenizer, [], []), ids, size)
-    assert "".join(pieces) == text
+    chunks = _chunks(CompletionDetokenizer(tokenizer, [], []), ids, size)
+    assert "".join(chunks) == text
     if size < len(ids):
-        assert len([piece for piece in pieces if piece]) > 3  # It does not wait for the end.
+        assert len([chunk for chunk in chunks if chunk]) > 3  # Does not wait for the end.
 
 
 def test_a_piece_never_has_half_a_character():
     ids = list("ä🙂".encode())
-    assert _pieces(TextStream(ByteTokenizer(), [], []), ids, 1) == ["", "ä", "", "", "", "🙂", ""]
-    # With whole characters in front of it, half of one is held back all the same.
-    assert _pieces(TextStream(ByteTokenizer(), [], []), [*b"abcdef", 0xC3, 0xA4], 7) == [
-        "abcdef",
+    assert _chunks(CompletionDetokenizer(ByteTokenizer(), [], []), ids, 1) == [
+        "",
         "ä",
         "",
+        "",
+        "",
+        "🙂",
+        "",
     ]
+    # After whole characters, too, half a character is held back.
+    detokenizer = CompletionDetokenizer(ByteTokenizer(), [], [])
+    assert _chunks(detokenizer, [*b"abcdef", 0xC3, 0xA4], 7) == ["abcdef", "ä", ""]
 
 
 def test_bytes_that_are_no_text_do_not_stop_it():
-    stream = TextStream(ByteTokenizer(), [], [])
-    text = "".join(_pieces(stream, [0xFF] * 9 + [ord("a"), 0xC3], 1))
+    detokenizer = CompletionDetokenizer(ByteTokenizer(), [], [])
+    text = "".join(_chunks(detokenizer, [0xFF] * 9 + [ord("a"), 0xC3], 1))
     assert text == "\ufffd" * 9 + "a\ufffd"
 
 
 def test_a_prompt_may_end_within_a_character():
     first, second = "ä".encode()
-    assert TextStream(ByteTokenizer(), [65, first], []).add([second, ord("b")]) == "äb"
+    assert CompletionDetokenizer(ByteTokenizer(), [65, first], []).add([second, ord("b")]) == "äb"
 
 
 @pytest.mark.parametrize("name", sorted(tokenizer_families()))
@@ -59,16 +64,16 @@ def test_prompt_and_text_are_what_all_ids_decode_to(name):
     for _ in range(300):
         ids = [tokenizer.eod_id, *tokenizer.encode(random_text(rng, 20)).tolist()]
         cut = int(rng.integers(0, len(ids) + 1))
-        stream = TextStream(tokenizer, ids[:cut], ["never"])
-        text = "".join(_pieces(stream, ids[cut:], int(rng.integers(1, 4))))
-        assert stream.prompt_text + text == tokenizer.decode(ids)
+        detokenizer = CompletionDetokenizer(tokenizer, ids[:cut], ["never"])
+        text = "".join(_chunks(detokenizer, ids[cut:], int(rng.integers(1, 4))))
+        assert detokenizer.prompt_text + text == tokenizer.decode(ids)
 
 
 def test_a_prompt_may_end_with_what_stands_for_no_character():
     tokenizer = ByteTokenizer()
     prompt = tokenizer.encode("a\ufffd").tolist()
-    stream = TextStream(tokenizer, prompt, [])
-    assert (stream.prompt_text, stream.add([98])) == ("a\ufffd", "b")
+    detokenizer = CompletionDetokenizer(tokenizer, prompt, [])
+    assert (detokenizer.prompt_text, detokenizer.add([98])) == ("a\ufffd", "b")
 
 
 def test_tokens_without_a_text_do_not_cost_a_space(tmp_path):
@@ -79,8 +84,8 @@ def test_tokens_without_a_text_do_not_cost_a_space(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
     for size in (1, 2, 9):
-        stream = TextStream(tokenizer, [1, 2], [])
-        assert "".join(_pieces(stream, [3, 0, 0, 2, 1, 3], size)) == " b a b"
+        detokenizer = CompletionDetokenizer(tokenizer, [1, 2], [])
+        assert "".join(_chunks(detokenizer, [3, 0, 0, 2, 1, 3], size)) == " b a b"
 
 
 @pytest.mark.parametrize("size", [1, 3, 50])
@@ -93,12 +98,12 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(tokenizer, size):
         (["never"], "one # two ## three END four"),
         (["one"], ""),
     ]:
-        stream = TextStream(tokenizer, [], stops)
-        assert "".join(_pieces(stream, ids, size)) == expected
-        assert stream.is_stopped == (stops != ["never"])
+        detokenizer = CompletionDetokenizer(tokenizer, [], stops)
+        assert "".join(_chunks(detokenizer, ids, size)) == expected
+        assert detokenizer.is_stopped == (stops != ["never"])
 
 
 def test_what_may_begin_a_stop_string_is_held_back():
-    stream = TextStream(ByteTokenizer(), [], ["\n\n"])
-    assert [stream.add([code]) for code in b"a\nb\n"] == ["a", "", "\nb", ""]
-    assert stream.finish() == "\n"
+    detokenizer = CompletionDetokenizer(ByteTokenizer(), [], ["\n\n"])
+    assert [detokenizer.add([code]) for code in b"a\nb\n"] == ["a", "", "\nb", ""]
+    assert detokenizer.finish() == "\n"
