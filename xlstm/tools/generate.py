@@ -17,8 +17,14 @@ import json
 import sys
 import time
 
-import jax
 from absl import flags
+
+from xlstm.tools.command_line import announce_start, output_path, resolve_path, run
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("generate: loading JAX and the model code ...")
+
+import jax
 
 from xlstm.files import write_atomically
 from xlstm.inference.generate import (
@@ -39,7 +45,6 @@ from xlstm.tools.checkpoint_flags import (
     note_nonfinite,
     note_once,
 )
-from xlstm.tools.command_line import output_path, resolve_path, run
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import from_first_process
 from xlstm.visible_text import visible_lines
