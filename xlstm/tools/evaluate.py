@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,6 +30,8 @@ from xlstm.tools.command_line import (
 
 if __name__ == "__main__":  # The other imports take seconds.
     announce_start("evaluate: loading JAX and the model code ...")
+
+import jax
 
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
