@@ -21,7 +21,7 @@ BROUGHT = {"xlstm_test": {"@pip//:pytest"}}
 def build_files() -> list[Path]:
     """Returns the BUILD files of the packages that hold our code."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "xlstm"],
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "xlstm", "docs"],
         check=True,
         capture_output=True,
         text=True,

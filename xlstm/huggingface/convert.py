@@ -39,10 +39,14 @@ from xlstm.huggingface.tokenizer import (
     write_byte_tokenizer_files,
 )
 from xlstm.trainer.base.param_utils import nonfinite_text
-from xlstm.trainer.checkpoints.folder import CheckpointFolder, Saved, reading_checkpoint
+from xlstm.trainer.checkpoints.folder import (
+    CheckpointFolder,
+    CheckpointMetadata,
+    reading_checkpoint,
+)
 from xlstm.trainer.checkpoints.read_params import open_params, read_run_info
-from xlstm.trainer.checkpoints.storage import ITEM, check_storage_path, reported
-from xlstm.trainer.checkpoints.streamed_arrays import ArrayParts, write_parts
+from xlstm.trainer.checkpoints.storage import STATE_DIR, as_os_error, check_storage_path
+from xlstm.trainer.checkpoints.streamed_arrays import StreamedArray, write_streamed_arrays
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.run_facts import code_version
 from xlstm.trainer.llm.run_tokenizer import (
@@ -120,13 +124,15 @@ def import_model(
         }
         checkpoints = CheckpointFolder(workdir.checkpoints)
         checkpoints.begin(0)
-        with reported(f"the parameters cannot be written to {target}"):
-            write_parts(os.path.join(checkpoints.unfinished(0), ITEM), parts)
+        with as_os_error(f"the parameters cannot be written to {target}"):
+            write_streamed_arrays(os.path.join(checkpoints.unfinished_dir(0), STATE_DIR), parts)
         notes += reader.check(source, refuse_nonfinite)
         if tokenizer and tokenizer.definition is not None:
             write_markers(workdir, tokenizer)
         mesh = dict.fromkeys(MESH_AXES, 1)
-        checkpoints.complete(0, run_info(config, [], tokenizer, code_version(), mesh), Saved())
+        checkpoints.finalize(
+            0, run_info(config, [], tokenizer, code_version(), mesh), CheckpointMetadata()
+        )
         write_config(workdir, config, corpora=[])
     num_parameters = sum(tensor.size for tensor in tensors)
     if tokenizer and tokenizer.definition is not None and not eod_token:
@@ -302,7 +308,7 @@ def _read_tensor(files: Mapping[str, safe_open], tensor: HFTensor) -> np.ndarray
 
 def _array_parts(
     read: Callable[[HFTensor], np.ndarray], shape: tuple[int, ...], tensors: Sequence[HFTensor]
-) -> ArrayParts:
+) -> StreamedArray:
     """Returns a parameter that is assembled from one tensor, or from one per block."""
 
     def parts() -> Iterator[np.ndarray]:
@@ -310,7 +316,7 @@ def _array_parts(
             array = read(tensor)
             yield array if tensor.block is None else array[None]
 
-    return ArrayParts(shape, len(tensors), parts())
+    return StreamedArray(shape, len(tensors), parts())
 
 
 def _read_slice(arrays: Mapping[str, tensorstore.TensorStore], tensor: HFTensor) -> np.ndarray:
@@ -318,5 +324,5 @@ def _read_slice(arrays: Mapping[str, tensorstore.TensorStore], tensor: HFTensor)
     array = arrays[tensor.parameter]
     array = array if tensor.block is None else array[tensor.block]
     array = array.T if tensor.is_transposed else array
-    with reported(f"the parameter {tensor.parameter} cannot be read"):
+    with as_os_error(f"the parameter {tensor.parameter} cannot be read"):
         return array.read(order="C").result()

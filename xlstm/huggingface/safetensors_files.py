@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from xlstm.common_types import DTYPES
 from xlstm.files import find_file, inner_path, naming_file, read_json
 from xlstm.huggingface.layout import HFTensor
-from xlstm.trainer.checkpoints.storage import reported
+from xlstm.trainer.checkpoints.storage import as_os_error
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -154,7 +154,7 @@ def write_tensors(
 
 
 def _save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    with reported(f"{path} cannot be written"):
+    with as_os_error(f"{path} cannot be written"):
         with open(path, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
         save_file(arrays, path, metadata={"format": "pt"})

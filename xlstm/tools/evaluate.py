@@ -40,7 +40,7 @@ from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
-from xlstm.trainer.base.multihost import wait_for_all
+from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
@@ -166,7 +166,7 @@ def load_checkpoint(
         say = functools.partial(console.print, markup=False, soft_wrap=True)
         guard = StoreGuard(stores_of(sets), say)
         guard.verify_first(_VERIFY_DATA.value)
-        wait_for_all("stores")
+        sync_processes("stores")
         progress = Progress(*columns, console=console, disable=not console.is_terminal)
         with guard, progress:
             task = progress.add_task("batches", total=None)

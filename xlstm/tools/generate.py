@@ -46,7 +46,7 @@ from xlstm.tools.checkpoint_flags import (
     note_once,
 )
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
-from xlstm.trainer.base.multihost import from_first_process
+from xlstm.trainer.base.multihost import broadcast_from_process_0
 from xlstm.visible_text import visible_lines
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt. Repeat the flag for several prompts.")
@@ -115,8 +115,8 @@ def split_prompts(content: bytes, name: str) -> list[str]:
         The prompts; an empty line is an empty prompt.
 
     Raises:
-        OSError: If the file is empty or not UTF-8. Not a ValueError, since `from_first_process`
-            passes OSErrors on to all processes.
+        OSError: If the file is empty or not UTF-8; `broadcast_from_process_0` raises it in all
+            processes.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
         raise OSError(f"{name} looks like UTF-16: expected UTF-8, one prompt per line")
@@ -309,7 +309,7 @@ def main(argv: list[str]) -> None:
     save_path = output_path("save_state", _SAVE_STATE.value)
     initialize_devices()
     with abort_all_on_failure():
-        texts = from_first_process(_read_prompts)
+        texts = broadcast_from_process_0(_read_prompts)
         model = load_run(path, mesh=mesh_sizes(), report=note_once)
         note_nonfinite(model.params)
         state = load_state(resolve_path(_LOAD_STATE.value), model) if _LOAD_STATE.value else None

@@ -24,8 +24,8 @@ from xlstm.trainer.logger.curves import (
     ACCURACY,
     Curve,
     axis_label,
-    draw_picture,
     is_point,
+    plot_curves,
     read_curve,
     smooth,
 )
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
     chance = None if _CHANCE.value is None else _chance_lines(metrics, _CHANCE.value)
     if output:
         named = {axis_label(metric): curves for metric, curves in panels.items()}
-        draw_picture(named, output, _SMOOTH.value, chance)
+        plot_curves(named, output, _SMOOTH.value, chance)
     console = Console(highlight=False, markup=False, emoji=False)
     for metric, curves in panels.items():
         if _SMOOTH.value:

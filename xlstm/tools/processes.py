@@ -161,7 +161,7 @@ def _end(ending: threading.Lock, status: int, message: str) -> None:
     place = f"process {coordinator.process_id()} of {coordinator.num_processes()}"
     print_error(f"{place}: {message}")
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # The coordinator may be gone.
-        coordinator.tell(_END, f"{status} {message}")
+        coordinator.publish(_END, f"{status} {message}")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     if coordinator.process_id() == 0:
@@ -172,7 +172,7 @@ def _end(ending: threading.Lock, status: int, message: str) -> None:
 def _end_of_another() -> tuple[int, str] | None:
     """Returns the exit status and message of a process that has exited already, if any."""
     try:
-        ends = coordinator.told_by_all(_END)
+        ends = coordinator.published_by_all(_END)
     except jax.errors.JaxRuntimeError:
         return None
     for process, text in ends.items():

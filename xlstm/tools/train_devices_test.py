@@ -32,7 +32,7 @@ def _start(folder, workdir, *flags, tool=train):
         f"--config.data.stores={folder / 'store'}",
         "--config.data.context_length=16",
         "--config.logger.sample_tokens=4",
-        "--config.schedule.decay_steps=1000",  # The same in runs of all lengths.
+        "--config.schedule.decay_steps=20",
         *flags,
     ]
     # Compile quickly. No devices but those that the flags ask for.

@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
     )
     checkpoints = folder / "blocked" / "checkpoints"
     deadline = time.monotonic() + PATIENCE
-    while not CheckpointFolder(str(checkpoints)).whole_steps():
+    while not CheckpointFolder(str(checkpoints)).complete_steps():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     checkpoints.rename(folder / "blocked" / "good")
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
     # What was whole still is.
     checkpoints.unlink()
     (folder / "blocked" / "good").rename(checkpoints)
-    step = CheckpointFolder(str(checkpoints)).whole_steps()[-1]
+    step = CheckpointFolder(str(checkpoints)).complete_steps()[-1]
     output, errors = _start(folder, "blocked", num_steps=60).communicate(timeout=PATIENCE)
     assert f"resuming from step {step:,}" in output, errors
 
@@ -240,7 +240,7 @@ def test_a_store_that_is_changed_under_a_run(folder, name, named):
     process = _start(folder, f"on_{name}", stores, num_steps=100_000)
     checkpoints = CheckpointFolder(str(folder / f"on_{name}" / "checkpoints"))
     deadline = time.monotonic() + PATIENCE
-    while not checkpoints.whole_steps():
+    while not checkpoints.complete_steps():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.utime(folder / name / "tokens.bin")  # This alone is no reason to stop.

@@ -25,7 +25,7 @@ from xlstm.common_types import TrainState
 from xlstm.tools.command_line import print_table, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.base.trainer import Callback, fit
-from xlstm.trainer.llm.callbacks import metrics_to_row
+from xlstm.trainer.llm.callbacks import metrics_to_scalars
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.train import TrainingRun, open_training
 
@@ -62,7 +62,7 @@ class _BareLoops(Callback):
 
     def on_step(self, step: int, state: TrainState) -> None:
         jax.block_until_ready(state)
-        self._opened.checkpointer.wait()
+        self._opened.checkpointer.wait_until_finished()
         if step > _STEPS:  # The first stretch includes compilation.
             self.trained.append((time.perf_counter() - self._begin) / _STEPS)
         begin = time.perf_counter()
@@ -97,7 +97,7 @@ def measure(opened: TrainingRun, num_steps: int) -> tuple[np.ndarray, np.ndarray
             num_steps=num_steps,
             callbacks=[*opened.callbacks, loops],
             clock=opened.clock,
-            to_row=metrics_to_row,
+            to_scalars=metrics_to_scalars,
         )
     bare = np.array(loops.bare)
     return (bare[:-1] + bare[1:]) / 2, np.array(loops.trained)

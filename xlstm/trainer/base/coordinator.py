@@ -1,4 +1,4 @@
-"""What processes must agree on, told through JAX's coordinator."""
+"""Agreement between processes through JAX's coordinator, before any device is opened."""
 
 import collections
 import hashlib
@@ -7,58 +7,65 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+# The key-value store has no public interface; Orbax uses it in the same way.
 from jax._src.distributed import global_state
 
-# The store has no public interface; Orbax reaches it in the same way.
+# Remedy for a difference -> name of a fact -> its value, which JSON can represent.
+Facts = Mapping[str, Mapping[str, Any]]
+
+_TIMEOUT = 2 * 60 * 60  # Seconds; reading large data takes long.
+_uses = collections.Counter()
 
 
 def num_processes() -> int:
-    """The number of connected processes; unlike `jax.process_count` it opens no devices."""
+    """Returns the number of connected processes; opens no devices, unlike `jax.process_count`."""
     return global_state.num_processes
 
 
 def process_id() -> int:
-    """The number of this process, from 0; unlike `jax.process_index` it opens no devices."""
+    """Returns the index of this process; opens no devices, unlike `jax.process_index`."""
     return global_state.process_id
 
 
-def tell(topic: str, text: str) -> None:
-    """Tells all processes a text; a later one on the same topic replaces it.
+def publish(topic: str, text: str) -> None:
+    """Publishes a text to all processes; replaces this process's earlier text on the topic.
 
     Args:
-        topic: What it is about.
+        topic: Name under which the other processes find it.
         text: The text.
     """
     global_state.client.key_value_set(_key(topic, process_id()), text, allow_overwrite=True)
 
 
-def told_by_all(topic: str) -> dict[int, str]:
-    """Returns what the processes have told on a topic so far, by their numbers."""
+def published_by_all(topic: str) -> dict[int, str]:
+    """Returns the texts published on a topic so far, by process index."""
     pairs = global_state.client.key_value_dir_get(f"xlstm/{topic}/")
     return {int(key.rpartition("/")[2]): text for key, text in pairs}
 
 
-def told_by(topic: str, process: int) -> str:
-    """Returns what one process has told on a topic; raises JaxRuntimeError if it has not."""
+def published_by(topic: str, process: int) -> str:
+    """Returns the text that a process published; raises JaxRuntimeError if there is none."""
     return global_state.client.key_value_try_get(_key(topic, process))
 
 
-def wait_until_told(topic: str, seconds: float) -> None:
-    """Waits until all processes are here.
+def wait_until_published(topic: str, seconds: float) -> None:
+    """Waits until all processes have called this.
 
     Args:
-        topic: What they have told before; a topic serves once.
+        topic: The topic on which each process published before; it can be waited for once.
         seconds: How long to wait.
 
     Raises:
-        OSError: If some do not come.
+        OSError: If a process does not call this in time.
     """
     try:
         global_state.client.wait_at_barrier(f"xlstm/{topic}", int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        missing = sorted(set(range(num_processes())) - told_by_all(topic).keys())
+        missing = sorted(set(range(num_processes())) - published_by_all(topic).keys())
         raise OSError(
-            f"waited {seconds:.0f} s in vain for processes {missing} of {num_processes()} ({error})"
+            f"processes {missing} of {num_processes()} did not answer within {seconds:.0f} s"
+            f" ({error})"
         ) from error
 
 
@@ -66,60 +73,53 @@ def _key(topic: str, process: int) -> str:
     return f"xlstm/{topic}/{process}"
 
 
-# What to do about a difference -> name of a fact -> its value, which JSON can hold.
-Facts = Mapping[str, Mapping[str, Any]]
-
-_TIMEOUT = 2 * 60 * 60  # Seconds; to look at large data takes its time.
-_uses = collections.Counter()
-
-
 def check_agreement(topic: str, make_facts: Callable[[], Facts]) -> None:
     """Checks that facts are the same in all processes, which must all call this.
 
-    Only digests travel between processes that agree.
+    Processes that agree exchange only digests.
 
     Args:
         topic: What the facts are about.
-        make_facts: Makes the facts of this process, the most telling first; not called if it is the
-            only one.
+        make_facts: Returns the facts of this process, the most informative ones first; not called
+            if there is only one process.
 
     Raises:
-        ValueError: In every process, if one differs from the first; it names the first difference.
-        OSError: If a process does not come.
+        ValueError: In every process, if one differs from process 0; names the first difference.
+        OSError: If a process does not answer.
     """
     if num_processes() == 1:
         return
-    _uses[topic] += 1  # A run may be opened several times in a process.
+    _uses[topic] += 1  # A process may open several runs.
     topic = f"{topic}_{_uses[topic]}"
     content = json.dumps(make_facts())
-    tell(f"{topic}_content", content)
-    tell(topic, hashlib.sha256(content.encode()).hexdigest())
-    wait_until_told(topic, _TIMEOUT)
-    digests = told_by_all(topic)
+    publish(f"{topic}_content", content)
+    publish(topic, hashlib.sha256(content.encode()).hexdigest())
+    wait_until_published(topic, _TIMEOUT)
+    digests = published_by_all(topic)
     other = next((process for process in sorted(digests) if digests[process] != digests[0]), None)
     if other is not None:
-        first, others = (json.loads(told_by(f"{topic}_content", process)) for process in (0, other))
-        raise ValueError(describe_difference(first, others, other))
+        contents = (published_by(f"{topic}_content", process) for process in (0, other))
+        raise ValueError(describe_difference(*map(json.loads, contents), other))
 
 
-def describe_difference(first: Facts, others: Facts, process: int) -> str:
-    """Names the first difference between the facts of two processes.
+def describe_difference(first: Facts, other: Facts, process: int) -> str:
+    """Describes the first difference between the facts of two processes.
 
     Args:
         first: The facts of process 0.
-        others: Those of another process, which differ.
-        process: Its number.
+        other: The facts of another process, which differ.
+        process: Index of the other process.
 
     Returns:
-        A sentence with both values and what to do.
+        A sentence with both values and the remedy.
     """
-    for remedy in [*first, *others]:
-        ours, theirs = first.get(remedy, {}), others.get(remedy, {})
+    for remedy in [*first, *other]:
+        ours, theirs = first.get(remedy, {}), other.get(remedy, {})
         for name in [*ours, *theirs]:
             if name not in ours or name not in theirs or ours[name] != theirs[name]:
                 values = _name_value(name, theirs), _name_value(name, ours)
                 return f"process {process} has {values[0]}, process 0 has {values[1]}: {remedy}"
-    return f"process {process} describes itself in another order than process 0"
+    return f"process {process} lists its facts in another order than process 0"
 
 
 def _name_value(name: str, facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from xlstm.trainer.base.coordinator import check_agreement, describe_difference
 
 
 class _Exchange:
-    """Threads that stand for processes."""
+    """A coordinator between threads that simulate processes."""
 
     def __init__(self, num_processes):
         self.texts, self.read = collections.defaultdict(dict), []
@@ -18,21 +18,21 @@ class _Exchange:
     def num_processes(self):
         return self._num_processes
 
-    def tell(self, topic, text):
+    def publish(self, topic, text):
         self.texts[topic][self._local.process] = text
 
-    def told_by_all(self, topic):
+    def published_by_all(self, topic):
         return dict(self.texts[topic])
 
-    def told_by(self, topic, process):
+    def published_by(self, topic, process):
         self.read.append(process)
         return self.texts[topic][process]
 
-    def wait_until_told(self, topic, seconds):
-        self._barrier.wait(timeout=10)
+    def wait_until_published(self, topic, seconds):
+        self._barrier.wait(timeout=100)
 
     def check(self, all_facts):
-        """What each process hears that has these facts; None for no error."""
+        """Returns the error of each process, given the facts of each; None for no error."""
         heard = {}
 
         def run(process, facts):
@@ -53,9 +53,15 @@ class _Exchange:
 @pytest.fixture
 def exchange(monkeypatch):
     exchange = _Exchange(3)
-    for name in ("num_processes", "tell", "told_by_all", "told_by", "wait_until_told"):
+    for name in (
+        "num_processes",
+        "publish",
+        "published_by_all",
+        "published_by",
+        "wait_until_published",
+    ):
         monkeypatch.setattr(coordinator, name, getattr(exchange, name))
-    # Threads share what every process has of its own.
+    # All threads share this counter, of which every process has its own.
     monkeypatch.setattr(coordinator, "_uses", collections.defaultdict(_SameNumber))
     return exchange
 

@@ -1,4 +1,4 @@
-"""Tests of what processes do together."""
+"""Tests of the coordination of processes."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from xlstm.trainer.base import multihost
 from xlstm.trainer.base.multihost import (
     Request,
     Requests,
+    broadcast_from_process_0,
     check_shared_folder,
-    failing_together,
-    from_first_process,
-    in_first_process,
-    wait_for_all,
+    raise_on_all_processes,
+    run_on_process_0,
+    sync_processes,
 )
 
 _STEPS_TOGETHER = f"""
 import concurrent.futures, json, os, sys, time
 import jax
 from {multihost.__name__} import (
-    failing_together, from_first_process, in_first_process, wait_for_all
+    raise_on_all_processes, broadcast_from_process_0, run_on_process_0, sync_processes
 )
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -40,25 +40,25 @@ def slow():
 def fail():
     raise OSError("the disk is full")
 
-answers = [from_first_process(slow), from_first_process(lambda: None)]
+answers = [broadcast_from_process_0(slow), broadcast_from_process_0(lambda: None)]
 try:
-    from_first_process(fail)
+    broadcast_from_process_0(fail)
 except OSError as error:
     answers.append(str(error))
 if index == 0:
     time.sleep(0.5)
     open(os.path.join(folder, "late"), "w").close()
-wait_for_all("late")
-wait_for_all("late")
+sync_processes("late")
+sync_processes("late")
 
 def fail_in_one(process, error):
-    with failing_together():
+    with raise_on_all_processes():
         if index == process:
             raise error
 
 def in_thread(function):
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return pool.submit(in_first_process, "thread", function).result()
+        return pool.submit(run_on_process_0, "thread", function).result()
 
 answers.append(in_thread(lambda: index))
 in_thread(lambda: open(os.path.join(folder, "once"), "x").close())
@@ -79,12 +79,12 @@ print(json.dumps([*answers, sorted(os.listdir(folder))]))
 
 
 def test_one_process_answers_itself():
-    wait_for_all("me")
-    assert from_first_process(lambda: {1, 2}) == {1, 2}
-    for call in (from_first_process, lambda function: in_first_process("me", function)):
+    sync_processes("me")
+    assert broadcast_from_process_0(lambda: {1, 2}) == {1, 2}
+    for call in (broadcast_from_process_0, lambda function: run_on_process_0("me", function)):
         with pytest.raises(ZeroDivisionError):
             call(lambda: 1 / 0)
-    with pytest.raises(OSError, match="it is mine"), failing_together():
+    with pytest.raises(OSError, match="it is mine"), raise_on_all_processes():
         raise OSError("it is mine")
 
 
@@ -104,16 +104,16 @@ def test_the_first_process_answers_for_all(tmp_path):
         for index in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=100) for process in processes]
+        printed = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
     for index, (output, errors) in enumerate(printed):
         found = json.loads(output.splitlines()[-1]) if output else errors
         answer = {"who": 0, "long": "ü" * 1000}
-        together = ["it is mine", "process 1 of 2 failed, and says why"]
+        together = ["it is mine", "process 1 of 2 failed: see its message"]
         if index == 1:
-            together = ["process 0 of 2 failed, and says why", "it is mine"]
+            together = ["process 0 of 2 failed: see its message", "it is mine"]
         errors = ["the disk is full", "division by zero", *together]
         assert found[:2] == [answer, None]
         assert found[2:] == ["the disk is full", 0, *errors, ["0", "late", "once"]]
@@ -125,7 +125,7 @@ import jax
 from {multihost.__name__} import check_shared_folder
 import {multihost.__name__} as multihost
 
-multihost._SECONDS = 2
+multihost._MARKER_SECONDS = 2
 address, index, *folders = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
 found = []
@@ -140,7 +140,7 @@ print(json.dumps(found))
 
 
 def _check_in_two_processes(*folders_of_each):
-    """What each process finds out about each of its folders."""
+    """Returns the result of `check_shared_folder` in each process for each of its folders."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
@@ -154,7 +154,7 @@ def _check_in_two_processes(*folders_of_each):
         for index, folders in enumerate(folders_of_each)
     ]
     try:
-        printed = [process.communicate(timeout=100)[0] for process in processes]
+        printed = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -171,10 +171,10 @@ def test_two_names_of_a_folder_are_one_and_two_folders_are_not(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to("runs")
     left = tmp_path / "runs" / ".seen_by_all_processes.0"
-    left.touch()  # By a process that was killed.
+    left.touch()  # As a killed process leaves it.
     folders = [[tmp_path / "runs", tmp_path / "runs"], [tmp_path / "link", tmp_path / "other"]]
     for index, found in enumerate(_check_in_two_processes(*folders)):
-        message = "process 1 of 2 does not see what the first process makes in {}: the folder of "
+        message = "process 1 of 2 does not see a file that process 0 created in {}: the run's "
         assert found[0] == "shared"
         assert found[1].startswith(message.format(folders[index][1]))
     assert not os.listdir(tmp_path / "runs") and not os.listdir(tmp_path / "other")

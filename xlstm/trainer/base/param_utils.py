@@ -1,4 +1,7 @@
-"""Parameters: their paths, numbers, norms, and which are not finite."""
+"""Utilities for parameter trees: paths, counts, norms, masks and non-finite values.
+
+A leaf is a box (`nn.Partitioned`) that names mesh axes, or a plain array, which is replicated.
+"""
 
 import difflib
 import heapq
@@ -19,14 +22,16 @@ from xlstm.distributed.data_parallel import axes_of, is_partitioned
 from xlstm.distributed.mesh import bound_axes
 from xlstm.visible_text import visible
 
+_MAX_NAMED = 5  # Parameters that a message names.
+
 
 def unboxed(tree: PyTree) -> PyTree:
-    """The tree with every box replaced by what is in it."""
+    """Returns the tree with every box replaced by its value."""
     return jax.tree.map(lambda x: x.value if is_partitioned(x) else x, tree, is_leaf=is_partitioned)
 
 
 def reboxed(tree: PyTree, like: PyTree) -> PyTree:
-    """The inverse of `unboxed`: the leaves of `tree` in the boxes that `like` has."""
+    """Inverts `unboxed`: returns the leaves of `tree` in the boxes of `like`."""
     return jax.tree.map(
         lambda box, x: box.replace(value=x) if is_partitioned(box) else x,
         like,
@@ -36,19 +41,19 @@ def reboxed(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def path_name(path: tuple) -> str:
-    """The name of a leaf: the parts of its path, a tuple of JAX's keys, joined by `.`."""
+    """Returns the name of a leaf: the keys of its JAX key path, joined by `.`."""
     names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
     return ".".join(str(name) for name in names)
 
 
 def _named_leaves(tree: PyTree) -> Iterator[tuple[str, Parameter]]:
-    """Pairs of the path, its parts joined by `.`, and the leaf, which may be a box."""
+    """Yields the name and the value of every leaf; the value may be a box."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_partitioned):
         yield path_name(path), leaf
 
 
 def get_num_params(params: PyTree) -> int:
-    """The number of parameters; of abstract ones too."""
+    """Returns the number of parameters, which may be abstract."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(unboxed(params)))
 
 
@@ -58,19 +63,19 @@ def tabulate_params(
     weight_decay_exclude: Sequence[str] | None = None,
     weight_decay_include: Sequence[str] | None = None,
 ) -> str:
-    """Draws a table of the parameters: name, shape, count, type and mesh axes.
+    """Formats a table of the parameters: name, shape, count, type and mesh axes.
 
     Args:
-        state: A train state or a tree of parameters; abstract ones do too, nothing is computed.
-        show_weight_decay: Whether to add a column that says which are decayed.
-        weight_decay_exclude: Patterns of the mask, see `get_param_mask_fn`.
-        weight_decay_include: Patterns of the mask.
+        state: A train state or a tree of parameters; may be abstract.
+        show_weight_decay: Whether to add a column that shows which parameters are decayed.
+        weight_decay_exclude: Patterns of parameters to exclude, see `get_param_mask_fn`.
+        weight_decay_include: Patterns of parameters to include.
 
     Returns:
         The table as text.
     """
     params = state.params if isinstance(state, TrainState) else state
-    # Narrow, so that it fits into 80 columns.
+    # Narrow enough for 80 columns.
     table = Table(box=None, pad_edge=False)
     for column in ("name", "shape", "count", "dtype", "sharding"):
         table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
@@ -89,15 +94,15 @@ def tabulate_params(
         table.add_row(*row, *(["yes" if is_decayed(name) else "no"] if show_weight_decay else []))
     table.add_row("total", "", f"{get_num_params(params):,}")
     text = io.StringIO()
-    Console(file=text, width=10_000, color_system=None).print(table)  # No name is cut.
+    Console(file=text, width=10_000, color_system=None).print(table)  # Truncates no name.
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def get_sharded_norm_logits(x: Parameter) -> jax.Array:
-    """The squared norm of a leaf, summed over the mesh axes that the leaf is cut over.
+    """Returns the squared norm of a leaf, summed over the mesh axes that it is sharded over.
 
     Args:
-        x: A box or an array; an array counts as replicated.
+        x: A box, or an array, which counts as replicated.
 
     Returns:
         A float32 scalar.
@@ -109,13 +114,13 @@ def get_sharded_norm_logits(x: Parameter) -> jax.Array:
 
 
 def get_sharded_global_norm(x: PyTree) -> tuple[jax.Array, PyTree]:
-    """Euclidean norms of a tree.
+    """Returns the Euclidean norms of a tree and of its leaves.
 
     Args:
         x: Tree of boxes and arrays.
 
     Returns:
-        The norm of the whole, and a tree of the leaves' norms (a box counts as one leaf).
+        The global norm, and the tree of the leaves' norms (a box is one leaf); float32 scalars.
     """
     squared = jax.tree.map(get_sharded_norm_logits, x, is_leaf=is_partitioned)
     total = sum(jax.tree.leaves(squared), start=jnp.zeros((), jnp.float32))
@@ -131,12 +136,12 @@ def _get_norms(kind: str, tree: PyTree, return_per_param: bool) -> dict[str, jax
 
 
 def get_grad_norms(grads: PyTree, return_per_param: bool = False) -> dict[str, jax.Array]:
-    """Gradient norms: `grad_norm`, and with `return_per_param` one `grad_norm_<path>` a leaf."""
+    """Returns `grad_norm` and, with `return_per_param`, `grad_norm_<path>` for every leaf."""
     return _get_norms("grad_norm", grads, return_per_param)
 
 
 def get_param_norms(params: PyTree, return_per_param: bool = False) -> dict[str, jax.Array]:
-    """Parameter norms: `param_norm`, and with `return_per_param` one `param_norm_<path>` a leaf."""
+    """Returns `param_norm` and, with `return_per_param`, `param_norm_<path>` for every leaf."""
     return _get_norms("param_norm", params, return_per_param)
 
 
@@ -156,30 +161,31 @@ def get_param_mask_fn(
     *,
     may_be_missing: Collection[str] = (),
 ) -> Callable[[PyTree], PyTree]:
-    """Makes a function that says by name which parameters are chosen, for `optax.masked` and such.
+    """Creates a mask function that selects parameters by name, for example for `optax.masked`.
 
     Args:
-        exclude: Regular expressions, searched for in the path, its parts joined by `.`; what one of
-            them matches is not chosen. None for nothing.
-        include: Regular expressions; only what one of them matches is chosen. None for everything.
+        exclude: Regular expressions, searched for in the name (see `path_name`); a parameter that
+            matches one of them is not selected. None excludes nothing.
+        include: Regular expressions; only parameters that match one of them are selected. None
+            includes everything.
         may_be_missing: Patterns that may match nothing.
 
     Returns:
-        A function from a tree of parameters to a tree of bools of the same structure; it warns of
-        every other pattern that matches nothing, which is usually a typo.
+        A function from a tree of parameters to a tree of bools of the same structure. It warns
+        about every other pattern that matches nothing, which is usually a typo.
     """
     matches = _name_matcher(exclude, include)
 
     def mask_fn(params: PyTree) -> PyTree:
         def mask(path, leaf):
-            chosen = matches(path_name(path))
-            return leaf.replace(value=chosen) if is_partitioned(leaf) else chosen
+            selected = matches(path_name(path))
+            return leaf.replace(value=selected) if is_partitioned(leaf) else selected
 
         names = [name for name, _ in _named_leaves(params)]
         patterns = (*(exclude or ()), *(include or ()))
         for pattern in (pattern for pattern in patterns if pattern not in may_be_missing):
             if names and not any(re.search(pattern, name) for name in names):
-                # Python shows a warning once if its text and its place, this line, are the same.
+                # Python shows a warning once if its text and its line, which is this one, repeat.
                 warnings.warn(_no_match_warning(pattern, names), stacklevel=1)
         return jax.tree_util.tree_map_with_path(mask, params, is_leaf=is_partitioned)
 
@@ -195,17 +201,14 @@ def _no_match_warning(pattern: str, names: Sequence[str]) -> str:
     return f"the pattern {pattern!r} matches no parameter; the nearest: {', '.join(nearest)}"
 
 
-_MOST_NAMED = 5
-
-
 def count_nonfinite(params: PyTree) -> dict[str, int]:
-    """Counts the numbers that are not finite.
+    """Counts the non-finite values of each parameter.
 
     Args:
         params: Parameters, on any mesh.
 
     Returns:
-        How many there are in each parameter that has any, by its path; the same in all processes.
+        The count by name, of parameters that have any; the same in all processes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(unboxed(params))
     counts = _counts([leaf for _, leaf in leaves])
@@ -219,16 +222,16 @@ def _counts(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def nonfinite_text(counts: Mapping[str, int]) -> str:
-    """Says which parameters have numbers that are not finite, the first few by name.
+    """Describes which parameters have non-finite values; names the first few.
 
     Args:
-        counts: How many there are, by the parameter's name.
+        counts: The counts by name.
 
     Returns:
-        The sentence.
+        A clause.
     """
-    first = list(counts.items())[:_MOST_NAMED]
+    first = list(counts.items())[:_MAX_NAMED]
     named = ", ".join(f"{count:,} in {visible(name)}" for name, count in first)
-    left_out = len(counts) - len(first)
-    more = f" and more in {left_out:,} others" if left_out else ""
+    num_others = len(counts) - len(first)
+    more = f" and more in {num_others:,} others" if num_others else ""
     return f"numbers are infinite or NaN: {named}{more}"

@@ -1,4 +1,4 @@
-"""Tests of what is told of parameters."""
+"""Tests of the utilities for parameter trees."""
 
 import math
 import warnings
@@ -31,7 +31,7 @@ from xlstm.trainer.base.param_utils import (
 )
 
 _SHAPES = {
-    # Path of a leaf: its shape and the mesh axes it is cut over; None for a plain leaf.
+    # Name of a leaf: its shape and the mesh axes it is sharded over; None for a plain leaf.
     "embeddings.embedding": ((8, 12), ("tp", None)),
     "blocks.q.kernel": ((4, 8, 8), ("pp", "fsdp", "tp")),
     "blocks.out.kernel": ((2, 16), (None, ("fsdp", "tp"))),
@@ -120,7 +120,7 @@ def test_norms_and_tables_of_shards_are_those_of_the_whole(sizes):
         return norms(unboxed(tree))
 
     def gathered_norms(tree):
-        """Those of plain leaves, each made whole before."""
+        """Computes the norms of plain leaves, each gathered before."""
         return norms(jax.tree.map(_gathered, tree, is_leaf=is_partitioned))
 
     def on_each_device(function):
@@ -137,7 +137,7 @@ def test_norms_and_tables_of_shards_are_those_of_the_whole(sizes):
 
 
 def _gathered(leaf):
-    """The whole of what the devices have, as a plain array."""
+    """Gathers a leaf from all devices into a plain array."""
     if not is_partitioned(leaf):
         return leaf
     value = leaf.value

@@ -75,7 +75,7 @@ def test_what_is_within_the_limits_is_sound(row):
 
 
 def test_losses_that_vary_much_have_larger_spikes():
-    """As with one row of mixed text a step."""
+    """As with one example of mixed text per step."""
     soundness = _create()
     assert _judge(soundness, *[{"loss": loss} for loss in [1.0, 2.5, 4.0, 2.5] * 10 + [6.0]]) == (
         [None] * 41
@@ -94,7 +94,7 @@ def test_a_falling_loss_is_not_one_that_varies():
 
 
 def test_a_ruined_model_never_becomes_the_measure():
-    """As a learning rate of 1e3 leaves it: finite, with the loss of a guess, for ever."""
+    """As after a learning rate of 1e3: finite, but permanently at the loss of a guess."""
     soundness = _create()
     _judge(soundness, {}, {"param_norm": 10.1})
     ruined = {"param_norm": 5e9, "update_norm": 0.1, "grad_norm": 0.0}
@@ -115,7 +115,7 @@ def test_a_loss_that_climbs_slowly_is_not_sound_until_it_is_back():
     losses += [3 + 0.01 * step for step in range(400)]
     faults = _judge(soundness, *[{"loss": loss} for loss in losses])
     first = next(index for index, fault in enumerate(faults) if fault)
-    assert faults[first] == "its loss has climbed to 5.13, and was 3.125 before"
+    assert faults[first] == "its loss has climbed to 5.13 from 3.125"
     assert all(faults[first:]) and not soundness.confirms()
     assert _judge(soundness, *[{"loss": 5.0}] * 4) == [None] * 4
     assert soundness.confirms()
@@ -128,12 +128,12 @@ def test_a_first_update_larger_than_the_parameters_is_not_sound():
 
 
 def test_an_update_far_above_the_last_ones_is_not_sound():
-    """Its loss comes a step later, when a checkpoint may have been written."""
+    """The loss shows it a step later, when a checkpoint may have been written."""
     soundness = _create()
     _judge(soundness, *[{}] * 20, {"update_norm": 0.9}, {"update_norm": 0.9, "skipped": 1.0})
     assert soundness.confirms()
     (fault,) = _judge(soundness, {"update_norm": 4.0})
-    assert fault.startswith("the norm of its update, 4, is far above 0.1")
+    assert fault.startswith("the norm of its update, 4, is far above the usual 0.1")
     assert not soundness.confirms()
 
 
@@ -184,5 +184,5 @@ def test_a_checkpoint_without_a_record_counts():
     soundness = _create()
     soundness.from_dict(None)
     assert soundness.confirms()
-    soundness.judge(_GOOD | {"loss": 99.0})  # There is nothing to compare the first step with.
+    soundness.judge(_GOOD | {"loss": 99.0})  # The first step is compared with nothing.
     assert soundness.confirms()

@@ -1,4 +1,4 @@
-"""How fast training is, and how fast it could be."""
+"""Measured and promised rates of the devices, which training is compared with."""
 
 import functools
 import time
@@ -9,8 +9,8 @@ from jax import lax
 
 from xlstm.models.shared.precision import product_precision
 
-_MATMUL_SIZE = {"cpu": 2048}  # On other platforms:
-_LARGE_MATMUL_SIZE = 8192
+_MATMUL_SIZE = {"cpu": 2048}
+_LARGE_MATMUL_SIZE = 8192  # On all other platforms.
 
 
 @functools.partial(jax.jit, static_argnames="precision")
@@ -21,26 +21,25 @@ def _matmul(x: jax.Array, precision: lax.Precision | None) -> jax.Array:
 def measure_matmul_rate(
     dtype: jnp.dtype, precision: lax.Precision | None = None, seconds: float = 0.5
 ) -> float:
-    """Measures the rate of a large dense matmul: what a training step could reach at best.
+    """Measures the rate of a large dense matmul, an upper bound for a training step.
 
-    The matrix is random: a GPU multiplies ones faster than real numbers (856 instead of 710 TFLOP/s
-    on an H100, in bfloat16).
+    The matrix is random, since a GPU multiplies constant matrices faster (856 instead of 710
+    TFLOP/s for ones, on an H100 in bfloat16).
 
     Args:
         dtype: Type of the matrices.
-        precision: How exactly float32 is multiplied, see `product_precision`. What is measured
-            beside it should multiply alike: of a model that multiplies in float32 the yardstick
-            does so too, and not in TF32.
+        precision: Precision of float32 products, see `product_precision`; should be that of the
+            model that is compared with the rate (float32 or TF32).
         seconds: How long to measure.
 
     Returns:
-        Floating-point operations a second, of all devices together. Devices that are simulated on
-        one CPU share its cores, so there the rate is that of one of them.
+        Floating-point operations per second of all devices together. Devices simulated on one CPU
+        share its cores, so they count as one.
     """
     platform = jax.default_backend()
     size = _MATMUL_SIZE.get(platform, _LARGE_MATMUL_SIZE)
     device = jax.local_devices()[0]
-    # Made where it is used: the key is there.
+    # The key is on the device, so the matrix is created there.
     x = jax.random.normal(jax.device_put(jax.random.key(0), device), (size, size), dtype)
     _matmul(x, precision).block_until_ready()
     times, start = [], time.perf_counter()
@@ -52,7 +51,7 @@ def measure_matmul_rate(
     return 2 * size**3 / median * (jax.process_count() if platform == "cpu" else jax.device_count())
 
 
-# Dense bfloat16 operations a second of one device, by the makers' data sheets.
+# Dense bfloat16 operations per second of one device, from the vendors' data sheets.
 _PEAK_FLOPS = {
     "A100": 312e12,
     "H100": 989e12,
@@ -67,7 +66,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops() -> float | None:
-    """What the data sheet promises of all devices together, in bfloat16; None if unknown."""
+    """Returns the data sheet's bfloat16 FLOP/s of all devices together; None if unknown."""
     kind = jax.devices()[0].device_kind
     for name, rate in _PEAK_FLOPS.items():
         if name in kind:

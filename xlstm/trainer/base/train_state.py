@@ -1,4 +1,4 @@
-"""Creates the train state, placed on the mesh."""
+"""Creation of the train state, placed on the mesh."""
 
 from collections.abc import Callable
 
@@ -22,16 +22,16 @@ def create_train_state(
     abstract: bool = False,
     with_ema: bool = False,
 ) -> tuple[TrainState, PyTree]:
-    """Initialises a train state under `jit`, each leaf in its place on the mesh from the start.
+    """Initializes a train state under `jit`, with every leaf sharded from the start.
 
     Args:
-        init_params: Makes global, boxed parameters from a key.
+        init_params: Creates global, boxed parameters from a random key.
         apply_fn: The model's `apply`.
-        optimizer: The optimizer; it sees plain global arrays.
-        rng: Random key; half of it makes the parameters, half of it becomes the state's.
+        optimizer: The optimizer; it gets plain, global arrays.
+        rng: Random key; one half creates the parameters, the other half becomes `state.rng`.
         mesh: The mesh.
-        abstract: Whether shapes and places are enough: nothing is computed, nothing needs memory.
-        with_ema: Whether the state has a moving average of the parameters.
+        abstract: Whether to return shapes and shardings only, without computing anything.
+        with_ema: Whether the state has a moving average of the parameters, `params_ema`.
 
     Returns:
         The state, whose values do not depend on the mesh, and the tree of its partition specs.
@@ -64,29 +64,29 @@ def create_train_state(
 
 
 def abstract_arrays(shapes: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Adds to the shapes of arrays where on a mesh they are.
+    """Returns abstract arrays with their shardings on a mesh.
 
     Args:
-        shapes: A tree of `jax.ShapeDtypeStruct`, in boxes or not.
-        specs: The partition spec of each.
+        shapes: A tree of `jax.ShapeDtypeStruct`, with or without boxes.
+        specs: The tree of their partition specs.
         mesh: The mesh.
 
     Returns:
-        The same tree, with shardings.
+        The tree of `shapes`, with shardings.
     """
     leaves, structure = jax.tree.flatten(shapes)
-    placed = [
+    sharded = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
         for leaf, spec in zip(leaves, jax.tree.leaves(specs), strict=True)
     ]
-    return jax.tree.unflatten(structure, placed)
+    return jax.tree.unflatten(structure, sharded)
 
 
 def _specs_like_params(opt_state: PyTree, params: PyTree, params_specs: PyTree) -> PyTree:
-    """Partition specs of an optimizer's state: what it has of each parameter lies like that one.
+    """Returns partition specs of an optimizer's state: moments are sharded like their parameters.
 
-    Such a leaf has the parameter's shape, and the parameter's path is the end of its own; all
-    other leaves are whole on every device.
+    A leaf belongs to a parameter if it has the same shape and its path ends with the parameter's
+    path. All other leaves are replicated.
     """
     specs = {
         path: (param.shape, spec)

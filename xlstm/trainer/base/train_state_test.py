@@ -32,7 +32,7 @@ _OPTIMIZER = create_optimizer(OptimizerConfig(weight_decay_exclude=("scale",)))
 
 @functools.lru_cache
 def _create(optimizer=_OPTIMIZER, seed=0, with_ema=False, **sizes):
-    """The state and its specs on 8 devices, or, without sizes, on one."""
+    """Returns the state and its specs on 8 devices or, without sizes, on one."""
     return create_train_state(
         init_params=lambda rng: _MODEL.init(rng, jnp.zeros((1, 8)))["params"],
         apply_fn=_MODEL.apply,
@@ -68,7 +68,7 @@ def test_the_moments_are_cut_as_the_parameters_are():
     state, specs = _create(dp=2, fsdp=2, tp=2)
     paths = jax.tree_util.tree_leaves_with_path(specs.opt_state)
     moments = [spec for path, spec in paths if "up" in jax.tree_util.keystr(path)]
-    assert moments == [P(None, "tp")] * 2  # The mean and the mean of the squares.
+    assert moments == [P(None, "tp")] * 2  # The first and the second moment.
     like_params = jax.tree.structure(unboxed(state.params))
     subtrees = jax.tree.leaves(
         state.opt_state, is_leaf=lambda x: jax.tree.structure(x) == like_params
@@ -76,7 +76,7 @@ def test_the_moments_are_cut_as_the_parameters_are():
     moments = [tree for tree in subtrees if isinstance(tree, dict)]
     assert len(moments) == 2
     for tree in moments:
-        assert not any(map(is_partitioned, tree.values()))  # An optimizer sees plain arrays.
+        assert not any(map(is_partitioned, tree.values()))  # An optimizer gets plain arrays.
         assert tree["down"].sharding.shard_shape((16, 8)) == (8, 4)
 
 
@@ -97,7 +97,7 @@ def test_the_average_of_the_parameters_begins_as_they_do():
         tree["up"].value.addressable_shards[0].data.unsafe_buffer_pointer()
         for tree in (state.params, state.params_ema)
     ]
-    assert pointers[0] != pointers[1]  # A step gives both away.
+    assert pointers[0] != pointers[1]  # A step donates both.
     assert _create()[0].params_ema is None
 
 

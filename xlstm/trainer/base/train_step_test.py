@@ -149,7 +149,7 @@ def test_without_a_ratio_no_outlier_is_skipped():
 
 def test_the_average_follows_the_parameters():
     state, average = _state(with_ema=True), {name: np.float64(x) for name, x in _PARAMS.items()}
-    # It begins with the mean of few steps.
+    # The first averages cover few steps.
     for seed, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]):
         state, _ = _update(state, _grads(seed=seed), decay=0.3)
         for name in average:
@@ -191,7 +191,7 @@ _MODEL = _Model()
 
 
 def _squares(params, batch):
-    """The sum of the squared errors that count, and their number."""
+    """Returns the sum of the unmasked squared errors, and their number."""
     errors = jnp.square(_MODEL.apply({"params": params}, batch["x"]) - batch["y"])
     return jnp.sum(errors * batch["mask"]), jnp.sum(batch["mask"])
 
@@ -214,7 +214,7 @@ def _create_loss_fn(num_minibatches, num_targets):
 
 
 def _batch():
-    """A regression problem whose targets count unevenly: of some examples none does."""
+    """Returns a regression problem with unevenly masked targets; some examples have none."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(_BATCH_SIZE, _TIME, _SIZE)).astype(np.float32)
     y = x @ np.arange(1.0, _SIZE + 1, dtype=np.float32) + 0.5
@@ -252,7 +252,7 @@ def _compiled(num_minibatches=1, optimizer=None, num_devices=8, norms_per_param=
 
 
 def _setup(**kwargs):
-    """Mesh, state, specs and step; the state is the test's own."""
+    """Returns the mesh, a copy of the state, the specs and the step."""
     mesh, state, specs, train_step = _compiled(**kwargs)
     return mesh, jax.tree.map(jnp.copy, state), specs, train_step
 
@@ -325,7 +325,7 @@ def test_a_batch_without_targets_changes_nothing():
 
 
 def test_the_loss_falls_and_steps_are_counted():
-    constant = optax.scale_by_schedule(lambda step: step + 1)  # Makes the learning rate so.
+    constant = optax.scale_by_schedule(lambda step: step + 1)  # Makes the learning rate constant.
     optimizer = optax.chain(optax.scale_by_adam(), constant)
     mesh, state, _, train_step = _setup(optimizer=optimizer)
     batch = jax.device_put(_batch(), NamedSharding(mesh, BATCH_SPEC))

@@ -1,4 +1,4 @@
-"""The loop over steps, and the callbacks beside it."""
+"""The training loop, its callbacks, and the configuration of both."""
 
 import collections
 import dataclasses
@@ -10,46 +10,6 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.finite import check_finite
 from xlstm.trainer.base.clock import Clock
 
-
-class RollBack(Exception):
-    """Raised by `Callback.on_metrics`: training goes on after that step, from another state.
-
-    Callbacks after that one do not hear of the step's metrics.
-    """
-
-    def __init__(self, restore: Callable[[TrainState], TrainState]):
-        """Takes what makes the state after the step of the one that there is, which it consumes."""
-        super().__init__()
-        self.restore = restore
-
-
-class Stop(Exception):
-    """Raised by `Callback.on_step`: training ends after that step, before its time."""
-
-
-class Callback:
-    """Does nothing; a callback overrides what it needs."""
-
-    def on_start(self, step: int, state: TrainState) -> None:
-        """Called before the first step, with the number of steps done before."""
-
-    def is_due(self, step: int) -> bool:
-        """Whether `on_step` wants to be called after this step."""
-        return False
-
-    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Called for every step in order, a step late or more: waiting would leave devices idle."""
-
-    def on_step(self, step: int, state: TrainState) -> None:
-        """Called after a step that is due, when all metrics up to it have been handed out."""
-
-    def on_end(self, step: int, state: TrainState) -> None:
-        """Called after the last step, behind its `on_step`; not after `Stop` or an error."""
-
-    def close(self) -> None:
-        """Called once by whoever made it, when there will be no more steps, whatever the reason."""
-
-
 NAN_POLICIES = ("stop", "skip", "rollback")
 
 
@@ -57,29 +17,32 @@ NAN_POLICIES = ("stop", "skip", "rollback")
 class TrainerConfig:
     """Length of a run, and what happens at which steps."""
 
-    num_steps: int = 1000  # Steps of the optimizer.
-    seed: int = 0  # Seed of the initial parameters.
-    init_from: str = ""  # Begin with the parameters of this run (its folder, or that of one of its
-    # checkpoints); empty: with random ones.
-    num_minibatches: int = 1  # Minibatches that gradients are accumulated over in a step.
-    eval_interval: int = 200  # Steps between evaluations; there is one before and one at the end.
-    eval_batches: int = 50  # Largest number of batches in an evaluation of a validation set.
-    checkpoint_interval: int = 200  # Steps between checkpoints; there is one at the end.
-    checkpoint_minutes: float = 0.0  # A checkpoint also after so many minutes; 0: by steps alone.
-    max_checkpoints: int = 2  # The last so many checkpoints are kept.
-    keep_checkpoint_interval: int = 0  # Checkpoints of its multiples are kept for ever; 0: none.
-    keep_best_checkpoint: bool = False  # Whether that with the lowest validation loss is kept too:
-    # the loss of the held-out set or, without one, of the first of data.validation_stores.
-    nan_policy: str = "stop"  # After a gradient that is not finite: stop; skip (leave its step
-    # out); or rollback (go on behind it with the parameters of the last confirmed checkpoint).
-    max_skipped_steps: int = 20  # So many steps left out in a row stop the run.
-    confirm_steps: int = 10  # A checkpoint is confirmed, so that a run resumes from it, if the last
-    # so many steps (or all) were sound: finite and within the next two limits; 0: every one is.
-    max_loss_spike: float = 2.0  # A loss so many nats above the mean of the last 50 sound steps, or
-    # the lowest such mean, is not sound, if it is above their five standard deviations too.
-    max_update_ratio: float = 1.0  # An update, or the growth of the parameters, is too large if its
-    # norm is above so many times the parameters' norm in the last 50 sound steps.
-    stall_seconds: int = 600  # After so long without progress the run says what hangs; 0: never.
+    num_steps: int = 1000  # Train for this many optimizer steps.
+    seed: int = 0  # Use this seed for the initial parameters and for dropout.
+    init_from: str = ""  # Start from the parameters of this run or checkpoint (a folder); empty
+    # starts from random ones.
+    num_minibatches: int = 1  # Accumulate the gradients of a step over this many minibatches.
+    eval_interval: int = 200  # Evaluate at multiples of this step, at the start and at the end.
+    eval_batches: int = 50  # Evaluate on at most this many batches of each validation set.
+    checkpoint_interval: int = 200  # Write checkpoints at multiples of this step and at the end.
+    checkpoint_minutes: float = 0.0  # Also write a checkpoint when the last one is this many
+    # minutes old; 0 disables.
+    max_checkpoints: int = 2  # Keep this many of the latest confirmed checkpoints.
+    keep_checkpoint_interval: int = 0  # Permanently keep checkpoints at multiples of this step; 0
+    # disables.
+    keep_best_checkpoint: bool = False  # Also keep the checkpoint with the lowest validation loss:
+    # on the held-out set or, without one, on the first of data.validation_stores.
+    nan_policy: str = "stop"  # After a loss or gradient that is not finite: stop ends the run, skip
+    # continues without the step, rollback continues from the last confirmed checkpoint.
+    max_skipped_steps: int = 20  # Stop the run after this many skipped steps in a row.
+    confirm_steps: int = 10  # Confirm a checkpoint, so that runs resume from it, if this many steps
+    # before it (or all) were sound: finite and within the next two limits; 0 confirms all.
+    max_loss_spike: float = 2.0  # A step is not sound if its loss exceeds the mean of the last 50
+    # sound steps, or the lowest such mean, by this many nats and by five standard deviations.
+    max_update_ratio: float = 1.0  # A step is not sound if the norm of its update, or the growth of
+    # the parameters' norm, exceeds this many times their mean norm over the last 50 sound steps.
+    stall_seconds: int = 600  # Report what hangs after this many seconds without progress; 0
+    # disables.
 
     def __post_init__(self):
         check_finite("trainer.", self)
@@ -107,8 +70,47 @@ class TrainerConfig:
             )
 
 
-def to_row(metrics: Metrics) -> dict[str, float]:
-    """Makes numbers of metrics on the host: of a pair (sum, count) the mean."""
+class RollBack(Exception):
+    """Raised by `Callback.on_metrics` to continue after that step from another state.
+
+    Later callbacks do not get the metrics of the step.
+    """
+
+    def __init__(self, restore: Callable[[TrainState], TrainState]):
+        """Takes a function that consumes the current state and returns the state to use instead."""
+        super().__init__()
+        self.restore = restore
+
+
+class Stop(Exception):
+    """Raised by `Callback.on_step` to end training early, after that step."""
+
+
+class Callback:
+    """Base class of callbacks; every method does nothing unless overridden."""
+
+    def on_start(self, step: int, state: TrainState) -> None:
+        """Called before the first step, with the number of steps done before."""
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether to call `on_step` after this step."""
+        return False
+
+    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Called for every step in order, at least a step late so that no device has to wait."""
+
+    def on_step(self, step: int, state: TrainState) -> None:
+        """Called after a step that is due, after `on_metrics` of all steps up to it."""
+
+    def on_end(self, step: int, state: TrainState) -> None:
+        """Called after the last step and its `on_step`; not after `Stop` or an error."""
+
+    def close(self) -> None:
+        """Called once by the callback's creator when training has ended for any reason."""
+
+
+def to_scalars(metrics: Metrics) -> dict[str, float]:
+    """Converts metrics on the host to floats; a pair (sum, count) becomes the mean."""
     return {
         name: float(value[0] / value[1]) if isinstance(value, tuple) else float(value)
         for name, value in metrics.items()
@@ -124,20 +126,19 @@ def fit(
     num_steps: int,
     callbacks: Sequence[Callback],
     clock: Clock,
-    to_row: Callable[[Metrics], dict[str, float]] = to_row,
+    to_scalars: Callable[[Metrics], dict[str, float]] = to_scalars,
 ) -> TrainState:
     """Trains from one step to another.
 
     Args:
         state: The state after `start_step` steps; it is consumed.
-        batches_from: Makes the iterator over global batches from the one that follows so many
-            steps.
+        batches_from: Returns an iterator over the global batches that follow a number of steps.
         train_step: See `create_train_step`.
-        start_step: Steps done before.
-        num_steps: Steps to have done at the end.
-        callbacks: What else happens; called in this order.
-        clock: Is told what the time is spent on.
-        to_row: Makes numbers of a step's metrics, which are on the host.
+        start_step: Number of steps done before.
+        num_steps: Number of steps done at the end.
+        callbacks: Called in this order.
+        clock: Measures the time of each phase.
+        to_scalars: Converts the metrics of a step, on the host, to floats.
 
     Returns:
         The state at the end.
@@ -158,20 +159,20 @@ def fit(
             step += 1
             pending.append((step, metrics))
             due = [callback for callback in callbacks if callback.is_due(step)]
-            # One step waits its turn while the devices compute the one before.
-            num_waiting = 0 if due or step == num_steps else 1
-            while len(pending) > num_waiting:
+            # The metrics of one step stay pending while the devices compute the next one.
+            num_pending = 0 if due or step == num_steps else 1
+            while len(pending) > num_pending:
                 done, metrics = pending.popleft()
                 try:
                     with clock.phase("step"):
-                        row = to_row(jax.device_get(metrics))
+                        scalars = to_scalars(jax.device_get(metrics))
                     for callback in callbacks:
-                        callback.on_metrics(done, row)
+                        callback.on_metrics(done, scalars)
                 except RollBack as rollback:
                     pending.clear()
                     state, step = rollback.restore(state), done
                     batches = batches_from(step)
-                    # What is due after the step that is left out has not been done yet.
+                    # The callbacks that are due after the bad step have not run yet.
                     due = [callback for callback in callbacks if callback.is_due(step)]
             for callback in callbacks:
                 if callback in due:

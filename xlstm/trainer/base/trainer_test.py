@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.trainer import Callback, RollBack, Stop, TrainerConfig, fit, to_row
+from xlstm.trainer.base.trainer import Callback, RollBack, Stop, TrainerConfig, fit, to_scalars
 
 
 class _Recorder(Callback):
-    """Notes what it is told; at each of `due` it wants to act."""
+    """Records its calls; due at the steps `due`."""
 
     def __init__(self, events, due=()):
         self.events, self.due = events, due
@@ -28,7 +28,7 @@ class _Recorder(Callback):
 
 
 def _fit(start_step, num_steps, due=(), more=(), state=()):
-    """Trains a state that is the tuple of its batches, which are their numbers from 0 on."""
+    """Trains a state that is the tuple of its batches, which are numbered from 0."""
     events = []
     batches = {"taken": []}
 
@@ -95,7 +95,7 @@ def test_a_run_goes_on_where_it_was():
     state, events, taken = _fit(7, 9)
     assert state == (7, 8)
     assert [event[1] for event in events if event[0] == "metrics"] == [8, 9]
-    assert taken == [7, 8]  # No batch is taken that is not trained on.
+    assert taken == [7, 8]  # It takes no batch without training on it.
 
 
 def test_a_finished_run_takes_no_step():
@@ -129,7 +129,7 @@ def test_a_stop_ends_the_run_before_its_time():
 
 @pytest.mark.parametrize("due", [[], [3], [4], [3, 4]])
 def test_a_roll_back_goes_on_behind_the_step(due):
-    """Step 3 is bad; step 4 has begun, or not, when that is known, and is made again."""
+    """Step 3 is bad; step 4 may have started when that is known, and is done again."""
 
     class RollingBack(Callback):
         times = 0
@@ -143,13 +143,13 @@ def test_a_roll_back_goes_on_behind_the_step(due):
     assert state == ("saved", 3, 4, 5)
     assert [event[1] for event in events if event[0] == "metrics"] == [1, 2, 3, 4, 5, 6]
     steps = [event for event in events if event[0] == "step"]
-    # What is due after the bad step has the state that is gone on with.
+    # Callbacks that are due after the bad step get the restored state.
     expected = {3: ("step", 3, ("saved",)), 4: ("step", 4, ("saved", 3))}
     assert steps == [expected[step] for step in due]
 
 
 def test_metrics_become_numbers():
-    row = to_row({"loss": (12.0, 8.0), "lr": 1})
+    row = to_scalars({"loss": (12.0, 8.0), "lr": 1})
     assert row == {"loss": 1.5, "lr": 1.0}
     assert all(type(value) is float for value in row.values())
 

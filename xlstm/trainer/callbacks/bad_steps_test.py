@@ -13,7 +13,7 @@ _SPIKE = _GOOD | {"loss": 8.0}
 
 
 class _Run:
-    """A callback, and what it did."""
+    """A callback, and a record of what it did."""
 
     def __init__(self, policy, max_skipped_steps=3, confirmed_step=40):
         self.dumped, self.reports = [], []
@@ -55,8 +55,8 @@ def test_good_steps_are_nothing_to_speak_of():
 @pytest.mark.parametrize(
     "confirmed_step, advice",
     [
-        (5, "The last confirmed checkpoint is that of step 5: go on from it with --allow_config"),
-        (None, "No checkpoint is confirmed: begin anew in another --workdir and with a lower "),
+        (5, "The last confirmed checkpoint is that of step 5: resume from it with --allow_conf"),
+        (None, "No checkpoint is confirmed: start from scratch in another --workdir and a lower "),
     ],
 )
 def test_stop_ends_the_run_and_says_how_to_go_on(row, confirmed_step, advice):
@@ -72,7 +72,7 @@ def test_stop_ends_the_run_and_says_how_to_go_on(row, confirmed_step, advice):
 @pytest.mark.parametrize("name", ["param_norm", "update_norm"])
 def test_skip_ends_the_run_when_the_parameters_are_ruined(name):
     run = _Run("skip")
-    with pytest.raises(ValueError, match="parameters are not finite any more.*step 40: go on"):
+    with pytest.raises(ValueError, match="parameters are no longer finite.*step 40: resume"):
         run.tell(7, _NAN | {name: math.inf})
 
 
@@ -116,7 +116,7 @@ def test_outliers_are_skipped_under_every_policy(policy):
     run = _Run(policy)
     run.tell(1, _OUTLIER, _GOOD)
     assert run.dumped == []
-    assert run.reports[0].startswith("step 1 was left out: its gradient norm is an outlier")
+    assert run.reports[0].startswith("step 1 was skipped: its gradient norm is an outlier")
     assert "grad_norm=1000" in run.reports[0]
 
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints, and stops the run when asked to."""
+"""Callback that writes checkpoints, and stops the run when asked to."""
 
 import time
 
@@ -13,7 +13,7 @@ from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 
 
 class CheckpointCallback(Callback):
-    """Writes a checkpoint every so many steps or minutes, when asked to, and at the end."""
+    """A callback that writes checkpoints at intervals, on request, and at the end."""
 
     def __init__(
         self,
@@ -26,18 +26,17 @@ class CheckpointCallback(Callback):
         minutes: float = 0.0,
         best_interval: int = 0,
     ):
-        """Makes the callback.
+        """Creates the callback.
 
         Args:
-            checkpointer: What writes them.
-            clock: Is told when a checkpoint holds training up.
-            requests: Are told of their answers; a checkpoint is asked for when the minutes are
-                over.
+            checkpointer: Writes the checkpoints.
+            clock: Measures how long a checkpoint delays training.
+            requests: Receives the requests of this process, and their answers.
             soundness: Knows whether the steps so far were sound.
             interval: Steps between checkpoints.
-            minutes: Minutes between them; 0: any number.
-            best_interval: At multiples of it `set_val_loss` is called first, and there is a
-                checkpoint if the loss is the lowest so far; 0: never.
+            minutes: A checkpoint is written when the last one is this old; 0 disables.
+            best_interval: At multiples of this step, `set_val_loss` is called first and a
+                checkpoint is written if the loss is the lowest so far; 0 disables.
         """
         self._checkpointer, self._clock, self._requests = checkpointer, clock, requests
         self._soundness = soundness
@@ -49,15 +48,15 @@ class CheckpointCallback(Callback):
         self._val_losses: dict[int, float] = {}
 
     def set_val_loss(self, step: int, val_loss: float) -> None:
-        """Tells the validation loss after a step, before `on_step`."""
+        """Sets the validation loss of a step; must be called before its `on_step`."""
         self._val_losses = {step: val_loss}
 
     def on_start(self, step: int, state: TrainState) -> None:
-        """Remembers what is there."""
+        """Looks up the latest checkpoint."""
         self._last_step = self._checkpointer.latest_step()
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Learns what the processes ask for; the first process looks at its clock for all."""
+        """Collects the requests of all processes; process 0 watches the time."""
         self._request = max(self._request, Request(int(metrics.get("request", Request.NONE))))
         is_late = self._seconds and time.monotonic() - self._last_time > self._seconds
         if is_late and not self._has_asked and jax.process_index() == 0:
@@ -65,12 +64,12 @@ class CheckpointCallback(Callback):
             self._requests.ask(Request.CHECKPOINT)
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint's turn may have come; raises OSError if the last one failed."""
-        self._checkpointer.check()
-        return self._is_wanted(step) or self._is_turn(step, self._best_interval)
+        """Returns whether a checkpoint may be due; raises OSError if the last one failed."""
+        self._checkpointer.check_for_errors()
+        return self._is_wanted(step) or self._is_multiple(step, self._best_interval)
 
     def on_step(self, step: int, state: TrainState) -> None:
-        """Writes a checkpoint if its turn has come; raises Stop if that was asked for."""
+        """Writes a checkpoint if one is due; raises Stop if a process asked for it."""
         if self._is_wanted(step) or self._is_best(step):
             self._save(step, state)
         if self._request == Request.STOP:
@@ -78,20 +77,20 @@ class CheckpointCallback(Callback):
         self._request = Request.NONE
 
     def on_end(self, step: int, state: TrainState) -> None:
-        """Writes the last checkpoint if it is not there."""
+        """Writes the last checkpoint if it does not exist yet."""
         self._save(step, state)
 
     @staticmethod
-    def _is_turn(step: int, interval: int) -> bool:
+    def _is_multiple(step: int, interval: int) -> bool:
         return bool(interval) and step % interval == 0
 
     def _is_wanted(self, step: int) -> bool:
-        return self._is_turn(step, self._interval) or self._request > Request.NONE
+        return self._is_multiple(step, self._interval) or self._request > Request.NONE
 
     def _is_best(self, step: int) -> bool:
-        if not self._is_turn(step, self._best_interval) or step not in self._val_losses:
+        if not self._is_multiple(step, self._best_interval) or step not in self._val_losses:
             return False
-        self._checkpointer.wait()
+        self._checkpointer.wait_until_finished()
         best = self._checkpointer.best_loss()
         return best is None or self._val_losses[step] < best
 

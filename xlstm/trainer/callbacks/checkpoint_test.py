@@ -40,7 +40,7 @@ def _soundness():
 
 
 class _Validation(Callback):
-    """Tells a callback the losses of some steps."""
+    """Sets the validation losses of some steps."""
 
     def __init__(self, callback, losses):
         self._callback, self._losses = callback, losses
@@ -116,7 +116,7 @@ def test_a_run_goes_on_and_a_finished_one_writes_nothing(tmp_path, train):
 
 
 def test_a_request_is_answered_as_soon_as_all_know_of_it(train):
-    # Asked for during step 3, it travels with step 4, whose metrics come when step 5 has begun.
+    # A request during step 3 travels with step 4, whose metrics arrive after step 5 has started.
     assert train(0, 9, 100, asked={3: [Request.CHECKPOINT]}) == [6, 9]
 
 
@@ -127,7 +127,7 @@ def test_a_stop_comes_after_a_checkpoint(tmp_path, train):
 
 @pytest.mark.parametrize("bad, expected", [(3, [6]), (4, [7])])
 def test_a_request_outlives_the_roll_back_of_its_step(train, bad, expected):
-    """Step 4 carries it: it had begun when step 3 was found to be bad, or is bad itself."""
+    """Step 4 carries it; it has started when step 3 is found to be bad, or is bad itself."""
 
     class RollingBack(Callback):
         times = 0
@@ -145,11 +145,11 @@ def test_after_some_minutes_there_is_one(train, monkeypatch):
     now = [0.0]
 
     def monotonic():
-        now[0] += 20.0  # Looked at once a step, and once a checkpoint.
+        now[0] += 20.0  # Called once per step, and once per checkpoint.
         return now[0]
 
     monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=monotonic))
-    # Over with the metrics of step 4, which come when step 5 has begun: step 6 asks, and so on.
+    # They have passed at the metrics of step 4, after step 5 has started: step 6 carries it.
     assert train(0, 17, 100, minutes=1.0) == [8, 16, 17]
 
 
@@ -157,7 +157,7 @@ def test_minutes_count_from_the_last_checkpoint_whatever_its_reason(train, monke
     times = iter(range(0, 10_000, 20))
     clock = types.SimpleNamespace(monotonic=lambda: next(times))
     monkeypatch.setattr(checkpoint, "time", clock)
-    # They are over when step 5 has begun, which has a checkpoint anyway; and again at step 10.
+    # They have passed when step 5 has started, which has a checkpoint anyway; also at step 10.
     assert train(0, 11, 5, minutes=1.0) == [5, 10, 11]
 
 
@@ -177,16 +177,16 @@ def test_a_checkpoint_says_whether_the_steps_before_it_were_sound(tmp_path, requ
         for step, loss in enumerate([1.0, 1.0, 9.0, 1.0, 1.0, 1.0], start=1):
             soundness.judge(good | {"loss": loss, "skipped": 0.0})
             callback.on_step(step, _state(step))
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         assert checkpointer.confirmed_step() == 6
         assert checkpointer.soundness(6) == soundness.to_dict()
-    saved = CheckpointFolder(str(tmp_path)).saved()
+    saved = CheckpointFolder(str(tmp_path)).metadata()
     assert [step for step in saved if saved[step].confirmed] == [1, 2, 6]
 
 
 def test_a_failure_in_the_background_is_told_at_the_next_step(requests):
     class Failing:
-        def check(self):
+        def check_for_errors(self):
             raise OSError("disk full")
 
     callback = CheckpointCallback(Failing(), Clock(), requests, _soundness(), interval=5)

@@ -16,7 +16,7 @@ class _Recorder(Logger):
 
 
 def _steps_evaluated(start_step, num_steps, interval):
-    """Runs a training of which the state is the step; returns where it was evaluated."""
+    """Runs a training whose state is the step; returns the steps of its evaluations."""
     recorder, told = _Recorder(), []
     callback = EvaluateCallback(
         lambda state: {"val_loss": float(state), "val_loss_wiki": 0.0},
@@ -43,10 +43,10 @@ def _steps_evaluated(start_step, num_steps, interval):
         (0, 25, 10, [0, 10, 20, 25]),
         (0, 5, 10, [0, 5]),
         (0, 3, 1, [0, 1, 2, 3]),
-        # A run that goes on has been evaluated at its start: at step 10 here,
+        # A resumed run has been evaluated at its first step,
         (10, 20, 10, [20]),
         (10, 15, 10, [15]),
-        # and a finished run has nothing to add.
+        # and a finished run at its last one.
         (20, 20, 10, []),
         (25, 25, 10, []),
     ],

@@ -1,4 +1,4 @@
-"""Traces chosen steps."""
+"""Callback that profiles chosen steps."""
 
 import os
 
@@ -9,14 +9,14 @@ from xlstm.trainer.base.trainer import Callback
 
 
 class ProfileCallback(Callback):
-    """Records chosen steps with JAX's profiler, for TensorBoard or Perfetto."""
+    """A callback that traces steps with JAX's profiler, for TensorBoard or Perfetto."""
 
     def __init__(self, directory: str, steps: tuple[int, ...]):
-        """Makes the callback.
+        """Creates the callback.
 
         Args:
-            directory: Where traces go: `step_<first>` for each stretch of neighbouring steps.
-            steps: The steps.
+            directory: Folder of the traces: `step_<first>` for each range of consecutive steps.
+            steps: The steps to trace.
         """
         self._directory, self._steps, self._is_tracing = directory, frozenset(steps), False
 
@@ -25,11 +25,11 @@ class ProfileCallback(Callback):
         self.on_step(step, state)
 
     def is_due(self, step: int) -> bool:
-        """Whether a trace begins or ends after this step."""
+        """Returns whether a trace starts or ends after this step."""
         return self._is_tracing != (step + 1 in self._steps)
 
     def on_step(self, step: int, state: TrainState) -> None:
-        """Ends and begins traces when the step's work is done."""
+        """Waits until the step is done, then ends and starts traces."""
         jax.block_until_ready(state)
         self.close()
         self._is_tracing = step + 1 in self._steps
@@ -37,7 +37,7 @@ class ProfileCallback(Callback):
             jax.profiler.start_trace(os.path.join(self._directory, f"step_{step + 1}"))
 
     def close(self) -> None:
-        """Ends a trace that is still going on, so that what it has is written."""
+        """Ends a running trace, which writes its file."""
         if self._is_tracing:
             jax.profiler.stop_trace()
             self._is_tracing = False

@@ -29,7 +29,7 @@ def test_a_trace_ends_with_the_run_and_begins_where_it_goes_on(tmp_path):
 def test_a_trace_ends_a_step_later_if_its_last_step_is_rolled_back(tmp_path):
     callback, state = ProfileCallback(str(tmp_path), (2,)), jnp.zeros(8)
     callback.on_start(1, state)
-    assert callback.is_due(2)  # But what is due after a step that is rolled back is left out.
+    assert callback.is_due(2)  # But the step is rolled back, and `on_step` is not called.
     assert callback.is_due(3)
     callback.on_step(3, state)
     assert list((tmp_path / "step_2").rglob("*.xplane.pb"))

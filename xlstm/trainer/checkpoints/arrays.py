@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: those of a train state, and those that are stored."""
+"""Arrays of a checkpoint: their names in a train state, and their metadata in storage."""
 
 import itertools
 import math
@@ -16,79 +16,168 @@ from xlstm.files import read_json
 from xlstm.trainer.base.param_utils import reboxed, unboxed
 from xlstm.trainer.checkpoints.storage import literal_path_handler
 
+_FIELDS = ("params", "opt_state", "step", "rng", "params_ema", "grad_norm_mean", "skipped_steps")
 
-def stored_arrays(
+
+def _saved_fields(state: TrainState) -> dict[str, PyTree]:
+    fields = {field: getattr(state, field) for field in _FIELDS}
+    return {field: tree for field, tree in fields.items() if tree is not None}
+
+
+def named_arrays(state: TrainState) -> dict[str, jax.Array]:
+    """Returns the arrays of a state by name, for example `params.blocks.norm`.
+
+    They have no boxes, so they do not depend on a mesh.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(_saved_fields(state)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def with_arrays(state: TrainState, arrays: Mapping[str, jax.Array]) -> TrainState:
+    """Inverts `named_arrays`: returns the state with other arrays in its boxes."""
+    fields = _saved_fields(state)
+    structure = jax.tree.structure(unboxed(fields))
+    found = jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(state)])
+    return state.replace(**reboxed(found, fields))
+
+
+def arrays_to_read(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Selects the arrays to read from a checkpoint, which may lack `params_ema`.
+
+    Args:
+        wanted: The arrays of the state wanted, by name; anything with a `shape`.
+        saved: The arrays of the checkpoint; may include a `params_ema` that is not wanted.
+
+    Returns:
+        The arrays of `wanted` to read; `fill_missing_ema` adds the others.
+
+    Raises:
+        ValueError: If the checkpoint is from another model or optimizer.
+    """
+    ema = {name for name in wanted if _is_ema(name)}
+    if not ema & saved.keys():
+        wanted = {name: x for name, x in wanted.items() if name not in ema}
+    if not ema:
+        saved = {name: x for name, x in saved.items() if not _is_ema(name)}
+    for name in sorted(wanted.keys() | saved.keys(), key=_params_first):
+        here, there = (_shape(arrays.get(name)) for arrays in (wanted, saved))
+        if here != there:
+            what = f"{name} is {there} there, {here} in this configuration"
+            is_optimizer = name.startswith("opt_state.")
+            raise ValueError(f"it has another optimizer: {what}" if is_optimizer else what)
+    return dict(wanted)
+
+
+def fill_missing_ema(
+    wanted: Mapping[str, Any], arrays: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Adds the `params_ema` that a checkpoint lacked, as a copy of the parameters.
+
+    Args:
+        wanted: The arrays of the state wanted, by name; anything with a `dtype`.
+        arrays: The arrays that were read.
+
+    Returns:
+        All arrays of `wanted`.
+    """
+    filled = dict(arrays)
+    for name in wanted.keys() - arrays.keys():
+        parameter = arrays[name.replace("params_ema", "params", 1)]
+        # A real copy, since a training step donates both buffers.
+        filled[name] = jnp.copy(parameter).astype(wanted[name].dtype)
+    return filled
+
+
+def _is_ema(name: str) -> bool:
+    return name.startswith("params_ema.")
+
+
+def _params_first(name: str) -> tuple[bool, str]:
+    """Returns a sort key; another model also has another optimizer state, so name the model."""
+    return not name.startswith("params."), name
+
+
+def _shape(x: Any) -> str:
+    if x is None:
+        return "missing"
+    return f"of the shape {tuple(x.shape)}" if x.shape else "a scalar"
+
+
+def read_array_metadata(
     path: str, expected: Mapping[str, jax.ShapeDtypeStruct] | None = None
 ) -> dict[str, Any]:
-    """Finds out which arrays lie in a folder, and that they can be read from the first to the last.
+    """Returns the metadata of the arrays in a folder, after checking that they can be read.
 
     Args:
         path: The folder.
-        expected: The arrays that have to be there, by name; None for whatever its list names.
+        expected: The arrays that must be there, by name; None accepts those that Orbax lists.
 
     Returns:
-        What Orbax knows of the arrays by name, a `shape` and a `dtype` among it.
+        Orbax's metadata of the arrays by name, with a `shape` and a `dtype`.
 
     Raises:
-        ValueError: If something is missing, or is not what was expected; it names the first array.
-            Or the arrays are not parts of one database, which no name of theirs can lead out of.
-        Exception: Whatever storage raises.
+        ValueError: If a chunk is missing, an array is not as expected (the first one is named), or
+            the folder is not an OCDBT store.
+        Exception: Anything that storage raises.
     """
-    # Arrays of the other layout are folders by name, and Orbax joins whatever is written there.
+    # In the other format each array is a folder, whose name Orbax takes from the list unchecked.
     if read_json(os.path.join(path, "_METADATA")).get("use_ocdbt") is not True:
         raise ValueError(f"{path} was not written by this program: it is no OCDBT store")
-    files = dict(_stored_parts(path))
+    chunks = dict(_stored_chunks(path))
     for name in expected or ():
-        if f"{name}/.zarray" not in files:
+        if f"{name}/.zarray" not in chunks:
             raise ValueError(f"the array {name} is missing")
     try:
         arrays = literal_path_handler().metadata(pathlib.Path(path)).tree
-    except Exception as error:  # Orbax raises whatever comes of a list that is none.
+    except Exception as error:  # Orbax may raise anything if the list is malformed.
         raise ValueError(f"the arrays that it lists cannot be opened ({error})") from error
     for name, wanted in (expected or {}).items():
         array = arrays.get(name)
         if array is None or (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(
-                f"the array {name} is not listed as the one of the shape {wanted.shape} and the"
-                f" type {wanted.dtype} that was written"
+                f"the array {name} is not listed with the shape {wanted.shape} and the type"
+                f" {wanted.dtype} that was written"
             )
     sizes = {}
     for name, array in arrays.items():
-        _check_parts(name, array, len(files))
-        keys = [f"{name}/{part}" for part in _part_names(array)]
-        missing = sum(key not in files for key in keys)
+        _check_chunk_shape(name, array, len(chunks))
+        keys = [f"{name}/{index}" for index in _chunk_indices(array)]
+        missing = sum(key not in chunks for key in keys)
         if missing:
-            raise ValueError(f"{missing} of {len(keys)} parts of the array {name} are missing")
-        for file, end in filter(None, (files[key] for key in keys)):
+            raise ValueError(f"{missing} of {len(keys)} chunks of the array {name} are missing")
+        for file, end in filter(None, (chunks[key] for key in keys)):
             if file not in sizes:
                 sizes[file] = _size(os.path.join(path, file))
             if sizes[file] < end:
-                raise ValueError(f"{file}, which holds a part of the array {name}, is cut or gone")
+                raise ValueError(
+                    f"{file}, which holds a chunk of the array {name}, is truncated or missing"
+                )
     return arrays
 
 
-def _check_parts(name: str, array: Any, num_stored: int) -> None:
-    """Checks that neither the parts of an array nor one of them are more than there may be."""
-    parts = array.storage.chunk_shape
-    count = math.prod(-(-size // part) for size, part in zip(array.shape, parts, strict=True))
-    if count > num_stored or math.prod(parts) > max(math.prod(array.shape), 1):
+def _check_chunk_shape(name: str, array: Any, num_stored: int) -> None:
+    """Checks that an array has no more chunks than are stored, and no chunk larger than itself."""
+    chunk_shape = array.storage.chunk_shape
+    pairs = zip(array.shape, chunk_shape, strict=True)
+    count = math.prod(-(-size // chunk) for size, chunk in pairs)
+    if count > num_stored or math.prod(chunk_shape) > max(math.prod(array.shape), 1):
         raise ValueError(
-            f"the array {name} of the shape {tuple(array.shape)} cannot be made of {num_stored}"
-            f" parts of the shape {tuple(parts)}"
+            f"the array {name} of the shape {tuple(array.shape)} cannot consist of {num_stored}"
+            f" chunks of the shape {tuple(chunk_shape)}"
         )
 
 
-def _part_names(array: Any) -> Iterator[str]:
-    """The names that an array's parts have in the database: their places in the grid."""
+def _chunk_indices(array: Any) -> Iterator[str]:
+    """Yields the indices of an array's chunks in the grid, as in their keys in the store."""
     pairs = zip(array.shape, array.storage.chunk_shape, strict=True)
-    grid = (range(math.ceil(size / part)) for size, part in pairs)
-    return (".".join(map(str, place)) or "0" for place in itertools.product(*grid))
+    grid = (range(math.ceil(size / chunk)) for size, chunk in pairs)
+    return (".".join(map(str, index)) or "0" for index in itertools.product(*grid))
 
 
-def _stored_parts(path: str) -> Iterator[tuple[str, tuple[str, int] | None]]:
-    """The keys of a database, each with the file and the end of its value in it.
+def _stored_chunks(path: str) -> Iterator[tuple[str, tuple[str, int] | None]]:
+    """Yields the keys of an OCDBT store, each with the file of its value and its end there.
 
-    There is none if it lies in the tree itself.
+    The second is None if the value is stored in the tree itself.
     """
     folder = {"driver": "file", "path": os.path.join(path, "")}
     base = tensorstore.KvStore.open(folder).result()
@@ -99,11 +188,11 @@ def _stored_parts(path: str) -> Iterator[tuple[str, tuple[str, int] | None]]:
             if "location" in entry:
                 nodes.append((prefix + entry["subtree_common_prefix"].decode(), entry["location"]))
                 continue
-            place = None
+            value = None
             if "indirect_value" in entry:  # kind:folder:file:begin:length
                 _, parent, name, begin, length = entry["indirect_value"].split(":")
-                place = parent + name, int(begin) + int(length)
-            yield prefix + entry["key"].decode(), place
+                value = parent + name, int(begin) + int(length)
+            yield prefix + entry["key"].decode(), value
 
 
 def _size(path: str) -> int:
@@ -111,91 +200,3 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     except FileNotFoundError:
         return -1
-
-
-_FIELDS = ("params", "opt_state", "step", "rng", "params_ema", "grad_norm_mean", "skipped_steps")
-
-
-def _saved_fields(state: TrainState) -> dict[str, PyTree]:
-    fields = {field: getattr(state, field) for field in _FIELDS}
-    return {field: tree for field, tree in fields.items() if tree is not None}
-
-
-def named_arrays(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a state by their paths, `params.blocks.norm` and so on.
-
-    There are no boxes in it, so it knows nothing of a mesh.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(unboxed(_saved_fields(state)))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def with_arrays(state: TrainState, arrays: Mapping[str, jax.Array]) -> TrainState:
-    """The inverse of `named_arrays`: the state with other arrays in its boxes."""
-    fields = _saved_fields(state)
-    structure = jax.tree.structure(unboxed(fields))
-    found = jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(state)])
-    return state.replace(**reboxed(found, fields))
-
-
-def arrays_to_read(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Chooses what to read from a checkpoint: all that is wanted, but for an average that it lacks.
-
-    Args:
-        wanted: The arrays of the state wanted, by name; anything that has a shape does.
-        saved: Those of the checkpoint; an average of the parameters that is not wanted may be
-            among them.
-
-    Returns:
-        Those of `wanted` to read; `fill_average` makes the others.
-
-    Raises:
-        ValueError: If the checkpoint is of another model or optimizer.
-    """
-    average = {name for name in wanted if _is_average(name)}
-    if not average & saved.keys():
-        wanted = {name: x for name, x in wanted.items() if name not in average}
-    if not average:
-        saved = {name: x for name, x in saved.items() if not _is_average(name)}
-    for name in sorted(wanted.keys() | saved.keys(), key=_importance):
-        here, there = (_shape(arrays.get(name)) for arrays in (wanted, saved))
-        if here != there:
-            what = f"{name} is {there} there, {here} in this configuration"
-            is_optimizer = name.startswith("opt_state.")
-            raise ValueError(f"another optimizer wrote it: {what}" if is_optimizer else what)
-    return dict(wanted)
-
-
-def fill_average(
-    wanted: Mapping[str, Any], arrays: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Adds the average that a checkpoint lacked: it begins as a copy of the parameters.
-
-    Args:
-        wanted: The arrays of the state wanted, by name; anything that has a type does.
-        arrays: What was read.
-
-    Returns:
-        All that is wanted.
-    """
-    filled = dict(arrays)
-    for name in wanted.keys() - arrays.keys():
-        parameter = arrays[name.replace("params_ema", "params", 1)]
-        # A true copy: a training step gives both buffers away.
-        filled[name] = jnp.copy(parameter).astype(wanted[name].dtype)
-    return filled
-
-
-def _is_average(name: str) -> bool:
-    return name.startswith("params_ema.")
-
-
-def _importance(name: str) -> tuple[bool, str]:
-    """Another model has another optimizer state, too: the model comes first."""
-    return not name.startswith("params."), name
-
-
-def _shape(x: Any) -> str:
-    if x is None:
-        return "missing"
-    return f"of the shape {tuple(x.shape)}" if x.shape else "a scalar"

@@ -16,12 +16,12 @@ from xlstm.common_types import TrainState
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.checkpoints.arrays import (
     arrays_to_read,
-    fill_average,
+    fill_missing_ema,
     named_arrays,
-    stored_arrays,
+    read_array_metadata,
     with_arrays,
 )
-from xlstm.trainer.checkpoints.streamed_arrays import ArrayParts, write_parts
+from xlstm.trainer.checkpoints.streamed_arrays import StreamedArray, write_streamed_arrays
 
 _SHAPES = {"stack": (4, 20, 20), "small": (3,)}
 _EXPECTED = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in _SHAPES.items()}
@@ -29,13 +29,13 @@ _EXPECTED = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in _S
 
 @pytest.fixture
 def path(tmp_path):
-    """An array of four parts, the second of which is zeros, and a small one of one."""
+    """An array of four chunks, the second of which is zeros, and a small one of one chunk."""
     parts = (np.full((1, 20, 20), abs(i - 1), np.float32) for i in range(4))
     arrays = {
-        "stack": ArrayParts(_SHAPES["stack"], 4, parts),
-        "small": ArrayParts(_SHAPES["small"], 1, iter([np.zeros(3, np.float32)])),
+        "stack": StreamedArray(_SHAPES["stack"], 4, parts),
+        "small": StreamedArray(_SHAPES["small"], 1, iter([np.zeros(3, np.float32)])),
     }
-    write_parts(str(tmp_path / "arrays"), arrays)
+    write_streamed_arrays(str(tmp_path / "arrays"), arrays)
     return str(tmp_path / "arrays")
 
 
@@ -50,7 +50,7 @@ def _remove(path, key):
 
 def test_what_is_there_whole(path):
     for expected in (None, _EXPECTED):
-        found = stored_arrays(path, expected)
+        found = read_array_metadata(path, expected)
         assert {name: x.shape for name, x in found.items()} == _SHAPES
         assert {x.dtype for x in found.values()} == {np.dtype(np.float32)}
 
@@ -59,24 +59,24 @@ def test_what_is_there_whole(path):
 def test_a_missing_part_is_named_even_one_of_zeros(path, key):
     _remove(path, key)
     for expected in (None, _EXPECTED):
-        with pytest.raises(ValueError, match="^1 of 4 parts of the array stack are missing$"):
-            stored_arrays(path, expected)
+        with pytest.raises(ValueError, match="^1 of 4 chunks of the array stack are missing$"):
+            read_array_metadata(path, expected)
 
 
 def test_a_missing_array_is_named(path):
     _remove(path, "small/.zarray")
     with pytest.raises(ValueError, match="^the array small is missing$"):
-        stored_arrays(path, _EXPECTED)
+        read_array_metadata(path, _EXPECTED)
     with pytest.raises(ValueError, match='cannot be opened .*"small/.zarray"'):
-        stored_arrays(path)
+        read_array_metadata(path)
     with pytest.raises(ValueError, match="^the array third is missing$"):
-        stored_arrays(path, {"third": _EXPECTED["small"]})
+        read_array_metadata(path, {"third": _EXPECTED["small"]})
 
 
 @pytest.mark.parametrize("shape, dtype", [((4, 20, 10), np.float32), ((4, 20, 20), np.int32)])
 def test_another_shape_or_type_is_named(path, shape, dtype):
-    with pytest.raises(ValueError, match="the array stack is not listed as the one of the shape"):
-        stored_arrays(path, {"stack": jax.ShapeDtypeStruct(shape, dtype)})
+    with pytest.raises(ValueError, match="the array stack is not listed with the shape"):
+        read_array_metadata(path, {"stack": jax.ShapeDtypeStruct(shape, dtype)})
 
 
 @pytest.mark.parametrize("size", [None, 0, 1599])
@@ -87,8 +87,9 @@ def test_a_file_that_is_cut_or_gone_is_named(path, size):
         os.remove(os.path.join(folder, name))
     else:
         os.truncate(os.path.join(folder, name), size)
-    with pytest.raises(ValueError, match=f"{name}, which holds a part of the array stack, is cut"):
-        stored_arrays(path)
+    message = f"{name}, which holds a chunk of the array stack, is truncated or missing"
+    with pytest.raises(ValueError, match=message):
+        read_array_metadata(path)
 
 
 @pytest.mark.parametrize("name", ["manifest.ocdbt", "_METADATA", "d"])
@@ -100,11 +101,11 @@ def test_a_manifest_that_is_missing_or_other_bytes(path, name, is_there):
         with open(damaged, "w") as file:
             file.write("{}")
     with pytest.raises((ValueError, OSError)):
-        stored_arrays(path)
+        read_array_metadata(path)
 
 
 def test_a_tree_of_several_levels(path):
-    """As there is for a very large number of arrays."""
+    """As OCDBT creates for very many arrays."""
     database = _database(path)
     entries = {key: database[key] for key in database.list().result()}
     os.remove(os.path.join(path, "manifest.ocdbt"))
@@ -116,10 +117,10 @@ def test_a_tree_of_several_levels(path):
             database.with_transaction(transaction)[key] = value
     base = tensorstore.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
     assert tensorstore.ocdbt.dump(base).result()["versions"][-1]["root_height"] > 1
-    assert stored_arrays(path, _EXPECTED).keys() == _SHAPES.keys()
+    assert read_array_metadata(path, _EXPECTED).keys() == _SHAPES.keys()
     _remove(path, "stack/2.0.0")
-    with pytest.raises(ValueError, match="1 of 4 parts of the array stack are missing"):
-        stored_arrays(path)
+    with pytest.raises(ValueError, match="1 of 4 chunks of the array stack are missing"):
+        read_array_metadata(path)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,8 @@ def test_what_an_array_says_of_its_size_is_compared_with_its_parts(path, change)
     database = _database(path)
     layout = json.loads(database["small/.zarray"])
     database["small/.zarray"] = json.dumps(layout | change).encode()
-    with pytest.raises(ValueError, match="^the array small of the shape .* cannot be made of"):
-        stored_arrays(path)
+    with pytest.raises(ValueError, match="^the array small of the shape .* cannot consist of"):
+        read_array_metadata(path)
 
 
 _OPTIMIZER = optax.adam(1e-2)
@@ -200,7 +201,7 @@ def test_only_the_average_may_be_missing():
 
 def test_the_model_is_named_before_the_optimizer():
     wanted, saved = named_arrays(_state(optax.sgd(1e-2))), named_arrays(_state())
-    with pytest.raises(ValueError, match="^another optimizer wrote it: opt_state.0.count is a sc"):
+    with pytest.raises(ValueError, match="^it has another optimizer: opt_state.0.count is a sc"):
         arrays_to_read(wanted, saved)
     wanted["params.bias"] = jnp.zeros(5)
     message = r"^params.bias is of the shape \(3,\) there, of the shape \(5,\) in this config"
@@ -210,10 +211,10 @@ def test_the_model_is_named_before_the_optimizer():
 
 def test_an_average_that_is_missing_is_a_copy():
     wanted, read = named_arrays(_state(with_ema=True)), named_arrays(_state())
-    filled = fill_average(wanted, read)
+    filled = fill_missing_ema(wanted, read)
     assert filled.keys() == wanted.keys()
     np.testing.assert_array_equal(filled["params_ema.blocks.w"], read["params.blocks.w"])
     read["params.blocks.w"].delete()
     assert np.all(np.array(filled["params_ema.blocks.w"]) == 1)
-    found = fill_average(wanted, wanted)
+    found = fill_missing_ema(wanted, wanted)
     assert all(found[name] is wanted[name] for name in wanted)

@@ -1,7 +1,6 @@
-"""Checkpoints of the train state, written and read by Orbax, and checked by checksums."""
+"""Asynchronous checkpoints of the train state: written and read by Orbax, checked by checksums."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import threading
@@ -12,45 +11,43 @@ import jax
 import orbax.checkpoint as ocp
 
 from xlstm.common_types import TrainState
-from xlstm.trainer.base.multihost import (
-    from_first_process,
-    in_first_process,
-)
+from xlstm.trainer.base.multihost import broadcast_from_process_0, run_on_process_0
 from xlstm.trainer.checkpoints.arrays import (
     arrays_to_read,
-    fill_average,
+    fill_missing_ema,
     named_arrays,
-    stored_arrays,
+    read_array_metadata,
     with_arrays,
 )
 from xlstm.trainer.checkpoints.checksums import find_damage
 from xlstm.trainer.checkpoints.folder import (
     CheckpointFolder,
+    CheckpointMetadata,
     Retention,
-    Saved,
     best_step,
     confirmed_step,
 )
 from xlstm.trainer.checkpoints.storage import (
-    ITEM,
+    STATE_DIR,
     array_handler,
-    reported,
+    as_os_error,
     restore_arguments,
     save_arguments,
     storage_error,
 )
 
-_UNCONFIRMED = "unconfirmed_checkpoints"
+_UNCONFIRMED, _DAMAGED = "unconfirmed_checkpoints", "damaged_checkpoints"
 
 
 class Checkpointer:
-    """Writes checkpoints in the background, and reads those that are whole.
+    """A checkpointer that writes in the background and restores complete checkpoints.
 
-    A checkpoint counts once the checksums of all its files are written; only then are older ones
-    removed, and of those never the last one that is confirmed. After a failure in the background
-    every method but those that return what is known raises. In a run of several processes every one
-    has its own and calls the same methods; the first one speaks and changes files that belong to
-    none.
+    A checkpoint counts once the checksums of all its files are written. Only then are older ones
+    removed, and never the latest confirmed one. After a failure in the background every method
+    raises, except for those that only return what is known.
+
+    In a run of several processes each has its own `Checkpointer` and calls the same methods.
+    Process 0 reports, and changes the files that belong to no single process.
     """
 
     def __init__(
@@ -58,75 +55,92 @@ class Checkpointer:
         directory: str,
         *,
         max_to_keep: int = 2,
-        keep_interval: int = 0,
+        keep_period: int = 0,
         keep_best: bool = False,
         only_confirmed: bool = True,
         run_info: dict[str, Any] | None = None,
         report: Callable[[str], None] = lambda text: None,
     ):
-        """Opens the folder of a run's checkpoints, and makes it if it is not there.
+        """Opens the folder of a run's checkpoints; creates it if necessary.
 
         Args:
             directory: The folder.
-            max_to_keep: The last so many checkpoints are kept.
-            keep_interval: Those of steps that it divides are kept for ever; 0 for none.
-            keep_best: Whether that with the lowest validation loss is kept, too.
-            only_confirmed: Whether a run goes on from confirmed checkpoints only.
-            run_info: What is to be known of the run, saved with each; JSON must be able to hold it.
-            report: Takes sentences for the user, from any thread, in the first process only.
+            max_to_keep: See `Retention`.
+            keep_period: See `Retention`.
+            keep_best: See `Retention`.
+            only_confirmed: Whether a run resumes only from confirmed checkpoints.
+            run_info: Facts about the run, saved with each checkpoint; JSON must be able to
+                represent them.
+            report: Shows a sentence to the user; called from any thread, only in process 0.
 
         Raises:
             OSError: If the folder cannot be used.
         """
         self._folder = CheckpointFolder(directory)
-        self._retention = Retention(max_to_keep, keep_interval, keep_best)
+        self._retention = Retention(max_to_keep, keep_period, keep_best)
         self._only_confirmed = only_confirmed
         self._run_info, self._report = run_info or {}, report
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        with reported(f"the checkpoints in {directory} cannot be opened"):
-            self._saved = self._open_folder()
-            # Folders are made at once: if they cannot be, Orbax's threads would wait for them.
+        with as_os_error(f"the checkpoints in {directory} cannot be opened"):
+            self._metadata = self._open_folder()
+            # If a folder cannot be created, Orbax's threads would wait for it without end.
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             self._orbax = ocp.AsyncCheckpointer(array_handler(), async_options=options)
 
-    def _open_folder(self) -> dict[int, Saved]:
-        """Makes the folder, or finds what is in it; every process keeps the same books."""
+    def _open_folder(self) -> dict[int, CheckpointMetadata]:
+        """Creates the folder or reads its metadata; returns the same in every process."""
 
         def read() -> list[tuple[int, dict[str, Any]]]:
             os.makedirs(self._folder.path, exist_ok=True)
-            saved = self._folder.saved()
-            return [(step, dataclasses.asdict(saved[step])) for step in saved]
+            return [(step, x.to_dict()) for step, x in self._folder.metadata().items()]
 
-        return {step: Saved(**fields) for step, fields in from_first_process(read)}
+        found = broadcast_from_process_0(read)
+        return {step: CheckpointMetadata.from_dict(x) for step, x in found}
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the latest complete checkpoint; None if there is none."""
+        return max(self._metadata, default=None)
+
+    def confirmed_step(self) -> int | None:
+        """Returns the step of the latest confirmed checkpoint; None if there is none."""
+        return confirmed_step(self._metadata)
+
+    def soundness(self, step: int) -> dict[str, Any] | None:
+        """Returns the `soundness` that was saved with a checkpoint; None if unknown."""
+        return self._metadata[step].soundness
+
+    def best_loss(self) -> float | None:
+        """Returns the lowest validation loss of the confirmed checkpoints; None if unknown."""
+        step = best_step(self._metadata)
+        return None if step is None else self._metadata[step].val_loss
 
     def discard_unusable(self) -> int | None:
-        """Looks for the newest checkpoint that a run can go on from.
+        """Finds the latest checkpoint to resume from: confirmed, and with every byte as written.
 
-        It is confirmed, and every byte of it is as it was written. Newer ones are moved to
-        `unconfirmed_checkpoints` and `damaged_checkpoints` beside the folder. What a killed run was
-        still writing is removed.
+        Moves later checkpoints to `unconfirmed_checkpoints` and `damaged_checkpoints` beside the
+        folder. Removes what a killed run left unfinished.
 
         Returns:
-            The step of that checkpoint, now the last one; None if there was none at all.
+            The step of that checkpoint, which is now the latest; None if there are no checkpoints.
 
         Raises:
-            OSError: If there are checkpoints, but none such: they stay where they are. Or something
-                cannot be read or moved.
+            OSError: If there are checkpoints but none is usable, in which case all stay where they
+                are; or if a file cannot be read or moved.
         """
-        self.wait()
-        step = from_first_process(self._discard_unusable)
-        self._saved = self._open_folder()
+        self.wait_until_finished()
+        step = broadcast_from_process_0(self._discard_unusable)
+        self._metadata = self._open_folder()
         return step
 
     def _discard_unusable(self) -> int | None:
         folder, unconfirmed, damages = self._folder, [], {}
-        with reported(f"the checkpoints in {folder.path} cannot be checked"):
+        with as_os_error(f"the checkpoints in {folder.path} cannot be checked"):
             self._remove_leftovers()
-            steps, saved = folder.steps(), folder.saved()
+            steps, metadata = folder.steps(), folder.metadata()
             while steps:
                 step = steps[-1]
-                if self._only_confirmed and not saved.get(step, Saved()).confirmed:
+                if self._only_confirmed and not metadata.get(step, CheckpointMetadata()).confirmed:
                     unconfirmed.append(step)
                 elif damage := self._find_damage(step):
                     damages[step] = damage
@@ -137,81 +151,69 @@ class Checkpointer:
             if unconfirmed or damages:
                 raise OSError(folder.describe_unusable(unconfirmed, damages))
             return None
-        with reported(f"a checkpoint in {folder.path} cannot be moved away"):
-            if unconfirmed:
-                # Each start may come this far: those of the last one are enough.
-                folder.forget_aside(_UNCONFIRMED)
-            for step in unconfirmed:
-                path = folder.set_aside(step, _UNCONFIRMED)
-                self._report(
-                    f"the checkpoint of step {step} is not confirmed, since steps before it were"
-                    f" not sound: it is moved to {path}, and that of step {steps[-1]} is used"
-                )
-            for step, damage in damages.items():
-                path = folder.set_aside(step, "damaged_checkpoints")
-                self._report(
-                    f"the checkpoint of step {step} is damaged ({damage}): it is moved to {path},"
-                    f" and that of step {steps[-1]} is used"
-                )
+        with as_os_error(f"a checkpoint in {folder.path} cannot be moved"):
+            self._set_aside(unconfirmed, damages, used=steps[-1])
         return steps[-1]
 
+    def _set_aside(self, unconfirmed: list[int], damages: Mapping[int, str], used: int) -> None:
+        """Moves unusable checkpoints out of the folder, and reports each."""
+        if unconfirmed:
+            # Every start may set some aside: keep only the latest.
+            self._folder.clear_set_aside(_UNCONFIRMED)
+        for step in unconfirmed:
+            path = self._folder.set_aside(step, _UNCONFIRMED)
+            self._report(
+                f"the checkpoint of step {step} is not confirmed, since steps before it were not"
+                f" sound: moved it to {path}; using the checkpoint of step {used}"
+            )
+        for step, damage in damages.items():
+            path = self._folder.set_aside(step, _DAMAGED)
+            self._report(
+                f"the checkpoint of step {step} is damaged ({damage}): moved it to {path}; using"
+                f" the checkpoint of step {used}"
+            )
+
     def _find_damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint; see `find_damage`."""
-        folder = self._folder.of_step(step)
+        """Returns what is wrong with a checkpoint, see `find_damage`; None if nothing is."""
+        folder = self._folder.step_dir(step)
         damage = find_damage(folder)
         if damage is None:
             try:
-                stored_arrays(self._arrays_path(folder))
-            except Exception as error:  # Whatever storage raises; its files are as written.
+                read_array_metadata(self._arrays_path(folder))
+            except Exception as error:  # Storage may raise anything, though no file has changed.
                 damage = storage_error(error)
         return damage
 
     def _remove_leftovers(self) -> None:
         try:
             for step in self._folder.remove_leftovers():
-                self._report(f"the checkpoint of step {step} was not finished: it is removed")
-        except OSError as error:  # They do not count, so they do no harm.
-            self._report(f"what is left of a checkpoint cannot be removed ({error})")
-
-    def latest_step(self) -> int | None:
-        """The step of the last whole checkpoint; None if there is none."""
-        return max(self._saved, default=None)
-
-    def confirmed_step(self) -> int | None:
-        """The step of the last checkpoint that is confirmed; None if none is."""
-        return confirmed_step(self._saved)
-
-    def soundness(self, step: int) -> dict[str, Any] | None:
-        """What `save` was told of the steps up to a checkpoint; None if that is not known."""
-        return self._saved[step].soundness
-
-    def best_loss(self) -> float | None:
-        """The lowest validation loss of the confirmed checkpoints; None if none is known."""
-        step = best_step(self._saved)
-        return None if step is None else self._saved[step].val_loss
+                self._report(f"removed the checkpoint of step {step}, which was not finished")
+        except OSError as error:  # Leftovers do no harm: they do not count as checkpoints.
+            self._report(f"leftovers of a checkpoint cannot be removed ({error})")
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Reads a checkpoint.
 
         Args:
-            like: A state with the shapes and shardings wanted. It is consumed, so that two states
-                never need room at once.
-            step: The checkpoint's step; by default that of the last one.
+            like: A state with the shapes and shardings wanted. It is consumed, so that memory never
+                holds two states.
+            step: The checkpoint's step; None for the latest one.
 
         Returns:
-            The state that was saved, placed as `like` is. An average of the parameters that is
-            wanted, but was not saved, begins as a copy of them.
+            The saved state, sharded like `like`. If `like` has a moving average of the parameters
+            but the checkpoint has none, the average starts as a copy of the parameters.
 
         Raises:
-            OSError: If there is none, or it cannot be read, or is of another model or optimizer.
+            OSError: If there is no such checkpoint, it cannot be read, or it is from another model
+                or optimizer.
         """
-        self.wait()
+        self.wait_until_finished()
         found = self.latest_step() if step is None else step
-        if found not in self._saved:
+        if found not in self._metadata:
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise OSError(f"there is {which} in {self._folder.path}")
-        with reported(f"the checkpoint of step {found} in {self._folder.path} cannot be read"):
-            return self._restore(like, self._arrays_path(self._folder.of_step(found)))
+        with as_os_error(f"the checkpoint of step {found} in {self._folder.path} cannot be read"):
+            return self._restore(like, self._arrays_path(self._folder.step_dir(found)))
 
     def _restore(self, like: TrainState, path: str) -> TrainState:
         like_arrays = named_arrays(like)
@@ -219,15 +221,15 @@ class Checkpointer:
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in like_arrays.items()
         }
-        target = arrays_to_read(wanted, stored_arrays(path))
+        target = arrays_to_read(wanted, read_array_metadata(path))
         for array in like_arrays.values():
             array.delete()
         arrays = self._orbax.restore(path, args=restore_arguments(target))
-        return with_arrays(like, fill_average(wanted, arrays))
+        return with_arrays(like, fill_missing_ema(wanted, arrays))
 
     @staticmethod
     def _arrays_path(folder: str) -> str:
-        return os.path.join(os.path.abspath(folder), ITEM)
+        return os.path.join(os.path.abspath(folder), STATE_DIR)
 
     def save(
         self,
@@ -238,92 +240,92 @@ class Checkpointer:
         confirmed: bool = True,
         soundness: dict[str, Any] | None = None,
     ) -> None:
-        """Begins to write a checkpoint; training may go on at once.
+        """Starts writing a checkpoint; training may continue at once.
 
-        It waits for the one before it.
+        Waits for the previous checkpoint first.
 
         Args:
-            step: Its step, of which there is no checkpoint yet.
+            step: Its step, which must have no checkpoint yet.
             state: The state after that step.
-            val_loss: Its validation loss, if it is known; one that is not a finite number is not.
-            confirmed: Whether a run may go on from it, see `Soundness.confirms`.
+            val_loss: Its validation loss, if known; a value that is not finite counts as unknown.
+            confirmed: Whether a run may resume from it, see `Soundness.confirms`.
             soundness: See `Soundness.to_dict`.
 
         Raises:
-            OSError: If it, or the one before it, cannot be written.
+            OSError: If this checkpoint, or the previous one, cannot be written.
         """
-        self.wait()
+        self.wait_until_finished()
         with self._writing():
             if jax.process_index() == 0:
                 self._folder.begin(step)
-            arrays, path = named_arrays(state), self._arrays_path(self._folder.unfinished(step))
+            arrays, path = named_arrays(state), self._arrays_path(self._folder.unfinished_dir(step))
             self._orbax.save(path, args=save_arguments(arrays))
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         is_known = val_loss is not None and math.isfinite(val_loss)
-        saved = Saved(
+        metadata = CheckpointMetadata(
             val_loss=float(val_loss) if is_known else None,
-            for_ever=self._retention.is_for_ever(step),
+            permanent=self._retention.is_permanent(step),
             confirmed=confirmed,
             soundness=soundness,
         )
-        self._thread = threading.Thread(target=self._finish, args=(step, saved, shapes))
+        self._thread = threading.Thread(target=self._finish, args=(step, metadata, shapes))
         self._thread.start()
 
-    def _finish(self, step: int, saved: Saved, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        """What is to be done in the background once Orbax has begun."""
+    def _finish(
+        self, step: int, metadata: CheckpointMetadata, shapes: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> None:
+        """Completes a checkpoint in the background after Orbax has started to write."""
 
         def complete() -> list[int]:
             self._check_written(step, shapes)
-            self._folder.complete(step, self._run_info, saved)
-            return self._find_gone()
+            self._folder.finalize(step, self._run_info, metadata)
+            return self._find_lost()
 
         try:
             self._orbax.wait_until_finished()
-            gone = in_first_process(f"checkpoint_{step}", complete)
-            there = {step: self._saved[step] for step in self._saved if step not in gone}
-            known = there | {step: saved}
-            # Every process keeps the same books; replaced at once, so that no lock is needed.
-            self._saved = self._retention.kept(known)
+            lost = run_on_process_0(f"checkpoint_{step}", complete)
+            known = {step: self._metadata[step] for step in self._metadata if step not in lost}
+            known |= {step: metadata}
+            # The same in every process; replaced in one assignment, so that no lock is needed.
+            self._metadata = self._retention.kept(known)
             if jax.process_index() == 0:
-                self._remove(known.keys() - self._saved.keys())
-        except Exception as error:  # As above; it is raised where the training sees it.
+                self._remove(known.keys() - self._metadata.keys())
+        except Exception as error:  # Storage may raise anything; `check_for_errors` raises it.
             self._error = error
 
-    def _find_gone(self) -> list[int]:
-        """The steps of checkpoints that somebody else has removed."""
-        gone = sorted(self._saved.keys() - set(self._folder.steps()))
-        if gone:
+    def _find_lost(self) -> list[int]:
+        """Returns the steps of checkpoints that somebody else has removed."""
+        lost = sorted(self._metadata.keys() - set(self._folder.steps()))
+        if lost:
             self._report(
                 f"{self._folder.path} has lost checkpoints that this run did not remove, of step"
-                f" {', '.join(map(str, gone))}"
+                f" {', '.join(map(str, lost))}"
             )
-        return gone
+        return lost
 
     def _check_written(self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        """Raises an error if what all processes have written cannot be read."""
+        """Raises OSError if the arrays that all processes have written cannot be read."""
         try:
-            stored_arrays(self._arrays_path(self._folder.unfinished(step)), shapes)
+            read_array_metadata(self._arrays_path(self._folder.unfinished_dir(step)), shapes)
         except Exception as error:
             hint = "; do all processes see the same folder?" if jax.process_count() > 1 else ""
-            raise OSError(
-                f"what was written cannot be read: {storage_error(error)}{hint}"
-            ) from error
+            raise OSError(f"reading it back failed: {storage_error(error)}{hint}") from error
 
     def _remove(self, steps: Iterable[int]) -> None:
-        """Removes old checkpoints; that one stays is no reason to end a run."""
+        """Removes old checkpoints; a failure is no reason to end a run."""
         try:
             self._folder.remove(steps)
         except OSError as error:
             self._report(f"an old checkpoint cannot be removed ({error})")
 
-    def check(self) -> None:
-        """Raises OSError if a checkpoint could not be written; costs next to nothing."""
+    def check_for_errors(self) -> None:
+        """Raises OSError if a checkpoint could not be written; takes almost no time."""
         if self._error is not None:
             with self._writing():
                 raise self._error
 
-    def wait(self) -> None:
-        """Waits until everything is written, checksums too.
+    def wait_until_finished(self) -> None:
+        """Waits until everything is written, including checksums.
 
         Raises:
             OSError: If a checkpoint could not be written.
@@ -331,22 +333,22 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
+        self.check_for_errors()
 
     def close(self) -> None:
-        """Waits until everything is written.
+        """Waits until everything is written, and releases Orbax's resources.
 
         Raises:
             OSError: If a checkpoint could not be written.
         """
         try:
-            self.wait()
+            self.wait_until_finished()
         finally:
             with self._writing():
                 self._orbax.close()
 
     def _writing(self) -> contextlib.AbstractContextManager:
-        return reported(f"a checkpoint cannot be written to {self._folder.path}")
+        return as_os_error(f"a checkpoint cannot be written to {self._folder.path}")
 
     def __enter__(self) -> Self:
         return self
@@ -354,11 +356,11 @@ class Checkpointer:
     def __exit__(
         self, error_type: type | None, error: BaseException | None, traceback: object
     ) -> None:
-        """Closes; after an error in the block, that one is told and not another from here."""
+        """Closes; an exception raised in the block takes precedence over one raised here."""
         if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-            # Another process may have ended: what is being written will never be whole. But if
-            # it ended because a checkpoint failed, this process knows.
-            self.check()
+            # Another process may have ended, so the current write will never finish. If it ended
+            # because a checkpoint failed, this process knows the reason.
+            self.check_for_errors()
             return
         with contextlib.suppress(OSError) if error_type else contextlib.nullcontext():
             self.close()

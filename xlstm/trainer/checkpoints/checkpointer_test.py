@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import time
 
 import flax.linen as nn
 import jax
@@ -52,7 +51,7 @@ def _created(seed, optimizer, with_ema, **sizes):
 
 
 def _create(seed=0, optimizer=_OPTIMIZER, with_ema=False, **sizes):
-    """A state that may be consumed."""
+    """Returns a state that may be consumed."""
     return jax.tree.map(jnp.copy, _created(seed, optimizer, with_ema, **sizes))
 
 
@@ -70,12 +69,12 @@ def _step(state):
     )
 
 
-# Donation lets a step write over the arrays of the state before it, as in training.
+# With donation a step overwrites the arrays of the state before it, as in training.
 _donating_step = jax.jit(_step, donate_argnums=0)
 
 
 def _arrays(state):
-    """Copies of a state's arrays, with the boxes' names."""
+    """Copies a state's arrays to the host, in their boxes."""
     return jax.tree.map(np.array, jax.device_get(state))
 
 
@@ -87,7 +86,7 @@ def _assert_same(found, expected):
 
 
 def _write(directory, *steps, val_losses=None, **options):
-    """Writes checkpoints of a short training; returns the arrays at each."""
+    """Writes checkpoints of a short training; returns the arrays of each."""
     state, arrays = _create(), {}
     with Checkpointer(str(directory), **options) as checkpointer:
         for step in range(1, max(steps) + 1):
@@ -119,11 +118,10 @@ def _flip(path, position):
 
 
 def _wait_for_error(checkpointer):
-    """What `check` raises within a few seconds."""
+    """Returns the error of the background thread, as `check_for_errors` raises it."""
+    checkpointer._thread.join()
     with pytest.raises(OSError) as caught:
-        for _ in range(1000):
-            checkpointer.check()
-            time.sleep(0.01)
+        checkpointer.check_for_errors()
     return str(caught.value)
 
 
@@ -141,14 +139,14 @@ def like():
 
 def test_everything_comes_back_bit_by_bit(tmp_path, like):
     arrays = _write(tmp_path / "checkpoints", 3)
-    rng = np.array(like.rng)  # `restore` consumes what it is given.
+    rng = np.array(like.rng)  # `restore` consumes `like`.
     with Checkpointer(str(tmp_path / "checkpoints")) as checkpointer:
         assert checkpointer.latest_step() == 3
         found = checkpointer.restore(like)
     _assert_same(found, arrays[3])
     assert (int(found.step), float(found.grad_norm_mean), int(found.skipped_steps)) == (3, 1.5, 6)
     assert np.any(rng != found.rng)
-    # The steps after are those that an unbroken run would have done.
+    # The next step is the same as in an uninterrupted run.
     _assert_same(_donating_step(found), jax.jit(_step)(arrays[3]))
 
 
@@ -159,9 +157,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, like):
         checkpointer.save(1, state)
         for _ in range(20):
             before, state = state, _donating_step(state)
-            checkpointer.check()
+            checkpointer.check_for_errors()
         assert before.params["kernel"].value.is_deleted()
-        _assert_same(checkpointer.restore(like), arrays)  # It waits.
+        _assert_same(checkpointer.restore(like), arrays)  # `restore` waits.
 
 
 def test_any_mesh_reads_what_another_wrote(tmp_path):
@@ -170,7 +168,7 @@ def test_any_mesh_reads_what_another_wrote(tmp_path):
     with Checkpointer(str(tmp_path)) as checkpointer:
         found = checkpointer.restore(other)
     _assert_same(found.replace(params_ema=None), arrays[1])
-    # Optimizer and average lie as the parameters do, and are arrays of their own.
+    # Optimizer and average are sharded like the parameters, and are separate arrays.
     for tree in (found.params, found.params_ema, found.opt_state[0].mu):
         kernel = unboxed(tree)["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape) == (_SIZE, _SIZE // 4)
@@ -191,7 +189,7 @@ def test_the_average_of_the_parameters(tmp_path, like):
 
 def test_what_is_kept(tmp_path, like):
     losses = {1: 9.0, 2: 2.0, 3: 3.0, 5: math.nan, 6: 2.5}
-    options = {"max_to_keep": 2, "keep_interval": 4, "keep_best": True}
+    options = {"max_to_keep": 2, "keep_period": 4, "keep_best": True}
     arrays = _write(tmp_path, *range(1, 8), val_losses=losses, **options)
     assert _steps(tmp_path) == {2, 4, 6, 7}
     with Checkpointer(str(tmp_path), **options) as checkpointer:
@@ -201,10 +199,10 @@ def test_what_is_kept(tmp_path, like):
         with pytest.raises(OSError, match="there is no checkpoint of step 5 in "):
             checkpointer.restore(like, step=5)
         checkpointer.save(8, _create(), val_loss=1.5)
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         assert (checkpointer.latest_step(), checkpointer.best_loss()) == (8, 1.5)
     assert _steps(tmp_path) == {4, 7, 8}
-    # What was to be kept for ever stays without the wish, too.
+    # A permanent checkpoint stays permanent without the option.
     with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
         checkpointer.save(9, _create())
     assert _discard_unusable(tmp_path) == 9
@@ -221,7 +219,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(tmp_path,
     assert len(reports) == 1
     assert re.search("an old checkpoint cannot be removed .*Permission denied", reports[0])
     assert _discard_unusable(tmp_path, reports.append) == 2
-    assert re.search("what is left of a checkpoint cannot be removed .*denied", reports[1])
+    assert re.search("leftovers of a checkpoint cannot be removed .*denied", reports[1])
     monkeypatch.undo()
     assert _discard_unusable(tmp_path) == 2
     assert _steps(tmp_path) == {2}
@@ -264,7 +262,7 @@ def test_what_a_killed_run_left_unfinished_does_not_count(tmp_path):
         assert checkpointer.latest_step() == 2
     reports = []
     assert _discard_unusable(tmp_path, reports.append) == 2
-    assert reports == ["the checkpoint of step 3 was not finished: it is removed"]
+    assert reports == ["removed the checkpoint of step 3, which was not finished"]
     assert _steps(tmp_path) == {2}
     assert not (tmp_path.parent / "damaged_checkpoints").exists()
 
@@ -300,19 +298,19 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, like):
     aside = tmp_path / "damaged_checkpoints"
     patterns = [
         rf"the checkpoint of step 4 is damaged \(state/\S+ has 1,000 bytes, not the [\d,]+ that "
-        rf"were written\): it is moved to {aside}/4, and that of step 1 is used",
-        rf"the checkpoint of step 3 is damaged \(state/\S+ is missing\): .* {aside}/3-2, and .*",
-        rf"the checkpoint of step 2 is damaged \(checksums.json is missing\): .* {aside}/2, and .*",
+        rf"were written\): moved it to {aside}/4; using the checkpoint of step 1",
+        rf"the checkpoint of step 3 is damaged \(state/\S+ is missing\): .* {aside}/3-2; .*",
+        rf"the checkpoint of step 2 is damaged \(checksums.json is missing\): .* {aside}/2; .*",
     ]
     for report, pattern in zip(reports, patterns, strict=True):
         assert re.fullmatch(pattern, report)
     assert _files(aside / "4") and _files(aside / "3-2")
     with Checkpointer(str(directory)) as checkpointer:
         _assert_same(checkpointer.restore(like), arrays[1])
-    # Whoever begins anew must want to.
+    # Without a usable checkpoint a run does not start from scratch by itself.
     _flip(_biggest_file(directory), 0)
     for _ in range(2):
-        with pytest.raises(OSError, match="every checkpoint in .* is damaged .*begin anew"):
+        with pytest.raises(OSError, match="every checkpoint in .* is damaged .*start from scratch"):
             _discard_unusable(directory)
 
 
@@ -334,8 +332,8 @@ def test_a_run_goes_on_from_the_newest_confirmed_checkpoint(tmp_path):
         assert checkpointer.discard_unusable() == checkpointer.confirmed_step() == 1
         assert checkpointer.soundness(1) == {"step": 1}
     assert reports[0] == (
-        "the checkpoint of step 4 is not confirmed, since steps before it were not sound: it is"
-        f" moved to {aside}/4, and that of step 1 is used"
+        "the checkpoint of step 4 is not confirmed, since steps before it were not sound: moved it"
+        f" to {aside}/4; using the checkpoint of step 1"
     )
     assert "the checkpoint of step 2 is damaged" in reports[1]
     assert _steps(directory) == {1} and _steps(aside) == {4}
@@ -344,7 +342,7 @@ def test_a_run_goes_on_from_the_newest_confirmed_checkpoint(tmp_path):
 def test_without_a_confirmed_checkpoint_a_run_does_not_begin_anew(tmp_path):
     _write_unconfirmed(tmp_path, 1, 2, first_unconfirmed=1)
     for _ in range(2):
-        with pytest.raises(OSError, match="step 2: steps before it .*confirm_steps=0 to go on"):
+        with pytest.raises(OSError, match="step 2: steps before it .*confirm_steps=0 to resume"):
             _discard_unusable(tmp_path)
     assert _steps(tmp_path) == {2}
     with Checkpointer(str(tmp_path), only_confirmed=False) as checkpointer:
@@ -385,7 +383,7 @@ def test_checkpoints_of_other_models_and_optimizers_are_refused(tmp_path, like):
         "params.bias is of the shape .* there, missing in this configuration": (
             like.replace(params={"kernel": kernel})
         ),
-        r"another optimizer wrote it: opt_state.0.\S* is .* there, missing in .*": (
+        r"it has another optimizer: opt_state.0.\S* is .* there, missing in .*": (
             _create(optimizer=optax.sgd(1e-2, momentum=0.9))
         ),
     }
@@ -412,13 +410,17 @@ def test_a_full_disk_is_told_at_once_and_the_last_checkpoint_stays(tmp_path, lik
         checkpointer.save(2, _create())
         message = _wait_for_error(checkpointer)
     assert message == f"a checkpoint cannot be written to {tmp_path}: {os.strerror(errno.EFBIG)}"
-    for call in (checkpointer.wait, lambda: checkpointer.save(3, like), checkpointer.close):
+    for call in (
+        checkpointer.wait_until_finished,
+        lambda: checkpointer.save(3, like),
+        checkpointer.close,
+    ):
         with pytest.raises(OSError, match="a checkpoint cannot be written"):
             call()
     assert checkpointer.latest_step() == 1
     reports = []
     assert _discard_unusable(tmp_path, reports.append) == 1
-    assert reports == ["the checkpoint of step 2 was not finished: it is removed"]
+    assert reports == ["removed the checkpoint of step 2, which was not finished"]
     assert _steps(tmp_path) == {1}
     with Checkpointer(str(tmp_path)) as checkpointer:
         _assert_same(checkpointer.restore(like), arrays[1])

@@ -1,8 +1,7 @@
-"""What counts as a whole checkpoint: what can be read, and nothing else."""
+"""Tests that exactly the checkpoints that can be read count as complete."""
 
 import os
 import shutil
-import time
 
 import flax.linen as nn
 import jax
@@ -56,26 +55,25 @@ def _discard_unusable(directory, report=pytest.fail):
 
 
 def _remove_part(arrays, key):
-    """Takes a part of an array out of the manifest, as if a process had written elsewhere."""
+    """Removes a chunk of an array from the store, as if a process had written elsewhere."""
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}
     database = tensorstore.KvStore.open(spec).result()
     database.delete_range(tensorstore.KvStore.KeyRange(key, key + "\0")).result()
 
 
 def _wait_for_error(checkpointer):
-    """What `check` raises within a few seconds."""
+    """Returns the error of the background thread, as `check_for_errors` raises it."""
+    checkpointer._thread.join()
     with pytest.raises(OSError) as caught:
-        for _ in range(1000):
-            checkpointer.check()
-            time.sleep(0.01)
+        checkpointer.check_for_errors()
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
     "key, reason",
     [
-        ("params.kernel/0.0", "1 of 1 parts of the array params.kernel are missing"),
-        ("opt_state.mu/0", "1 of 1 parts of the array opt_state.mu are missing"),
+        ("params.kernel/0.0", "1 of 1 chunks of the array params.kernel are missing"),
+        ("opt_state.mu/0", "1 of 1 chunks of the array opt_state.mu are missing"),
         ("params.kernel/.zarray", "the array params.kernel is missing"),
     ],
 )
@@ -93,7 +91,7 @@ def test_what_cannot_be_read_never_becomes_a_checkpoint(tmp_path, monkeypatch, k
     checkpointer = Checkpointer(str(tmp_path), max_to_keep=1)
     checkpointer.save(3, _state(3.0))
     assert _wait_for_error(checkpointer) == (
-        f"a checkpoint cannot be written to {tmp_path}: what was written cannot be read: {reason}"
+        f"a checkpoint cannot be written to {tmp_path}: reading it back failed: {reason}"
     )
     monkeypatch.undo()
     assert checkpointer.latest_step() == 2
@@ -103,12 +101,12 @@ def test_what_cannot_be_read_never_becomes_a_checkpoint(tmp_path, monkeypatch, k
 
 
 def test_a_checkpoint_of_older_code_that_lacks_a_part_is_damaged(tmp_path):
-    """Its checksums are right: they are those of what was written."""
+    """Its checksums are right, since they are computed from the files as written."""
     directory = tmp_path / "checkpoints"
     _write(directory, 1, 2, 3)
     _remove_part(directory / "3" / "state", "params.kernel/0.0")
     write_checksums(str(directory / "3"))
-    reason = "1 of 1 parts of the array params.kernel are missing"
+    reason = "1 of 1 chunks of the array params.kernel are missing"
     reads = {
         "used": [
             lambda: read_params(str(directory), 3, _state(0.0).params),
@@ -122,7 +120,7 @@ def test_a_checkpoint_of_older_code_that_lacks_a_part_is_damaged(tmp_path):
                 function()
     reports = []
     assert _discard_unusable(directory, reports.append) == 2
-    assert f"the checkpoint of step 3 is damaged ({reason}): it is moved to" in reports[0]
+    assert f"the checkpoint of step 3 is damaged ({reason}): moved it to " in reports[0]
     assert _restored(directory) == 2
     os.remove(directory / "2" / "state" / "manifest.ocdbt")
     write_checksums(str(directory / "2"))
@@ -150,14 +148,14 @@ def test_checkpoints_that_somebody_removes_are_named_and_forgotten(tmp_path):
     with Checkpointer(str(folder), max_to_keep=3, report=reports.append) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, _state(1.0), val_loss=float(step))
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         shutil.rmtree(folder / "1")
         checkpointer.save(4, _state(1.0), val_loss=9.0)
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         assert checkpointer.best_loss() == 2.0 and checkpointer.confirmed_step() == 4
         shutil.rmtree(folder)
         checkpointer.save(5, _state(1.0), confirmed=False)
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         assert checkpointer.confirmed_step() is None and checkpointer.latest_step() == 5
         checkpointer.save(6, _state(1.0))
     assert reports == [

@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder: whether they are all there, and as they were written."""
+"""Checksums of a folder's files: all are present, and every byte is as it was written."""
 
 import hashlib
 import json
@@ -14,19 +14,19 @@ from xlstm.files import (
     write_atomically,
 )
 
-# The file of a folder that holds the size and the SHA-256 of every other one.
+# The file that holds the size and the SHA-256 of every other file in the folder.
 CHECKSUMS = "checksums.json"
 _THREADS = 4
 
 
 def write_checksums(folder: str) -> None:
-    """Writes the checksums of a folder's files, after the files themselves are safely on the disk.
+    """Flushes a folder's files to disk, then writes their checksums.
 
     Args:
-        folder: The folder; it must not change meanwhile.
+        folder: The folder; nothing may change in it during the call.
 
     Raises:
-        OSError: If something cannot be read or written.
+        OSError: If a file cannot be read or written.
     """
     names = sorted(_files(folder))
     entries = _in_threads(
@@ -38,19 +38,18 @@ def write_checksums(folder: str) -> None:
 
 
 def has_checksums(folder: str) -> bool:
-    """Whether `write_checksums` came to its end in a folder."""
+    """Returns whether `write_checksums` has finished in a folder."""
     return os.path.exists(os.path.join(folder, CHECKSUMS))
 
 
 def find_damage(folder: str) -> str | None:
-    """Reads every file of a folder and compares it with its checksum.
+    """Compares every file of a folder with its checksum.
 
     Args:
-        folder: The folder.
+        folder: The folder. Files without a checksum are ignored.
 
     Returns:
-        What is wrong, in the words of a main clause; None if nothing is. Files that came later do
-        not matter.
+        What is wrong, as a main clause; None if nothing is.
     """
     try:
         content = read_file(os.path.join(folder, CHECKSUMS))
@@ -71,10 +70,10 @@ def find_damage(folder: str) -> str | None:
     outward = find_outward_link(folder)
     if outward:
         return outward
-    missing = entries.keys() - set(_files(folder))  # As is what lies outside of the folder.
+    missing = entries.keys() - set(_files(folder))  # Files outside of the folder count as missing.
     if missing:
         return f"{min(missing)} is missing"
-    # The cheap look at every size comes first: a torn write is seldom more than that.
+    # Sizes first: the check is cheap and finds most torn writes.
     for check in (_size_damage, _content_damage):
         found = _in_threads(lambda name, check=check: check(folder, name, entries[name]), entries)
         damage = next(filter(None, found), None)
@@ -84,7 +83,7 @@ def find_damage(folder: str) -> str | None:
 
 
 def _files(folder: str) -> list[str]:
-    """All files but the checksums, as paths from the folder on."""
+    """Returns the paths of all files but the checksums, relative to the folder."""
     paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
     names = [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
     return [name for name in names if name != CHECKSUMS]
@@ -114,7 +113,7 @@ def _content_damage(folder: str, name: str, entry: dict) -> str | None:
 
 
 def _encode(entries: dict) -> bytes:
-    """The content of the file: it has a checksum of its own, and can be written in one way only."""
+    """Returns the content of the file: canonical, and with a checksum of its own."""
     files = json.dumps(entries, indent=1, sort_keys=True)
     digest = hashlib.sha256(files.encode()).hexdigest()
     return json.dumps({"files": entries, "sha256": digest}, indent=1, sort_keys=True).encode()

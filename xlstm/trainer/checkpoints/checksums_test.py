@@ -15,7 +15,7 @@ from xlstm.trainer.checkpoints.checksums import (
 
 @pytest.fixture
 def folder(tmp_path):
-    """Small files, an empty one, one of several blocks, in folders of several depths."""
+    """Small files, an empty one and one of several blocks, at several depths."""
     files = {"a": b"12345", "b/c/empty": b"", "b/big": os.urandom(2_500_000), "b/ü": b"\0"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ _SHAPES = {"head": (3, 8), "stack": (4, 8)}
 
 
 def _params(offset, **sizes):
-    """Parameters with a stack of four blocks, which may be cut over stages."""
+    """Returns parameters with a stack of four blocks, which may be sharded over stages."""
     mesh = create_mesh(MeshConfig(**sizes), None if sizes else jax.devices()[:1])
 
     def place(name, *names):
@@ -33,7 +33,7 @@ def _params(offset, **sizes):
 
 @pytest.fixture(scope="module")
 def states():
-    """By the number of a step: without an average, with one, and on a mesh with stages."""
+    """States by step: without an average, with one, and on a mesh with stages."""
     few = {"apply_fn": None, "tx": None, "opt_state": {}, "rng": jax.random.PRNGKey(0)}
     few["step"] = jax.numpy.zeros((), int)
     few |= {"grad_norm_mean": few["step"], "skipped_steps": few["step"]}
@@ -91,7 +91,7 @@ def test_what_cannot_be_read(directory, states, tmp_path):
 
 
 def test_arrays_in_folders_of_their_names_are_not_looked_for(directory, states, tmp_path):
-    """Orbax would take an absolute name for a folder, wherever it is."""
+    """Orbax would read an absolute name as a folder anywhere on the disk."""
     shutil.copytree(directory, tmp_path / "c")
     path = tmp_path / "c" / "1" / "state" / "_METADATA"
     metadata = json.loads(path.read_text())

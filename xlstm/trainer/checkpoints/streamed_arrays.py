@@ -1,7 +1,7 @@
-"""Arrays of a checkpoint, written and read a part at a time: all of them need not fit into memory.
+"""Arrays of a checkpoint, written and read chunk by chunk: they need not fit into memory.
 
-The files are those that `Checkpointer` writes: Orbax lays them out, and has no say in when what of
-an array is there.
+The files are like those of `Checkpointer`: Orbax defines their layout, but not which chunk of an
+array is in memory when.
 """
 
 import dataclasses
@@ -14,41 +14,41 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
-from xlstm.trainer.checkpoints.arrays import stored_arrays
+from xlstm.trainer.checkpoints.arrays import read_array_metadata
 from xlstm.trainer.checkpoints.storage import literal_path_handler
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayParts:
-    """An array that is made of equal parts, which follow each other along its first axis.
+class StreamedArray:
+    """A float32 array as an iterator over equal chunks along its first axis.
 
     Attributes:
-        shape: The shape of the whole.
-        num_parts: The number of parts; it divides the first axis.
-        parts: The parts in their order, each of the shape `(shape[0] / num_parts, *shape[1:])`.
+        shape: The shape of the array.
+        num_chunks: The number of chunks; it divides `shape[0]`.
+        chunks: The chunks in order, each of the shape `(shape[0] / num_chunks, *shape[1:])`.
     """
 
     shape: tuple[int, ...]
-    num_parts: int
-    parts: Iterator[np.ndarray]
+    num_chunks: int
+    chunks: Iterator[np.ndarray]
 
 
-class _PartsHandler(type_handlers.TypeHandler):
-    """Writes float32 arrays part by part, and opens them without reading."""
+class _StreamedArrayHandler(type_handlers.TypeHandler):
+    """An Orbax handler that writes arrays chunk by chunk, and opens them without reading."""
 
     def typestr(self) -> str:
-        """As whom the arrays are saved: whoever wants them whole reads them as JAX's own."""
+        """Returns the type under which Orbax restores whole arrays."""
         return "jax.Array"
 
     async def serialize(
         self,
-        values: Sequence[ArrayParts],
+        values: Sequence[StreamedArray],
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list:
-        """Writes all arrays, one part after the other, each as a chunk of its own."""
+        """Writes the chunks of all arrays one after the other."""
         for value, info in zip(values, infos, strict=True):
-            rows = value.shape[0] // value.num_parts
+            rows = value.shape[0] // value.num_chunks
             spec = type_handlers.get_json_tspec_write(
                 info,
                 use_ocdbt=info.is_ocdbt_checkpoint,
@@ -59,8 +59,8 @@ class _PartsHandler(type_handlers.TypeHandler):
             )
             await info.await_path_creation()
             array = await tensorstore.open(spec, create=True, context=info.ts_context)
-            for number, part in enumerate(value.parts):
-                await array[number * rows : (number + 1) * rows].write(part)
+            for index, chunk in enumerate(value.chunks):
+                await array[index * rows : (index + 1) * rows].write(chunk)
         return []
 
     async def deserialize(
@@ -79,45 +79,47 @@ class _PartsHandler(type_handlers.TypeHandler):
         ]
 
     async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Any:
-        """Nobody asks it: see `TypeHandler`."""
+        """Not needed here."""
         raise NotImplementedError
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    registry = type_handlers.create_type_handler_registry((ArrayParts, _PartsHandler()))
+    registry = type_handlers.create_type_handler_registry((StreamedArray, _StreamedArrayHandler()))
     return ocp.Checkpointer(
         literal_path_handler(use_compression=False, type_handler_registry=registry)
     )
 
 
-def write_parts(path: str, arrays: Mapping[str, ArrayParts]) -> None:
-    """Writes arrays, one part in memory at a time, and makes sure that they can be read.
+def write_streamed_arrays(path: str, arrays: Mapping[str, StreamedArray]) -> None:
+    """Writes arrays, with one chunk in memory at a time, and checks that they can be read.
 
     Args:
-        path: The folder to make for them.
+        path: The folder to create for them.
         arrays: The arrays by name.
 
     Raises:
-        Exception: Whatever a part raises, or storage.
+        Exception: Anything that the iterator over chunks or storage raises.
     """
     with _checkpointer() as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays)))
     float32 = np.dtype(np.float32)
-    stored_arrays(path, {k: jax.ShapeDtypeStruct(x.shape, float32) for k, x in arrays.items()})
+    read_array_metadata(
+        path, {k: jax.ShapeDtypeStruct(x.shape, float32) for k, x in arrays.items()}
+    )
 
 
-def open_parts(path: str, names: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
-    """Opens arrays, so that `array[index].read().result()` reads no more than the chunks it needs.
+def open_streamed_arrays(path: str, names: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
+    """Opens arrays; `array[index].read().result()` then reads only the chunks that it needs.
 
     Args:
         path: The folder of the arrays.
-        names: Which of them.
+        names: The names of the arrays to open.
 
     Returns:
         The arrays by name.
     """
-    wanted = dict.fromkeys(names, ArrayParts((), 0, iter(())))
-    args = {name: ocp.RestoreArgs(restore_type=ArrayParts) for name in wanted}
+    wanted = dict.fromkeys(names, StreamedArray((), 0, iter(())))
+    args = {name: ocp.RestoreArgs(restore_type=StreamedArray) for name in wanted}
     with _checkpointer() as checkpointer:
         restore = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
         return checkpointer.restore(path, args=restore)

@@ -7,7 +7,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from xlstm.trainer.checkpoints.storage import restore_arguments
-from xlstm.trainer.checkpoints.streamed_arrays import ArrayParts, open_parts, write_parts
+from xlstm.trainer.checkpoints.streamed_arrays import (
+    StreamedArray,
+    open_streamed_arrays,
+    write_streamed_arrays,
+)
 
 _STACK = np.arange(4 * 3 * 5, dtype=np.float32).reshape(4, 3, 5)
 _WHOLE = np.linspace(0, 1, 7, dtype=np.float32)
@@ -15,22 +19,22 @@ _WHOLE = np.linspace(0, 1, 7, dtype=np.float32)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """Two arrays: one of four parts, each the transpose of what is in memory, and one of one."""
+    """An array of four chunks, each transposed in memory, and one of a single chunk."""
     path = str(tmp_path_factory.mktemp("arrays") / "arrays")
     parts = (np.ascontiguousarray(block.T).T[None] for block in _STACK)
     arrays = {
-        "stack": ArrayParts((4, 3, 5), 4, parts),
-        "whole": ArrayParts((7,), 1, iter([_WHOLE])),
+        "stack": StreamedArray((4, 3, 5), 4, parts),
+        "whole": StreamedArray((7,), 1, iter([_WHOLE])),
     }
-    write_parts(path, arrays)
+    write_streamed_arrays(path, arrays)
     return path
 
 
 def test_they_are_read_in_parts(path):
-    arrays = open_parts(path, ["whole", "stack"])
+    arrays = open_streamed_arrays(path, ["whole", "stack"])
     assert arrays.keys() == {"whole", "stack"}
     assert arrays["stack"].shape == (4, 3, 5)
-    # A part is a chunk, so that it is read alone.
+    # Each chunk can be read alone.
     assert arrays["stack"].chunk_layout.read_chunk.shape == (1, 3, 5)
     np.testing.assert_array_equal(arrays["stack"][2].read().result(), _STACK[2])
     np.testing.assert_array_equal(arrays["stack"][3].T.read().result(), _STACK[3].T)
@@ -58,7 +62,7 @@ def test_one_part_is_in_memory_at_a_time(tmp_path):
             parts.append(weakref.ref(part))
             yield part
 
-    write_parts(str(tmp_path / "arrays"), {"x": ArrayParts((20, 8, 8), 20, make())})
+    write_streamed_arrays(str(tmp_path / "arrays"), {"x": StreamedArray((20, 8, 8), 20, make())})
     assert len(parts) == 20
 
 
@@ -68,5 +72,5 @@ def test_what_a_part_raises_is_raised(tmp_path):
         raise ValueError("the second is missing")
 
     with pytest.raises(ValueError, match="the second is missing"):
-        write_parts(str(tmp_path / "arrays"), {"x": ArrayParts((2, 2), 2, make())})
+        write_streamed_arrays(str(tmp_path / "arrays"), {"x": StreamedArray((2, 2), 2, make())})
     assert not os.path.exists(tmp_path / "arrays")

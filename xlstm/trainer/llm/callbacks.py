@@ -6,7 +6,7 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.dataset.batch import rows_before
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.trainer.base.throughput import measure_matmul_rate
-from xlstm.trainer.base.trainer import Callback, to_row
+from xlstm.trainer.base.trainer import Callback, to_scalars
 from xlstm.trainer.callbacks.bad_steps import BadStepsCallback
 from xlstm.trainer.callbacks.checkpoint import CheckpointCallback
 from xlstm.trainer.callbacks.evaluate import EvaluateCallback
@@ -15,7 +15,7 @@ from xlstm.trainer.callbacks.profiling import ProfileCallback
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.data import dump_batch
 from xlstm.trainer.llm.evaluation import DivergedError, create_evaluation
-from xlstm.trainer.llm.gate_statistics import gate_row
+from xlstm.trainer.llm.gate_statistics import gate_scalars
 from xlstm.trainer.llm.prepare_run import PreparedRun
 from xlstm.trainer.llm.resume import roll_back
 from xlstm.trainer.logger.base_logger import Logger
@@ -96,7 +96,7 @@ def _metrics_callback(run: PreparedRun, logger: Logger) -> MetricsCallback:
 
 def _confirmed_step(checkpointer: Checkpointer) -> int | None:
     """The last confirmed checkpoint, once what is being written is whole."""
-    checkpointer.wait()
+    checkpointer.wait_until_finished()
     return checkpointer.confirmed_step()
 
 
@@ -105,7 +105,7 @@ def evaluated_params(state: TrainState) -> PyTree:
     return state.params if state.params_ema is None else state.params_ema
 
 
-def metrics_to_row(metrics: Metrics) -> dict[str, float]:
-    """Converts a step's metrics to numbers; see `to_row` and, for gates, `gate_row`."""
+def metrics_to_scalars(metrics: Metrics) -> dict[str, float]:
+    """Converts a step's metrics to numbers; see `to_scalars` and, for gates, `gate_scalars`."""
     numbers = {name: value for name, value in metrics.items() if name != "gates"}
-    return to_row(numbers) | gate_row(metrics.get("gates", {}))
+    return to_scalars(numbers) | gate_scalars(metrics.get("gates", {}))

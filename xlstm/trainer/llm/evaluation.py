@@ -12,7 +12,7 @@ from xlstm.dataset.task_data import TaskValidationSet
 from xlstm.dataset.validation import ValidationSet
 from xlstm.trainer.base.train_step import create_eval_step
 from xlstm.trainer.llm.data import batch_share, global_batches
-from xlstm.trainer.llm.loss import count_predicted
+from xlstm.trainer.llm.loss import eval_sums
 
 
 class DivergedError(ValueError):
@@ -45,7 +45,7 @@ def create_evaluation(
     """
     share = batch_share(mesh)
     eval_step = create_eval_step(
-        mesh, params_specs, lambda params, batch: count_predicted(params, apply_fn, batch)
+        mesh, params_specs, lambda params, batch: eval_sums(params, apply_fn, batch)
     )
 
     def sum_up(params: PyTree, validation_set: ValidationSet | TaskValidationSet) -> np.ndarray:

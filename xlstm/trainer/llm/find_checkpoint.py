@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from xlstm.files import check_inside
-from xlstm.trainer.base.multihost import from_first_process
+from xlstm.trainer.base.multihost import broadcast_from_process_0
 from xlstm.trainer.checkpoints.folder import (
     CheckpointFolder,
     CheckpointGone,
     confirmed_step,
-    step_of_name,
+    parse_step,
 )
 from xlstm.trainer.llm.workdir import Workdir
 
@@ -30,7 +30,7 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
     if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
         return Workdir(path), None
     parent, name = os.path.split(os.path.normpath(path))
-    step = step_of_name(name)
+    step = parse_step(name)
     if step is not None and os.path.basename(parent) == "checkpoints":
         return Workdir(os.path.dirname(parent)), step
     return Workdir(path), None
@@ -56,14 +56,14 @@ def find_checkpoint(
     folder = CheckpointFolder(workdir.checkpoints)
 
     def find() -> tuple[list[int], int | None]:
-        saved = folder.saved()
+        saved = folder.metadata()
         return list(saved), confirmed_step(saved)
 
     # The run may be going on: all processes must choose the same.
-    steps, confirmed = from_first_process(find)
+    steps, confirmed = broadcast_from_process_0(find)
     if wanted is None and steps:
         newest, wanted = max(steps), confirmed
-        unsure = f"{folder.of_step(newest)} is not confirmed, since steps before it were not sound"
+        unsure = f"{folder.step_dir(newest)} is not confirmed, since steps before it were not sound"
         if confirmed is None:
             raise ValueError(
                 f"{path}: there is no confirmed checkpoint. {unsure}: name it to use it as it is"
@@ -72,7 +72,7 @@ def find_checkpoint(
             report(f"{unsure}: the checkpoint of step {confirmed} is used")
     if wanted not in steps:
         raise ValueError(_describe_missing(path, wanted, steps))
-    checkpoint = CheckpointFolder(workdir.checkpoints).of_step(wanted)
+    checkpoint = CheckpointFolder(workdir.checkpoints).step_dir(wanted)
     for used in (workdir.config, workdir.tokenizer, checkpoint):
         check_inside(workdir.path, used)
     return workdir, wanted

@@ -61,9 +61,9 @@ def _read(workdir, step):
 _MOMENTS = {
     "before it is read": (CheckpointFolder, "run_info"),
     "before its files are checked": (read_params, "find_damage"),
-    "before its arrays are found": (read_params, "stored_arrays"),
+    "before its arrays are found": (read_params, "read_array_metadata"),
     "before its arrays are read": (read_params, "restore_arguments"),
-    "before its arrays are opened": (read_params, "open_parts"),
+    "before its arrays are opened": (read_params, "open_streamed_arrays"),
     "before its fingerprint is taken": (read_params, "read_fingerprint"),
 }
 

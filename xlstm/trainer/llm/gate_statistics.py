@@ -45,7 +45,7 @@ def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]
     return jax.tree.map(lambda *groups: sum(groups), *placed)
 
 
-def gate_row(moments: dict[str, Moments]) -> dict[str, float]:
+def gate_scalars(moments: dict[str, Moments]) -> dict[str, float]:
     """Makes numbers to log of the moments of a step, on the host.
 
     Means and deviations are over tokens and heads, of `ogate` over tokens and features: of the

@@ -17,7 +17,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfi
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
-from xlstm.trainer.llm.gate_statistics import gate_moments, gate_row
+from xlstm.trainer.llm.gate_statistics import gate_moments, gate_scalars
 from xlstm.trainer.llm.loss import create_loss_fn
 
 _B, _T, _V, _BLOCKS = 8, 8, 16, 4
@@ -126,7 +126,7 @@ def _expected():
         for block in range(_BLOCKS):
             row[f"{name}_mean/{block}"] = gate[block].mean()
             row[f"{name}_std/{block}"] = gate[block].std()
-    return row, gate_row(moments)
+    return row, gate_scalars(moments)
 
 
 def _assert_same(found, expected):
@@ -149,12 +149,12 @@ def test_row_is_what_numpy_makes_of_the_pre_activations():
     ids=str,
 )
 def test_statistics_are_those_of_the_global_batch_on_every_mesh(sizes):
-    _assert_same(gate_row(_forward(**sizes)["gates"]), _expected()[0])
+    _assert_same(gate_scalars(_forward(**sizes)["gates"]), _expected()[0])
 
 
 def test_statistics_are_those_of_the_global_batch_in_a_training_step():
     _, metrics = _step(True)
-    _assert_same(gate_row(metrics["gates"]), _expected()[0])
+    _assert_same(gate_scalars(metrics["gates"]), _expected()[0])
 
 
 def test_asking_changes_neither_loss_nor_gradient():
@@ -174,15 +174,15 @@ def test_asking_changes_neither_loss_nor_gradient():
 
 def test_a_gate_that_does_not_move_has_no_deviation():
     count, mean = np.ones(3), np.full(3, -10, np.float32)
-    row = gate_row({"igate": (count, mean, np.nextafter(mean**2, np.float32(0)))})
+    row = gate_scalars({"igate": (count, mean, np.nextafter(mean**2, np.float32(0)))})
     assert [row[f"igate_std/{block}"] for block in range(3)] == [0, 0, 0]
     assert row["igate_mean/2"] == -10
 
 
 def test_a_mixed_stack_has_statistics_of_every_block():
     options = {"ratio": "[1:1]", "block": "xlstm_2024"}
-    expected = gate_row(_forward(1, options)["gates"])
-    _assert_same(gate_row(_forward(8, options, fsdp=2, pp=2, tp=2)["gates"]), expected)
+    expected = gate_scalars(_forward(1, options)["gates"])
+    _assert_same(gate_scalars(_forward(8, options, fsdp=2, pp=2, tp=2)["gates"]), expected)
     assert {f"igate_mean/{block}" for block in range(_BLOCKS)} < expected.keys()
     assert len({round(value, 4) for value in expected.values()}) == len(expected)
     # Those of sLSTM blocks are shares of what a sigmoid lets through.

@@ -29,7 +29,7 @@ def next_token_nll(
     return _apply(params, apply_fn, batch, dropout_keys)
 
 
-def count_predicted(
+def eval_sums(
     params: PyTree, apply_fn: Callable, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.eval_sums`."""

@@ -15,7 +15,7 @@ from xlstm.dataset.validation import ValidationSet, stores_of
 from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.coordinator import check_agreement
-from xlstm.trainer.base.multihost import Request, Requests, from_first_process
+from xlstm.trainer.base.multihost import Request, Requests, broadcast_from_process_0
 from xlstm.trainer.base.signals import stop_message
 from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
@@ -104,7 +104,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     kept = kept_fields(workdir, config)
     new_run, config = config.with_decay_steps(), config.with_fields(kept).with_decay_steps()
     check_workdir(workdir, config, allow_config_change=allow_config_change)
-    has_begun = from_first_process(CheckpointFolder(workdir.checkpoints).steps)
+    has_begun = broadcast_from_process_0(CheckpointFolder(workdir.checkpoints).steps)
     init_from = "" if has_begun else config.trainer.init_from
     source = find_checkpoint(init_from) if init_from else None
     data = open_data(config.data, workdir.stdlib_store)

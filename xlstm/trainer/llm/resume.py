@@ -19,7 +19,7 @@ def open_checkpointer(run: PreparedRun) -> Checkpointer:
     return Checkpointer(
         run.workdir.checkpoints,
         max_to_keep=trainer.max_checkpoints,
-        keep_interval=trainer.keep_checkpoint_interval,
+        keep_period=trainer.keep_checkpoint_interval,
         keep_best=trainer.keep_best_checkpoint,
         only_confirmed=trainer.confirm_steps > 0,
         run_info=run_info(run.config, run.data.checksums, run.tokenizer, run.code, run.mesh.shape),

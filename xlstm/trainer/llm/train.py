@@ -12,12 +12,12 @@ from xlstm.common_types import Metrics, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.store_guard import StoreGuard
 from xlstm.trainer.base.clock import report_waits, watchdog
-from xlstm.trainer.base.multihost import wait_for_all
+from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.signals import on_stop_signal
 from xlstm.trainer.base.trainer import Callback, fit
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
-from xlstm.trainer.llm.callbacks import create_callbacks, metrics_to_row
+from xlstm.trainer.llm.callbacks import create_callbacks, metrics_to_scalars
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import batch_share, global_batches
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
@@ -93,7 +93,7 @@ def train_language_model(
             num_steps=max(config.trainer.num_steps, run.start_step),
             callbacks=run.callbacks,
             clock=run.clock,
-            to_row=metrics_to_row,
+            to_scalars=metrics_to_scalars,
         )
     if _is_done(run, int(state.step)):
         if sample:
@@ -135,7 +135,7 @@ def open_training(
         stack.enter_context(report_waits(run.clock, run.say))
         guard = StoreGuard(run.stores, run.say)
         guard.verify_first(verify_data)
-        wait_for_all("stores")
+        sync_processes("stores")
 
         # Model: new parameters, or those of another run.
         state, specs, compiled_step = create_training(run.config, run.mesh)

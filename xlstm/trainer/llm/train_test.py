@@ -186,7 +186,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
 ):
     """It is rolled back again, and to the same checkpoint."""
     trainer = {"nan_policy": "rollback", "checkpoint_interval": 3}
-    config, to_row = _config(store, trainer=trainer), train_module.metrics_to_row
+    config, to_row = _config(store, trainer=trainer), train_module.metrics_to_scalars
     train_language_model(config, str(tmp_path / "whole"))
     num_rows = 0
 
@@ -197,7 +197,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
             raise ZeroDivisionError
         return to_row(metrics)
 
-    monkeypatch.setattr(train_module, "metrics_to_row", failing)
+    monkeypatch.setattr(train_module, "metrics_to_scalars", failing)
     with pytest.raises(ZeroDivisionError):
         train_language_model(config, str(tmp_path / "parts"))
     assert "rolled_back_to" in str(_rows(tmp_path / "parts"))
@@ -212,7 +212,7 @@ def test_a_rollback_takes_no_damaged_checkpoint(tmp_path, store, poisonous, bad_
     newest, discard_unusable = (bad_steps[1] - 1) // 2 * 2, Checkpointer.discard_unusable
 
     def damage_first(checkpointer):
-        checkpointer.wait()
+        checkpointer.wait_until_finished()
         for path in (tmp_path / "checkpoints" / str(newest)).rglob("d/*"):
             path.write_bytes(path.read_bytes()[:-1])
         return discard_unusable(checkpointer)
@@ -248,7 +248,7 @@ def test_a_streak_of_bad_steps_costs_no_good_checkpoint(tmp_path, store, ruinous
     config = _config(store, trainer={"nan_policy": "skip", "max_checkpoints": 1})
     with pytest.raises(ValueError, match="confirmed.* step 6.*peak_lr"):
         train_language_model(config, str(tmp_path / "ruined"))
-    saved = CheckpointFolder(str(tmp_path / "ruined" / "checkpoints")).saved()
+    saved = CheckpointFolder(str(tmp_path / "ruined" / "checkpoints")).metadata()
     assert confirmed_step(saved) == 6 and len(saved) == 2
     norms = [row["param_norm"] for row in _rows(tmp_path / "ruined") if "param_norm" in row]
     assert norms[-1] > 100 * norms[0]
@@ -276,7 +276,10 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
 
 
 def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
-    config, to_row = _config(store, trainer={"checkpoint_interval": 5}), train_module.metrics_to_row
+    config, to_row = (
+        _config(store, trainer={"checkpoint_interval": 5}),
+        train_module.metrics_to_scalars,
+    )
     steps = itertools.count(1)
 
     def spiked(metrics):
@@ -286,7 +289,7 @@ def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch,
             time.sleep(0.2)
         return row | {"loss": row["loss"] + 9 * (step >= 7)}
 
-    monkeypatch.setattr(train_module, "metrics_to_row", spiked)
+    monkeypatch.setattr(train_module, "metrics_to_scalars", spiked)
     train_language_model(config, str(tmp_path))
     said = capsys.readouterr().out
     assert "step 7 is not sound: its loss" in said
@@ -411,5 +414,5 @@ def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
 
     monkeypatch.setattr(callbacks_module, "create_evaluation", create)
     options = {"data": {"validation_fraction": 0.1}, "trainer": {"eval_interval": 4}}
-    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: go on"):
+    with pytest.raises(ValueError, match=r"val_loss is nan\. The last confirmed .* step 2: resume"):
         train_language_model(_config(store, **options), str(tmp_path))

@@ -19,7 +19,7 @@ from xlstm.dataset.tokenizer import (
 )
 from xlstm.files import check_inside, read_json, write_atomically
 from xlstm.models.xlstm_parallel.config import check_sizes
-from xlstm.trainer.base.multihost import check_shared_folder, from_first_process
+from xlstm.trainer.base.multihost import broadcast_from_process_0, check_shared_folder
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
@@ -218,7 +218,7 @@ def kept_fields(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
             kept["schedule.decay_steps"] = decay_steps
         return kept
 
-    kept = from_first_process(find)
+    kept = broadcast_from_process_0(find)
     return kept | {name: _FORMER_DEFAULTS[name] for name in kept.keys() & _FORMER_DEFAULTS.keys()}
 
 
@@ -340,6 +340,6 @@ def own_workdir(workdir: Workdir) -> Iterator[None]:
             except BlockingIOError:
                 raise OSError(f"another process is training in {workdir.path}") from None
 
-        from_first_process(own)
+        broadcast_from_process_0(own)
         check_shared_folder(workdir.path)
         yield

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from xlstm.trainer.checkpoints.folder import CheckpointFolder, Saved
+from xlstm.trainer.checkpoints.folder import CheckpointFolder, CheckpointMetadata
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.find_checkpoint import find_checkpoint, split_checkpoint_path
 from xlstm.trainer.llm.workdir import (
@@ -363,7 +363,7 @@ def _save(workdir, **confirmed):
     for name, is_confirmed in confirmed.items():
         step = int(name[1:])
         folder.begin(step)
-        folder.complete(step, {}, Saved(confirmed=is_confirmed))
+        folder.finalize(step, {}, CheckpointMetadata(confirmed=is_confirmed))
 
 
 def test_the_last_confirmed_checkpoint_is_found(claimed):

@@ -1,4 +1,4 @@
-"""The interface of loggers, and several of them as one."""
+"""The interface of loggers, a logger that combines several, and their configuration."""
 
 import contextlib
 import dataclasses
@@ -9,18 +9,18 @@ from xlstm.finite import check_finite
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
-    """What a run writes beside its checkpoints."""
+    """What a run logs, besides its checkpoints."""
 
-    interval: int = 10  # Steps between rows of metrics.
-    tensorboard: bool = True  # Whether to write TensorBoard event files.
-    wandb: bool = False  # Whether to log to Weights & Biases; WANDB_MODE=offline keeps it here.
-    wandb_project: str = "xlstm"  # The project at Weights & Biases.
-    param_norms: bool = False  # Whether rows have the norms of every parameter and its gradient.
-    gate_statistics: bool = False  # Whether rows have statistics of every block's gates.
-    profile_steps: tuple[int, ...] = ()  # Steps to trace with JAX's profiler.
-    sample_tokens: int = 400  # Tokens of sampled text at the end; 0 for none.
-    sample_temperature: float = 0.8  # Divides the logits of the sample.
-    sample_prompt: str = ""  # What the sampled text goes on from.
+    interval: int = 10  # Log metrics at multiples of this step.
+    tensorboard: bool = True  # Write TensorBoard event files.
+    wandb: bool = False  # Log to Weights & Biases; WANDB_MODE=offline only stores the data.
+    wandb_project: str = "xlstm"  # Log to this project at Weights & Biases.
+    param_norms: bool = False  # Log the norms of every parameter and of its gradient.
+    gate_statistics: bool = False  # Log statistics of every block's gates.
+    profile_steps: tuple[int, ...] = ()  # Trace these steps with JAX's profiler.
+    sample_tokens: int = 400  # Sample a text of this many tokens at the end; 0 disables.
+    sample_temperature: float = 0.8  # Divide the logits of the sample by this temperature.
+    sample_prompt: str = ""  # Start the sampled text with this prompt.
 
     def __post_init__(self):
         check_finite("logger.", self)
@@ -35,43 +35,43 @@ class LoggerConfig:
             )
 
 
-def validation_suffixes(row: dict[str, float]) -> list[str]:
-    """What stands behind `val_loss` in a row: for each set `_<name>`, nothing for the held-out."""
-    return [key.removeprefix("val_loss") for key in row if key.startswith("val_loss")]
+def validation_suffixes(scalars: dict[str, float]) -> list[str]:
+    """Returns the suffixes of the keys `val_loss<suffix>`: `_<name>`, or empty for the held-out."""
+    return [key.removeprefix("val_loss") for key in scalars if key.startswith("val_loss")]
 
 
 class Logger:
-    """Does nothing; a logger overrides what it needs."""
+    """Base class of loggers; every method does nothing unless overridden."""
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Takes the metrics of a step, or of an evaluation after it."""
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Logs the metrics of a step, or of an evaluation after it."""
 
     def progress(self, step: int) -> None:
-        """Called after every step, to show that something happens."""
+        """Called after every step, for a display of progress."""
 
     def close(self) -> None:
         """Called once, at the end or after an error."""
 
 
 class Loggers(Logger):
-    """Several loggers as one."""
+    """A logger that combines several."""
 
     def __init__(self, loggers: Sequence[Logger]):
-        """Makes one logger of several."""
+        """Takes the loggers, which are called in this order."""
         self._loggers = list(loggers)
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Hands the row to each."""
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Calls `log` of each logger."""
         for logger in self._loggers:
-            logger.log(step, row)
+            logger.log(step, scalars)
 
     def progress(self, step: int) -> None:
-        """Tells each."""
+        """Calls `progress` of each logger."""
         for logger in self._loggers:
             logger.progress(step)
 
     def close(self) -> None:
-        """Closes each, also when closing another fails."""
+        """Closes each logger, even if closing another one fails."""
         with contextlib.ExitStack() as stack:
             for logger in self._loggers:
                 stack.callback(logger.close)

@@ -1,4 +1,4 @@
-"""Metrics over steps as curves, and curves as a picture."""
+"""Curves of metrics over steps, and plots of them."""
 
 import dataclasses
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from xlstm.files import write_atomically
 from xlstm.visible_text import visible
 
-_MOST_MARKED = 60  # Points of a curve up to which each is marked.
+_MAX_MARKED = 60  # Mark every point of curves that have no more points.
 ACCURACY = "accuracy"  # Begins the labels of axes that are shown in percent.
 _LABELS = {
     "loss": "training loss (nats per token)",
@@ -37,12 +37,12 @@ _LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Values of a metric.
+    """A metric over steps.
 
     Attributes:
-        label: What the legend calls it.
-        steps: Steps, ascending, (N,).
-        values: The finite values there, (N,).
+        label: Name in the legend.
+        steps: Steps in ascending order, `(N,)` int64.
+        values: Finite values at these steps, `(N,)` float64.
     """
 
     label: str
@@ -51,18 +51,18 @@ class Curve:
 
 
 def is_point(value: Any) -> bool:
-    """Whether what a row has for a metric is a number that can be drawn."""
+    """Returns whether a value in a metrics file is a number that can be plotted."""
     is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
     return is_number and math.isfinite(value)
 
 
 def read_curve(rows: Sequence[dict[str, float]], metric: str, label: str) -> Curve:
-    """Picks one metric; rows without it, and values that are not finite, are left out.
+    """Extracts the curve of a metric, without rows that lack it and values that are not finite.
 
     Args:
         rows: Rows of a metrics file.
-        metric: The key.
-        label: What to call the curve.
+        metric: The key of the metric.
+        label: Name in the legend.
 
     Returns:
         The curve, which may have no points.
@@ -91,13 +91,13 @@ def axis_label(metric: str) -> str:
 
 
 def smooth(curve: Curve, num_steps: int) -> Curve:
-    """Replaces every value by the mean of the values of the last `num_steps` steps up to it.
+    """Replaces every value by the mean over the last `num_steps` steps.
 
-    So a metric that is there less often than that, such as a validation loss, stays as it is.
+    A metric that is logged less often, such as a validation loss, stays as it is.
 
     Args:
-        curve: Any curve.
-        num_steps: At least 1.
+        curve: The curve.
+        num_steps: Size of the window, at least 1.
 
     Returns:
         A curve with the same steps.
@@ -106,19 +106,19 @@ def smooth(curve: Curve, num_steps: int) -> Curve:
         return curve
     ends = np.searchsorted(curve.steps, curve.steps, side="right")
     begins = np.searchsorted(curve.steps, curve.steps - num_steps, side="right")
-    # Each sum on its own: in differences of running sums a single spike would drown what follows.
+    # Separate sums: in differences of running sums one spike would swamp all later values.
     between = np.stack([begins, ends], axis=1).ravel()
     sums = np.add.reduceat(np.append(curve.values, 0.0), between)[::2]
     return dataclasses.replace(curve, values=sums / (ends - begins))
 
 
-def draw_picture(
+def plot_curves(
     panels: Mapping[str, Sequence[Curve]],
     path: str,
     smooth_steps: int | None = None,
     chance: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws curves over steps, one panel above the other.
+    """Plots curves over steps, one panel above the other, into a PNG file.
 
     Args:
         panels: The curves of each panel, by the label of its vertical axis. Curves without points
@@ -127,7 +127,7 @@ def draw_picture(
         smooth_steps: Draws means over this many steps, and the values in pale behind them.
         chance: The height of a horizontal line that marks chance, by the panel's label.
     """
-    # Imported here, since it takes a while and the first steps of a run can do without.
+    # A slow import, which delays no run: plots are drawn after the first steps.
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -141,7 +141,7 @@ def draw_picture(
             if smooth_steps is not None:
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.25)
                 curve = smooth(curve, smooth_steps)
-            marker = "o" if len(curve.steps) <= _MOST_MARKED else None
+            marker = "o" if len(curve.steps) <= _MAX_MARKED else None
             style = {"linewidth": 1.2, "marker": marker, "markersize": 3}
             axes.plot(curve.steps, curve.values, color=colour, label=visible(curve.label), **style)
         height = (chance or {}).get(name)
@@ -149,7 +149,7 @@ def draw_picture(
             axes.axhline(height, color="0.4", linestyle="--", linewidth=1.0, label="chance")
         if name.startswith(ACCURACY):
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-        axes.set_ylabel(visible(name), parse_math=False)  # A $ is no formula.
+        axes.set_ylabel(visible(name), parse_math=False)  # A $ starts no formula.
         axes.grid(alpha=0.3)
         if axes.lines:
             for text in axes.legend().get_texts():

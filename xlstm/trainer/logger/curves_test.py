@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from xlstm.trainer.logger.curves import Curve, axis_label, draw_picture, read_curve, smooth
+from xlstm.trainer.logger.curves import Curve, axis_label, plot_curves, read_curve, smooth
 
 _BLUE, _ORANGE = (31, 119, 180), (255, 127, 14)
 
@@ -62,9 +62,9 @@ def _pixels(path, colour):
 def test_every_metric_has_a_panel_and_every_curve_a_colour(tmp_path):
     curves = [_curve([3.0, 2.0]), _curve([2.0, 3.0])]
     one, two, fewer = (str(tmp_path / name) for name in ("one.png", "two.png", "fewer.png"))
-    draw_picture({"loss": curves}, one)
-    draw_picture({"loss": curves, "val_loss": curves}, two)
-    draw_picture({"loss": [curves[0], _curve([])]}, fewer)
+    plot_curves({"loss": curves}, one)
+    plot_curves({"loss": curves, "val_loss": curves}, two)
+    plot_curves({"loss": [curves[0], _curve([])]}, fewer)
     (blue, (height, width, _)), (orange, _) = _pixels(one, _BLUE), _pixels(one, _ORANGE)
     assert 300 < height < width
     assert blue > 300 and orange > 300
@@ -78,8 +78,8 @@ def test_every_metric_has_a_panel_and_every_curve_a_colour(tmp_path):
 
 def test_what_is_smoothed_is_pale_behind_the_means(tmp_path):
     curve = _curve(np.arange(200) % 2)
-    draw_picture({"loss": [curve]}, str(tmp_path / "raw.png"))
-    draw_picture({"loss": [curve]}, str(tmp_path / "smooth.png"), 50)
+    plot_curves({"loss": [curve]}, str(tmp_path / "raw.png"))
+    plot_curves({"loss": [curve]}, str(tmp_path / "smooth.png"), 50)
     raw, smoothed = (_pixels(tmp_path / name, _BLUE)[0] for name in ("raw.png", "smooth.png"))
     assert 300 < smoothed < raw / 5
 
@@ -104,7 +104,7 @@ def test_chance_is_a_dashed_line_across_its_panel(tmp_path):
     pictures = []
     for chance in (None, {"accuracy": 0.5}):
         path = str(tmp_path / "curves.png")
-        draw_picture(panels, path, chance=chance)
+        plot_curves(panels, path, chance=chance)
         pictures.append(matplotlib.image.imread(path))
     changed = np.argwhere((pictures[0] != pictures[1]).any(axis=-1))
     height, width = pictures[0].shape[:2]

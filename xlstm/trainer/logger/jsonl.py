@@ -1,4 +1,4 @@
-"""The file `metrics.jsonl`: one JSON object a line, `{"step": ..., "loss": ..., ...}`."""
+"""The file `metrics.jsonl`: one JSON object per line, `{"step": ..., "loss": ..., ...}`."""
 
 import json
 import os
@@ -9,54 +9,54 @@ from xlstm.visible_text import short_repr
 
 
 def read_rows(path: str) -> list[dict[str, float]]:
-    """Reads the rows of a metrics file; a torn last line, left by a killed run, is left out.
+    """Reads the rows of a metrics file, without an incomplete last line of a killed run.
 
     Args:
-        path: The file; there need not be one.
+        path: The file; it need not exist.
 
     Returns:
         The rows.
 
     Raises:
-        ValueError: If another line is no JSON object with a step.
+        ValueError: If another line is not a JSON object with a step.
     """
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline is torn.
+    for number, line in enumerate(lines[:-1], start=1):  # A line without a newline is incomplete.
         try:
             row = parse_json(line, "the line")
         except ValueError:
             row = {}
         if not isinstance(row.get("step"), int) or not 0 <= row["step"] < 2**63:
-            raise ValueError(f"{path}:{number} is no row of metrics: {short_repr(line)}")
+            raise ValueError(f"{path}:{number} is not a row of metrics: {short_repr(line)}")
         rows.append(row)
     return rows
 
 
 class JsonLinesLogger(Logger):
-    """Appends rows to a metrics file."""
+    """A logger that appends rows to a metrics file."""
 
     def __init__(self, path: str, first_step: int):
         """Opens the file.
 
         Args:
             path: The file.
-            first_step: Rows of this step and later ones, left by a run that was killed, are
-                dropped: these steps are done again.
+            first_step: Drops rows of this step and later ones, which a killed run left: these steps
+                are done again.
         """
         rows = [row for row in read_rows(path) if row["step"] < first_step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes the row at once."""
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the row to disk at once."""
         with naming_file(self._file.name):
-            self._file.write(json.dumps({"step": step} | row) + "\n")
+            self._file.write(json.dumps({"step": step} | scalars) + "\n")
             self._file.flush()
-            # A row is never younger than the checkpoint of its step.
+            # A row must be on disk before the checkpoint of its step is.
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

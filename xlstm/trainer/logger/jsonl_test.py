@@ -11,7 +11,7 @@ def test_rows_are_written_as_they_come(tmp_path):
     path = tmp_path / "metrics.jsonl"
     logger = JsonLinesLogger(str(path), 0)
     logger.log(1, {"loss": 0.1, "tokens": 512})
-    # Whoever looks at the file of a running run sees the row.
+    # The row is visible while the run is running.
     assert path.read_text() == '{"step": 1, "loss": 0.1, "tokens": 512}\n'
     logger.log(1, {"val_loss": 1 / 3})
     logger.close()
@@ -83,7 +83,7 @@ def test_numbers_survive_exactly(tmp_path):
 def test_a_line_that_is_no_row_is_an_error(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is no row of metrics"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is not a row of metrics"):
         read_rows(str(path))
 
 
@@ -94,9 +94,9 @@ _NO_STEPS = ['"text"', "1.5", "null", "[1]", "1e3", "NaN", "-1", "9" * 30, "9" *
 def test_a_step_is_a_number_of_steps(tmp_path, step):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{{"step": {step}, "loss": "\x1b[2J"}}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no row of metrics: ") as caught:
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a row of metrics: ") as caught:
         read_rows(str(path))
-    message = str(caught.value).removeprefix(str(path))  # As long as the folder's name is.
+    message = str(caught.value).removeprefix(str(path))  # The folder's name may be long.
     assert len(message) < 150 and "\x1b" not in message
 
 
@@ -108,4 +108,4 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
             for step in range(100):
                 logger.log(step, {"loss": 1.0})
         with pytest.raises(OSError, match=re.escape(path)):
-            logger.close()  # What could not be written is still waiting.
+            logger.close()  # It flushes the unwritten row again.

@@ -16,7 +16,7 @@ _ROWS = [
 
 
 def _colours(path):
-    """The picture's shape, and the number of pixels of each of the first two curves."""
+    """Returns the plot's shape, and the number of pixels of each of the first two curves."""
     picture = matplotlib.image.imread(path)[..., :3]
     colours = [
         np.sum(np.abs(picture - np.array(colour) / 255).max(-1) < 0.02)
@@ -40,7 +40,7 @@ def test_the_curves_are_in_the_picture(tmp_path):
         plot_losses(rows, str(tmp_path / name))
         pictures[name] = _colours(str(tmp_path / name))[1]
     assert pictures["both"][1] > 100  # The validation curve is opaque, in the second colour,
-    assert pictures["training"][1] == 0  # and not there without such rows.
+    assert pictures["training"][1] == 0  # and missing without such rows.
 
 
 def test_every_validation_set_has_a_curve(tmp_path):

@@ -12,16 +12,16 @@ from xlstm.trainer.logger.base_logger import Logger
 
 
 class TensorBoardLogger(Logger):
-    """Writes every metric as a scalar.
+    """A logger that writes every metric as a scalar.
 
-    When the file cannot be written any more, the run goes on without: it is a copy of the metrics.
+    If the file can no longer be written, it warns and stops: the metrics file has every row.
     """
 
     def __init__(self, directory: str, first_step: int):
-        """Opens an event file; TensorBoard drops what older ones have from `first_step` on."""
+        """Opens an event file; TensorBoard drops older events from `first_step` on."""
         os.makedirs(directory, exist_ok=True)
-        # Not `SummaryWriter`: its thread ends when the disk is full, and then its queue, which
-        # nobody empties, holds the run up for ever.
+        # Not `SummaryWriter`: its thread ends when the disk is full, and then its full queue blocks
+        # the run.
         self._writer = EventsWriter(os.path.join(directory, "events"))
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(
@@ -29,21 +29,21 @@ class TensorBoardLogger(Logger):
         )
         self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def log(self, step: int, row: dict[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars as one event, at once."""
         if self._writer is None:
             return
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
         try:
             self._writer.write_event(event)
             self._writer.flush()
         except OSError as error:
-            # What would follow a torn record could not be read.
+            # TensorBoard cannot read past an incomplete record.
             self._writer = None
             warnings.warn(
-                f"the TensorBoard event file cannot be written ({error}): the run goes on without"
-                " it until it is started again; metrics.jsonl has every row",
+                f"the TensorBoard event file cannot be written ({error}): the run continues without"
+                " it until it is restarted; metrics.jsonl has every row",
                 stacklevel=2,
             )
 

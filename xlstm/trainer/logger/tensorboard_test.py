@@ -10,7 +10,7 @@ from xlstm.trainer.logger.tensorboard import TensorBoardLogger
 
 
 def _events(directory):
-    """The events of all files, oldest file first; a record is length, check, data, check."""
+    """Reads the events of all files, oldest first; a record is length, CRC, data, CRC."""
     events = []
     for name in sorted(os.listdir(directory)):
         with open(os.path.join(directory, name), "rb") as file:
@@ -66,14 +66,14 @@ print("the end")
 
 def test_a_full_disk_is_told_once_and_holds_nobody_up(tmp_path):
     command = [sys.executable, "-c", _FULL_DISK, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (0, "the end\n"), result.stderr
     assert result.stderr.count("cannot be written ([Errno 27] File too large)") == 1
     assert "Traceback" not in result.stderr
 
 
 def _shown(directory):
-    """What TensorBoard shows: from the step of a START event on it forgets what was before."""
+    """Returns what TensorBoard shows: a START event drops earlier events from its step on."""
     shown = []
     for event in _events(directory):
         if event.session_log.status == SessionLog.START:
@@ -89,7 +89,7 @@ def test_a_run_that_goes_on_shows_no_step_twice(tmp_path, first_step):
         logger.log(step, {"loss": 1.0})
     logger.close()
     (first,) = tmp_path.iterdir()
-    first.rename(tmp_path / "events.0")  # Names have the time in seconds: too few to tell.
+    first.rename(tmp_path / "events.0")  # Its name is the time in seconds.
     logger = TensorBoardLogger(str(tmp_path), first_step)
     for step in range(first_step, 8):
         logger.log(step, {"loss": 2.0})

@@ -1,4 +1,4 @@
-"""Weights & Biases: optional; its package is only imported by runs that ask for it."""
+"""Logging to Weights & Biases; only runs that ask for it import its package."""
 
 import os
 import secrets
@@ -10,17 +10,17 @@ from xlstm.files import write_atomically
 from xlstm.trainer.logger.base_logger import Logger
 from xlstm.trainer.logger.jsonl import read_rows
 
-_FINISH_TIMEOUT = 60.0  # Seconds; what is not sent by then, the next start of the run sends.
+_FINISH_TIMEOUT = 60.0  # Seconds; the next start of the run sends the rest.
 
 
 def check_wandb() -> None:
-    """Checks that a run can log to Weights & Biases, so that it can fail before anything is made.
+    """Checks that a run can log to Weights & Biases, before the run creates anything.
 
-    The environment variable `WANDB_MODE` says whether to send (`online`, the default), to keep
-    everything in the run's folder (`offline`) or to do nothing (`disabled`).
+    The environment variable `WANDB_MODE` selects whether to send the rows (`online`, the default),
+    to keep them in the run's folder (`offline`) or to do nothing (`disabled`).
 
     Raises:
-        ValueError: If the package is missing, or rows are to be sent and there is no valid key.
+        ValueError: If the package is missing, or the mode is `online` and there is no valid key.
     """
     wandb = _import_wandb()
     if wandb.setup().settings.mode == "online":
@@ -31,31 +31,31 @@ def check_wandb() -> None:
 
 
 class WandbLogger(Logger):
-    """Logs every row as a step of a run of Weights & Biases.
+    """A logger that logs every row as a step of a run of Weights & Biases.
 
-    However often a run is started, it is one run there, with each step once. What a start finds in
-    the metrics file and Weights & Biases lacks is sent first. Steps that are done again and which
-    Weights & Biases has already stay as they are there: it cannot take back what it was sent.
+    However often a run is started, it is one run there, with each step once. A start first sends
+    the rows of the metrics file that Weights & Biases lacks. Steps that are done again but were
+    sent before stay as they are, since Weights & Biases cannot take them back.
 
-    Offline, each start makes a folder `wandb/offline-run-<time>-<id>` in the run's folder, with
-    everything since the first step. Sent by `wandb sync`, a folder takes the place of what the run
-    had before, so it is the newest that should come last; the others are not needed.
+    Offline, each start creates a folder `wandb/offline-run-<time>-<id>` in the run's folder, with
+    every step since the first. `wandb sync` of a folder replaces what the run had before, so sync
+    only the newest folder, or sync it last.
     """
 
     def __init__(
         self, directory: str, project: str, name: str, config: dict[str, Any], metrics_path: str
     ):
-        """Opens the run; it must come after the logger that writes the metrics file.
+        """Opens the run; must come after the logger that writes the metrics file.
 
         Args:
-            directory: The run's folder; `wandb` in it is where everything lies.
+            directory: The run's folder; all files are in its subfolder `wandb`.
             project: The project at Weights & Biases.
             name: The run's name there.
             config: The run's configuration.
-            metrics_path: The metrics file, with the rows before the step to go on from.
+            metrics_path: The metrics file, with the rows before the first step of this start.
 
         Raises:
-            ValueError: If the package is missing or Weights & Biases refuses the run.
+            ValueError: If the package is missing or Weights & Biases rejects the run.
         """
         wandb = _import_wandb()
         self._errors = (wandb.errors.Error, OSError)
@@ -68,28 +68,28 @@ class WandbLogger(Logger):
                 id=_run_id(os.path.join(folder, "run_id")),
                 dir=directory,
                 config=config,
-                # Offline there is nobody to ask what the run had, and a warning would say so.
+                # Offline, wandb cannot look up the run and would warn about it.
                 resume="allow" if wandb.setup().settings.mode == "online" else None,
-                # The terminal is the progress bar's.
+                # The terminal shows the progress bar.
                 settings=wandb.Settings(console="off", quiet=True, finish_timeout=_FINISH_TIMEOUT),
             )
         except wandb.errors.Error as error:
             raise _unusable(error) from error
-        self._first_step = self._run.step  # The first that Weights & Biases lacks.
+        self._first_step = self._run.step  # The first step that Weights & Biases lacks.
         for row in read_rows(metrics_path):
             self.log(row["step"], {name: row[name] for name in row if name != "step"})
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Hands the row over; rows of one step become one step there."""
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Logs the row; all rows of a step become one step there."""
         if self._run is None or step < self._first_step:
             return
         try:
-            self._run.log(row, step=step)
+            self._run.log(scalars, step=step)
         except self._errors as error:
             self._give_up(error)
 
     def close(self) -> None:
-        """Sends what is left, for a minute at most."""
+        """Sends the remaining rows, for a minute at most."""
         if self._run is None:
             return
         try:
@@ -98,11 +98,11 @@ class WandbLogger(Logger):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Goes on without: weeks of training do not end since a process beside them did."""
+        """Stops logging and warns: a failure of Weights & Biases must not end training."""
         self._run = None
         warnings.warn(
-            f"Weights & Biases failed ({error}): nothing more is sent until the run is started"
-            " again, which sends what is missing",
+            f"Weights & Biases failed ({error}): nothing more is sent until the run is restarted,"
+            " which then sends the missing rows",
             stacklevel=2,
         )
 
@@ -112,8 +112,8 @@ def _import_wandb() -> ModuleType:
         import wandb
     except ImportError as error:
         raise ValueError(
-            "logger.wandb=True needs the package wandb, which is not installed: Bazel brings it"
-            " along, elsewhere `pip install wandb` does"
+            "logger.wandb=True needs the package wandb, which is not installed: run with Bazel, or"
+            " run `pip install wandb`"
         ) from error
     return wandb
 
@@ -127,7 +127,7 @@ def _unusable(error: Exception) -> ValueError:
 
 
 def _run_id(path: str) -> str:
-    """Reads the id in a file, or thinks of one and writes it."""
+    """Reads the id in a file, or creates one and writes it."""
     if not os.path.exists(path):
         write_atomically(path, secrets.token_hex(8) + "\n")
     with open(path, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Offline with the real package; what needs a server with one that is made up."""
+"""Tests with the real package offline, and with a fake package for what needs a server."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from xlstm.trainer.logger.wandb_logger import WandbLogger, check_wandb
 
 @pytest.fixture(scope="module", autouse=True)
 def elsewhere(tmp_path_factory):
-    """Keeps the package from the user's own files."""
+    """Keeps the package away from the user's files."""
     folder = str(tmp_path_factory.mktemp("home"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CACHE", "CONFIG", "DATA"):
@@ -28,7 +28,7 @@ def elsewhere(tmp_path_factory):
 
 
 def _train(workdir, first_step, steps):
-    """Logs as a run does, with an evaluation at its end."""
+    """Logs like a run, with an evaluation at its end."""
     metrics = JsonLinesLogger(str(workdir / "metrics.jsonl"), first_step)
     ours = WandbLogger(
         str(workdir),
@@ -45,7 +45,7 @@ def _train(workdir, first_step, steps):
 
 
 def _records(folder):
-    """The records in the file of a start that was offline."""
+    """Reads the records in the file of an offline start."""
     (path,) = folder.glob("*.wandb")
     store = DataStore()
     store.open_for_scan(str(path))
@@ -68,14 +68,14 @@ def _history(records):
 
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory, elsewhere):
-    """The records of a start and of another one, which does the last two steps again."""
+    """The records of two starts, the second of which does the last two steps again."""
     workdir = tmp_path_factory.mktemp("run")
     _train(workdir, 0, [1, 2, 3])
     (first,) = (workdir / "wandb").glob("offline-run-*")
-    first = first.rename(workdir / "first")  # Its name is the time in seconds: too few to tell.
+    first = first.rename(workdir / "first")  # Its name is the time in seconds.
     _train(workdir, 2, [2, 3, 4])
     (second,) = (workdir / "wandb").glob("offline-run-*")
-    wandb.teardown()  # As at the end of a process: waits until the files are written.
+    wandb.teardown()  # Waits until the files are written, like the end of a process.
     return _records(first), _records(second)
 
 
@@ -89,7 +89,7 @@ def test_rows_are_steps_of_an_offline_run(starts):
     assert (run.project, run.display_name) == ("a project", "a run")
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert config["model"] == {"num_heads": 4}
-    assert any(record.HasField("exit") for record in first)  # It is closed.
+    assert any(record.HasField("exit") for record in first)  # The run is closed.
 
 
 def test_another_start_is_the_same_run_and_has_each_step_once(starts):
@@ -101,7 +101,7 @@ def test_another_start_is_the_same_run_and_has_each_step_once(starts):
 
 
 class _Server(types.SimpleNamespace):
-    """Stands for the package, and for a server which has the steps below `next_step`."""
+    """Fake of the package, and of a server that has the steps below `next_step`."""
 
     class Error(Exception):
         pass
@@ -115,7 +115,7 @@ class _Server(types.SimpleNamespace):
     def setup(self):
         return self
 
-    def Settings(self, **_):  # noqa: N802 (so it is named there)
+    def Settings(self, **_):  # noqa: N802 (the name in the package)
         return None
 
     def login(self):
@@ -138,7 +138,7 @@ class _Server(types.SimpleNamespace):
 def test_a_server_is_sent_what_it_lacks(tmp_path, monkeypatch):
     server = _Server(monkeypatch)
     _train(tmp_path, 0, [1, 2, 3])
-    # The end of it got lost on the way.
+    # The last step was lost on the way.
     server.step, server.rows = 3, []
     _train(tmp_path, 4, [4])
     assert server.rows == [
@@ -182,7 +182,7 @@ def test_without_a_key_it_says_so(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
-    check_wandb()  # Offline none is needed.
+    check_wandb()  # Offline needs no key.
 
 
 def test_without_the_package_it_says_so(monkeypatch):

@@ -1,8 +1,8 @@
-"""Optimizers.
+"""Optimizers, without clipping and learning rate.
 
-An optimizer here says in which direction to go: the training step clips the gradient before, and
-makes `params -= learning rate * direction` of it. All trees are of plain, global arrays; leaves
-below `blocks` are stacks of the parameters of all blocks, and each block's count as a parameter.
+An optimizer here computes a direction: the training step clips the gradient before, and then
+applies `params -= learning rate * direction`. All trees hold plain, global arrays. Leaves below
+`blocks` are stacks of the parameters of all blocks, each of which counts as a parameter.
 """
 
 import dataclasses
@@ -20,36 +20,37 @@ from xlstm.trainer.base.param_utils import get_param_mask_fn, path_name
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, its constants, and what the training step does around it."""
+    """The optimizer, its constants, and what the training step does around it."""
 
-    name: str = "adamw"  # One of adamw, lion, adafactor, muon, sgd and ademamix.
-    beta1: float = 0.9  # AdamW, Muon's AdamW, AdEMAMix: decay of the mean of the gradients. Lion:
-    # weight of their mean in the direction.
-    beta2: float = 0.95  # AdamW, Muon's AdamW, AdEMAMix: decay of the mean of their squares. Lion:
-    # decay of their mean.
-    eps: float = 1e-8  # AdamW, Muon's AdamW, AdEMAMix: added to the root of the squares.
-    momentum: float = 0.95  # SGD, Muon: decay of the sum of the gradients.
-    nesterov: bool = True  # SGD, Muon: whether the momentum looks one step ahead.
-    muon_exclude: tuple[str, ...] = ("embeddings", "lm_head")  # Muon: regular expressions on
-    # parameter paths: matrices that AdamW updates, as it does all that is no matrix.
-    beta3: float = 0.9999  # AdEMAMix: decay of the slow mean of the gradients.
-    alpha: float = 8.0  # AdEMAMix: weight of the slow mean.
-    ademamix_warmup_steps: int = 0  # AdEMAMix: steps in which beta3, from beta1, and alpha, from 0,
-    # rise; the paper takes the whole run.
-    weight_decay: float = 0.1  # Weight decay, multiplied by the learning rate.
-    weight_decay_exclude: tuple[str, ...] = ("bias", "norm", "embeddings", "skip")  # Regular
-    # expressions on parameter paths: what they match is not decayed.
-    grad_clip_norm: float = 1.0  # The gradient is scaled down to this global norm.
-    max_grad_norm_ratio: float = 0.0  # Steps whose gradient norm is above so many times its moving
-    # mean are skipped; 0: none are.
-    ema_decay: float = 0.0  # Decay of a moving average of the parameters, which is what evaluation
-    # then takes; 0: there is none.
+    name: str = "adamw"  # Use this optimizer: adamw, lion, adafactor, muon, sgd or ademamix.
+    beta1: float = 0.9  # Decay the first moment by this factor (AdamW, Muon's AdamW, AdEMAMix), or
+    # weigh the momentum in the direction by it (Lion).
+    beta2: float = 0.95  # Decay the second moment by this factor (AdamW, Muon's AdamW, AdEMAMix),
+    # or the momentum (Lion).
+    eps: float = 1e-8  # Add this constant to the root of the second moment (AdamW, Muon's AdamW,
+    # AdEMAMix).
+    momentum: float = 0.95  # Decay the momentum by this factor (SGD, Muon).
+    nesterov: bool = True  # Use Nesterov momentum (SGD, Muon).
+    muon_exclude: tuple[str, ...] = ("embeddings", "lm_head")  # Use AdamW for matrices whose path
+    # matches one of these regular expressions, and for all parameters that are not matrices (Muon).
+    beta3: float = 0.9999  # Decay the slow first moment by this factor (AdEMAMix).
+    alpha: float = 8.0  # Weigh the slow first moment by this factor (AdEMAMix).
+    ademamix_warmup_steps: int = 0  # Raise beta3 from beta1, and alpha from 0, over this many steps
+    # (AdEMAMix); the paper uses the whole run. 0 disables.
+    weight_decay: float = 0.1  # Decay the parameters by this factor times the learning rate.
+    weight_decay_exclude: tuple[str, ...] = ("bias", "norm", "embeddings", "skip")  # Do not decay
+    # parameters whose path matches one of these regular expressions.
+    grad_clip_norm: float = 1.0  # Scale gradients with a larger global norm down to this norm.
+    max_grad_norm_ratio: float = 0.0  # Skip steps whose gradient norm exceeds this many times its
+    # moving average; 0 disables.
+    ema_decay: float = 0.0  # Keep a moving average of the parameters with this decay, and evaluate
+    # it instead of the parameters; 0 disables.
 
     def __post_init__(self):
         check_finite("optimizer.", self)
         if self.name not in _DIRECTIONS:
             raise ValueError(
-                f"optimizer.name={self.name!r}: the optimizers are {', '.join(_DIRECTIONS)}"
+                f"optimizer.name={self.name!r} is unknown: choose one of {', '.join(_DIRECTIONS)}"
             )
         for name in ("beta1", "beta2", "beta3", "momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -65,7 +66,7 @@ class OptimizerConfig:
         if self.max_grad_norm_ratio != 0 and not self.max_grad_norm_ratio > 1:
             raise ValueError(
                 f"optimizer.max_grad_norm_ratio={self.max_grad_norm_ratio}: it must be above 1,"
-                " or 0 to skip no step"
+                " or 0 to disable it"
             )
         for name in ("muon_exclude", "weight_decay_exclude"):
             for pattern in getattr(self, name):
@@ -73,30 +74,30 @@ class OptimizerConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(
-                        f"optimizer.{name}: {pattern!r} is no regular expression: {error}"
+                        f"optimizer.{name}: {pattern!r} is not a regular expression: {error}"
                     ) from None
 
 
 def create_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Creates an optimizer: a direction, and decoupled weight decay.
+    """Creates an optimizer: a direction with decoupled weight decay.
 
     Args:
-        config: Options.
+        config: The options.
 
     Returns:
-        The transformation of gradients, already clipped, to what is multiplied by the learning rate
-        and subtracted from the parameters. Its trees hold plain, global arrays.
+        A transformation of clipped gradients to the direction, which is multiplied by the learning
+        rate and subtracted from the parameters. Its trees hold plain, global arrays.
 
     References:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, with the
-        weight decay multiplied by the learning rate. The directions give theirs.
+        weight decay multiplied by the learning rate. Each direction below names its own.
     """
     return optax.chain(
         _DIRECTIONS[config.name](config),
         optax.add_decayed_weights(
             config.weight_decay,
             mask=get_param_mask_fn(
-                # Not every model has all that the default is about.
+                # The default names parameters that not every model has.
                 config.weight_decay_exclude,
                 may_be_missing=OptimizerConfig.weight_decay_exclude,
             ),
@@ -122,7 +123,7 @@ def _sgd(config: OptimizerConfig) -> optax.GradientTransformation:
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     """Shazeer and Stern, "Adafactor", 2018, algorithms 4 and 5 with the constants of 6.
 
-    Its learning rate is relative to the scale of each parameter. There is no first moment, and
+    The learning rate is relative to the scale of each parameter. There is no first moment, and
     matrices with a side below 128 are not factored.
     """
     del config  # All constants are the paper's.
@@ -152,14 +153,14 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Jordan et al., "Muon", 2024, scaled as in Liu et al., "Muon is Scalable", 2025, section 2.2.
 
-    So the root mean square of a direction is about 0.2, that of AdamW's, and one learning rate and
-    weight decay do for both. What is no matrix gets AdamW's direction.
+    This scale gives a direction a root mean square of about 0.2, as for AdamW, so the same learning
+    rate and weight decay work for both. Parameters that are not matrices use AdamW.
     """
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.momentum,
             nesterov=config.nesterov,
-            # Axes before the last two are those of the blocks, each orthogonalised on its own.
+            # Leading axes are those of stacks: each block is orthogonalized on its own.
             weight_dimension_numbers=lambda updates: jax.tree.map(
                 lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates
             ),
@@ -169,8 +170,8 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     mask_fn = get_param_mask_fn(config.muon_exclude)
 
     def kinds(params: PyTree) -> PyTree:
-        def kind(path: tuple, x: jax.Array, is_chosen: bool) -> str:
-            return "muon" if is_chosen and x.ndim - _is_stacked(path) == 2 else "adam"
+        def kind(path: tuple, x: jax.Array, is_selected: bool) -> str:
+            return "muon" if is_selected and x.ndim - _is_stacked(path) == 2 else "adam"
 
         return jax.tree_util.tree_map_with_path(kind, params, mask_fn(params))
 
@@ -180,7 +181,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 def _ademamix(config: OptimizerConfig) -> optax.GradientTransformation:
     """Pagliardini et al., "The AdEMAMix Optimizer", 2024, algorithm 1."""
     num_steps = config.ademamix_warmup_steps
-    # Between the two decays it is the inverse of the logarithm that changes linearly.
+    # The inverse of the logarithm of the decay changes linearly.
     first, last = (1 / math.log(max(beta, 1e-30)) for beta in (config.beta1, config.beta3))
 
     def progress(count: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.optimizer.optimizers import OptimizerConfig, create_optimizer
 
 _SHAPES = {
-    # Path of a parameter: its shape and how it is cut.
+    # Name of a parameter: its shape and its partition spec.
     "blocks.ffn.proj_up.kernel": ((2, 128, 130), P("pp", "fsdp", "tp")),  # Adafactor factors it.
     "blocks.ffn.proj_down.kernel": ((2, 6, 4), P("pp", "tp", "fsdp")),
     "blocks.igate_preact.bias": ((2, 4), P("pp", "tp")),
@@ -36,7 +36,7 @@ _NAMES = [name for name, config in _CONFIGS.items() if name == config.name]
 
 
 def _nested(leaves):
-    """A tree of what a dict has by path."""
+    """Returns a tree of leaves that are given by name."""
     tree = {}
     for path, leaf in leaves.items():
         *parents, name = path.split(".")
@@ -58,14 +58,14 @@ def _random(seed):
 
 
 def _gradients():
-    """Those of all steps, on a new leading axis."""
+    """Returns the gradients of all steps, stacked on a new leading axis."""
     seeds = range(1, _NUM_STEPS + 1)
     return {path: np.stack([_random(seed)[path] for seed in seeds]) for path in _SHAPES}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(config, params, gradients):
-    """Parameters after each step, on a new leading axis."""
+    """Returns the parameters after each step, stacked on a new leading axis."""
     optimizer = create_optimizer(config)
 
     def step(carry, grads):
@@ -82,12 +82,12 @@ def _run_on_one_device(name):
     return _flat(_run(_CONFIGS[name], _nested(_random(0)), _nested(_gradients())))
 
 
-# The papers' equations in float64. `g` are all gradients of one parameter so far, `(steps, ...)`,
-# `p` is the parameter, and a parameter here is one block's.
+# The papers' equations in float64: `g` are all gradients of a parameter so far, `(steps, ...)`, and
+# `p` is the parameter. The parameters of each block are separate.
 
 
 def _mean(g, decay):
-    """A moving average that begins with 0."""
+    """Returns the moving average that starts at 0."""
     return (1 - decay) * np.tensordot(decay ** np.arange(len(g))[::-1], g, 1)
 
 
@@ -140,7 +140,7 @@ def _muon(g, p, path, config):
     excluded = any(pattern in path for pattern in config.muon_exclude)
     if p.ndim < 2 or excluded:
         return _adamw(g, p, path, config)
-    # With means in place of sums, both without their bias, as Nadam has it.
+    # With bias-corrected means instead of sums, as in Nadam.
     beta, steps = config.momentum, len(g)
     x = _mean(g, beta) / (1 - beta**steps)
     if config.nesterov:
@@ -241,7 +241,7 @@ def test_every_optimizer_learns_with_the_same_learning_rate(name):
 
 
 def test_only_patterns_of_ones_own_are_warned_of():
-    params = _nested(_random(0))  # Which have no skip.
+    params = _nested(_random(0))  # None of them is named skip.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         create_optimizer(OptimizerConfig()).init(params)
@@ -262,7 +262,10 @@ def test_decay_leaves_biases_norms_and_embeddings_alone():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"name": "adam"}, "'adam': the optimizers are adamw, lion, adafactor, muon, sgd, ademam"),
+        (
+            {"name": "adam"},
+            "'adam' is unknown: choose one of adamw, lion, adafactor, muon, sgd, ademam",
+        ),
         ({"grad_clip_norm": 0.0}, "0.0: it must be positive"),
         ({"grad_clip_norm": -1.0}, "-1.0: it must be positive"),
         ({"beta1": 1.0}, "1.0: it must be at least 0 and below 1"),
@@ -275,8 +278,8 @@ def test_decay_leaves_biases_norms_and_embeddings_alone():
         ({"ademamix_warmup_steps": -1}, "-1: it must not be negative"),
         ({"weight_decay": -0.1}, "-0.1: it must not be negative"),
         ({"max_grad_norm_ratio": 0.5}, "0.5: it must be above 1, or 0"),
-        ({"muon_exclude": ("[",)}, r"'\[' is no regular expression"),
-        ({"weight_decay_exclude": ("(",)}, r"'\(' is no regular expression"),
+        ({"muon_exclude": ("[",)}, r"'\[' is not a regular expression"),
+        ({"weight_decay_exclude": ("(",)}, r"'\(' is not a regular expression"),
     ],
     ids=str,
 )

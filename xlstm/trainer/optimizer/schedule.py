@@ -12,17 +12,16 @@ _DECAYS = ("cosine", "exponential", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, a decay, and perhaps a linear cooldown to 0."""
+    """A linear warm-up, a decay, and an optional linear cooldown to 0."""
 
-    peak_lr: float = 1e-3  # Learning rate at the end of the warm-up.
-    warmup_steps: int = 100  # Steps of the linear warm-up from 0.
-    decay: str = "cosine"  # Shape after the warm-up: cosine, exponential or constant.
-    decay_steps: int = 0  # Step, counted from the start of the run, at which the decay ends; 0: the
-    # end of the run less the cooldown (a run that resumes keeps the step that it began with).
-    final_lr_factor: float = 0.1  # Cosine, exponential: what is left at decay_steps, as a fraction
-    # of the peak.
-    cooldown_steps: int = 0  # Steps from decay_steps on of a linear way to 0; without any, the
-    # learning rate stays as it is.
+    peak_lr: float = 1e-3  # Reach this learning rate at the end of the warm-up.
+    warmup_steps: int = 100  # Raise the learning rate linearly from 0 over this many steps.
+    decay: str = "cosine"  # Use this shape after the warm-up: cosine, exponential or constant.
+    decay_steps: int = 0  # End the decay at this step, counted from the start of the run; 0 ends it
+    # at the end of the run, less the cooldown. A resumed run keeps the step that it started with.
+    final_lr_factor: float = 0.1  # Decay to this fraction of peak_lr (cosine, exponential).
+    cooldown_steps: int = 0  # Lower the learning rate linearly to 0 over this many steps after
+    # decay_steps; 0 keeps it constant instead.
 
     def __post_init__(self):
         check_finite("schedule.", self)
@@ -45,8 +44,8 @@ class ScheduleConfig:
             )
         if self.decay == "exponential" and self.final_lr_factor == 0:
             raise ValueError(
-                "schedule.final_lr_factor=0.0: an exponential decay never gets to 0; it must be"
-                " positive, and schedule.cooldown_steps lead to 0"
+                "schedule.final_lr_factor=0.0: it must be positive, since an exponential decay"
+                " never reaches 0; use schedule.cooldown_steps for that"
             )
         if self.cooldown_steps < 0:
             raise ValueError(
@@ -55,16 +54,16 @@ class ScheduleConfig:
 
 
 def create_schedule(config: ScheduleConfig) -> optax.Schedule:
-    """Makes the learning rate: a warm-up, then a decay, then perhaps a cooldown.
+    """Creates the learning rate schedule: a warm-up, a decay, and an optional cooldown.
 
-    A constant "decay" with a cooldown is known as warm-up-stable-decay (Hu et al., "MiniCPM", 2024,
-    section 4), an exponential one with a cooldown is that of xLSTM-7B (Beck et al., 2025).
+    A constant "decay" with a cooldown is the warmup-stable-decay schedule (Hu et al., "MiniCPM",
+    2024, section 4). xLSTM-7B (Beck et al., 2025) uses an exponential decay with a cooldown.
 
     Args:
-        config: Options; `decay_steps` must be set (`RunConfig.with_decay_steps` does it).
+        config: The options; `decay_steps` must be set (see `RunConfig.with_decay_steps`).
 
     Returns:
-        The learning rate as a function of the step, which counts from 0; of an array of steps too.
+        The learning rate as a function of the step, from 0, or of an array of steps.
 
     Raises:
         ValueError: If `decay_steps` is not set.
@@ -85,7 +84,9 @@ def create_schedule(config: ScheduleConfig) -> optax.Schedule:
     linear = optax.linear_schedule(final, 0.0, config.cooldown_steps)
 
     def cooldown(step):
-        return jnp.maximum(linear(step), 0.0)  # Compiled, its end may be a rounding error below 0.
+        return jnp.maximum(
+            linear(step), 0.0
+        )  # A compiled `linear` may end a rounding error below 0.
 
     return optax.join_schedules(
         [warmup, decay, cooldown], [config.warmup_steps, config.decay_steps]

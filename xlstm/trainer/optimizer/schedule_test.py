@@ -98,7 +98,7 @@ def test_the_cosine_is_that_of_optax(warmup_steps):
         ({"final_lr_factor": -0.5}, r"schedule\.final_lr_factor=-0\.5"),
         (
             {"final_lr_factor": 0.0, "decay": "exponential"},
-            r"schedule\.final_lr_factor=0\.0: an ex",
+            r"schedule\.final_lr_factor=0\.0: it must be positive",
         ),
         ({"cooldown_steps": -5}, r"schedule\.cooldown_steps=-5: it must not be negative"),
     ],
