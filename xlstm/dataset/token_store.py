@@ -16,6 +16,7 @@ Version 1 has a single marker and no `text_bytes.bin`; it can still be read.
 
 import bisect
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -199,10 +200,19 @@ def _read_meta(path: str) -> StoreMeta:
         if not os.path.isdir(path):
             raise ValueError(f"no token store at {path}: the folder does not exist") from error
         raise ValueError(
-            f"{path} is not a token store, or was never finished: it has no {META_FILE}"
+            f"{path} is not a token store, or was never finished: it has no {META_FILE};"
+            f" {_text_hint(path)}"
         ) from error
+    except NotADirectoryError as error:
+        raise ValueError(f"{path} is a file, not a token store; {_text_hint(path)}") from error
     except ValueError as error:
         raise ValueError(f"cannot use the token store {path}: {META_FILE}: {error}") from error
+
+
+def _text_hint(path: str) -> str:
+    """Returns how to make a token store, in case the user names text instead of a store."""
+    command = "./bazelw run //xlstm/tools:prepare_data -- --output=FOLDER"
+    return f"to make a store of text, run: {command} --input={shlex.quote(path)}"
 
 
 def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileArray:

@@ -72,7 +72,7 @@ def test_folder_that_is_no_store(tmp_path):
 
 def test_file_instead_of_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot read .*file"):
+    with pytest.raises(ValueError, match="file is a file, not a token store"):
         TokenStore.open(str(tmp_path / "file"))
 
 
@@ -224,3 +224,12 @@ def test_verify_finds_a_changed_byte(path):
     TokenStore.open(path)
     with pytest.raises(ValueError, match="SHA-256 of tokens.bin"):
         open_verified(path)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "folder"])
+def test_text_in_place_of_a_store_is_answered_with_the_tool_that_makes_one(tmp_path, name):
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    with pytest.raises(ValueError, match=f"tools:prepare_data -- --output=FOLDER --input={path}$"):
+        TokenStore.open(str(path))

@@ -129,13 +129,16 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def describe(tokenizer: Tokenizer) -> str:
-    """Returns a short description of a tokenizer, for messages."""
+    """Returns a tokenizer's name, vocabulary size, markers and hash, for messages."""
     if tokenizer.definition is None:
-        return tokenizer.name
+        return f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
     markers = tokenizer.eod_token
     if tokenizer.bos_id != tokenizer.eod_id:
         markers = f"{tokenizer.bos_token} ... {markers}"
-    return f"{tokenizer.fingerprint[:19]}, {tokenizer.vocab_size} ids, {markers!r}"
+    return (
+        f"{tokenizer.name}, {tokenizer.vocab_size:,} ids, markers {markers!r},"
+        f" {tokenizer.fingerprint[:19]}"
+    )
 
 
 def _read_beside(path: str, name: str) -> dict[str, Any]:

@@ -11,13 +11,21 @@ from xlstm.tools import command_line
 from xlstm.tools.command_line import print_error, print_note, resolve_path
 
 _TOOL = f"""
+'''Counts.
+
+    tool --name=me
+'''
 import os, sys, tempfile, time
 from absl import flags
 from rich.console import Console
-from {command_line.__name__} import run
+from rich.table import Table
+from {command_line.__name__} import print_table, run
 
 _COUNT = flags.DEFINE_integer("count", 1, "How many.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", None, "Who.", required=True)
+_KIND = flags.DEFINE_enum("kind", "a", ["a", "b"], "Which kind.")
+_LOUD = flags.DEFINE_bool("loud", False, "Prints louder, and so on for a text that is longer"
+                          " than one line of the help, which has 100 characters.")
 
 def main(argv):
     if _NAME.value != "unflushed":
@@ -39,6 +47,10 @@ def main(argv):
     if _NAME.value == "rich":
         for _ in range(10_000):
             Console().print("a line")
+    if _NAME.value == "table":
+        table = Table("a", "[b]")
+        table.add_row("word " * 60, "[red]")
+        print_table(table)
     if _NAME.value == "file":
         with tempfile.NamedTemporaryFile() as file:
             os.write(file.fileno(), b"text")
@@ -59,7 +71,8 @@ def _command(words):
 
 
 def _run(*words):
-    return subprocess.run(_command(words), capture_output=True, text=True, timeout=60)
+    env = os.environ | {"COLUMNS": "100"}
+    return subprocess.run(_command(words), capture_output=True, text=True, timeout=60, env=env)
 
 
 def test_flags_and_arguments():
@@ -89,7 +102,37 @@ def test_bad_input_is_one_line_and_status_2(words, named):
 
 
 def test_a_typo_is_answered_with_a_suggestion():
-    assert "Did you mean: count" in _run("--name=me", "--cuont=3").stderr
+    error = "error: there is no flag --cuont; did you mean --count?\n"
+    assert _run("--name=me", "--cuont=3").stderr == error
+    assert _run("--name=me", "--zz").stderr == "error: there is no flag --zz; see --help\n"
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--helpfull"])
+def test_help_lists_all_flags_of_the_project_and_succeeds(word):
+    result = _run("--name=me", word, "bad")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (
+        result.stdout
+        == """Counts.
+
+    tool --name=me
+
+Flags:
+  --count=NUMBER (default: 1)
+      How many.
+  --name=TEXT
+      Who.
+  --kind=a|b (default: a)
+      Which kind.
+  --[no]loud
+      Prints louder, and so on for a text that is longer than one line of the help, which has 100
+      characters.
+"""
+    )
+
+
+def test_a_word_behind_the_flags_is_no_call_for_help():
+    assert _run("--name=me", "--", "--help").stdout == "1 me ['--help']\n"
 
 
 def test_our_own_errors_show_where():
@@ -155,6 +198,12 @@ def test_a_tool_that_outlives_its_output_tells_so():
         assert result.stderr.endswith("the end\n") and result.stderr.count("\n") == 2
 
 
+def test_the_lines_of_a_table_stay_whole_in_a_pipe():
+    lines = _run("--name=table").stdout.splitlines()
+    (row,) = [line for line in lines if "word" in line]
+    assert row.count("word") == 60 and "[red]" in row and any("[b]" in line for line in lines)
+
+
 def test_paths_start_where_the_user_is(monkeypatch):
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", "/home/someone")
     assert resolve_path("runs/a") == "/home/someone/runs/a"
@@ -170,3 +219,26 @@ def test_what_others_wrote_is_shown_as_it_is(capsys):
     print_note(text)
     shown = r"\x1b]0;title\x07 \u202ereversed \x9b2J\udc80 é[red]"
     assert capsys.readouterr().err == f"error: {shown}\nnote: {shown}\n"
+
+
+_SLOW_IMPORTS = f"""
+import time
+from {command_line.__name__} import announce_start, run
+announce_start("tool: loading", always=True)
+time.sleep(60)
+"""
+
+
+def test_a_tool_speaks_before_its_slow_imports_and_ctrl_c_ends_them_quietly():
+    command = [sys.executable, "-c", _SLOW_IMPORTS]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "tool: loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_tool_whose_output_is_for_programs_speaks_to_terminals_alone():
+    script = _SLOW_IMPORTS.replace(", always=True", "").replace("60", "0")
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

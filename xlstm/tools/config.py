@@ -183,7 +183,9 @@ def define_config_flags(words: list[str]) -> list[str]:
     config_flags.DEFINE_config_dict(
         "config",
         load_config(name),
-        f"A config by its name, or path[:argument] of a config file [{DEFAULT_CONFIG}].",
+        "Name of a config, or path[:argument] of a config file. Each of its fields is a flag, such"
+        " as --config.mesh.tp=2; show_config lists them. The names are"
+        f" {', '.join(config_names())}; the default is {DEFAULT_CONFIG}.",
         flag_values=flags.FLAGS,
         sys_argv=["", *others],
     )

@@ -1,5 +1,6 @@
 """What a step needs falls as it should, and the tool says so."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -103,6 +104,32 @@ def test_a_step_of_7b_is_divided_and_nothing_is_allocated():
     assert sum(x.nbytes for x in jax.live_arrays()) < 2**20
 
 
+def _advice(**gib):
+    config = RunConfig(data=DataConfig(context_length=8192, batch_size=512))
+    mesh = create_run_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)))
+    sizes = {"parameters": 1, "optimizer state": 2, "temporary": 4} | gib
+    return describe_step.memory_advice(
+        config, mesh, {name: size * 2**30 for name, size in sizes.items()}
+    )
+
+
+def test_a_step_that_fits_needs_no_advice():
+    assert _advice() == ""
+    assert _advice(temporary=70) == ""
+
+
+def test_the_fields_that_lower_the_memory_are_named():
+    text = _advice(temporary=3143)
+    assert text.startswith("A device needs 3,146.0 GiB, more than the 80 GB of an accelerator")
+    assert "the 64 x 8,192 tokens that a device computes at once" in text
+    for field in ("data.batch_size", "trainer.num_minibatches", "model.remat=block", "mesh.fsdp"):
+        assert field in text
+    assert "optimizer state (" not in text and "mesh.tp" not in text
+    text = _advice(parameters=30, **{"optimizer state": 60})
+    assert "parameters and optimizer state (90.0 GiB)" in text and "mesh.tp" in text
+    assert "data.batch_size" not in text
+
+
 def test_the_tool_prints_tables():
     process = subprocess.run(
         [
@@ -115,7 +142,7 @@ def test_the_tool_prints_tables():
         check=True,
     )
     lines = [line.split() for line in process.stdout.splitlines()]
-    assert ["mesh:", "dp=2,", "fsdp=1,", "pp=2,", "tp=2"] in lines
+    assert "mesh: dp=2, fsdp=1, pp=2, tp=2 (8 CPU devices)" in process.stdout
     assert "pipeline bubble: 33%" in process.stdout
     # 42,064 of 42,224 float32 parameters cut over four devices, 128 over two, 32 over none.
     assert [line[1:] for line in lines if line[:1] == ["parameters"]] == [["41.5", "KiB"]]

@@ -14,12 +14,24 @@ import json
 import os
 from collections.abc import Callable
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
+
+from xlstm.tools.command_line import (
+    announce_start,
+    define_verify_data,
+    output_path,
+    print_table,
+    resolve_path,
+    run,
+)
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("evaluate: loading JAX and the model code ...")
+
+import jax
 
 from xlstm.dataset.data import open_data
 from xlstm.dataset.store_guard import StoreGuard
@@ -27,8 +39,7 @@ from xlstm.dataset.validation import ValidationSet, open_validation_sets, stores
 from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_checkpoint
-from xlstm.tools.command_line import define_verify_data, output_path, resolve_path, run
-from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
@@ -39,25 +50,36 @@ from xlstm.trainer.llm.language_model import abstract_params
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.logger.base_logger import validation_suffixes
+from xlstm.trainer.logger.terminal import format_accuracy
 from xlstm.visible_text import visible
 
 _DATA = flags.DEFINE_list(
-    "data", None, "Token stores, as name=path or path [the run's validation sets, to their end]."
+    "data",
+    None,
+    "Token stores, as name=path or path. The default are the run's own validation sets.",
 )
 _LENGTHS = flags.DEFINE_list(
-    "lengths", None, "Lengths of the run's task, such as 41-64,65-256 [those of the run]."
+    "lengths",
+    None,
+    "Ranges of lengths of the run's task, such as 41-64,65-256. The default are the run's ranges.",
 )
 _MAX_BATCHES = flags.DEFINE_integer(
-    "max_batches", None, "Largest number of batches of each set [all].", lower_bound=1
+    "max_batches",
+    None,
+    "Largest number of batches of each set. By default whole sets are evaluated.",
+    lower_bound=1,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Rows in a batch [that of the run].", lower_bound=1
+    "batch_size", None, "Rows in a batch. The default is the run's batch size.", lower_bound=1
 )
 _CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context_length", None, "Tokens in a row [the run's].", lower_bound=1
+    "context_length",
+    None,
+    "Tokens in a row. The default is the run's context length.",
+    lower_bound=1,
 )
 _VERIFY_DATA = define_verify_data()
-_JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a JSON object.")
 _MOST_PADDED_TOKENS = 2**24
 
 
@@ -161,9 +183,9 @@ def load_checkpoint(
     return evaluate
 
 
-def _table(row: dict[str, float], title: Text) -> Table:
-    table = Table(title=title)
-    for column in ("set", "nats a token", "perplexity", "accuracy", "bits a byte"):
+def _table(row: dict[str, float]) -> Table:
+    table = Table()
+    for column in ("set", "loss (nats/token)", "perplexity", "accuracy", "bits/byte"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for suffix in validation_suffixes(row):
         bits = row.get(f"val_bits_per_byte{suffix}")
@@ -171,10 +193,17 @@ def _table(row: dict[str, float], title: Text) -> Table:
             visible(suffix.removeprefix("_")) or "held out",
             f"{row['val_loss' + suffix]:.4f}",
             f"{row['val_perplexity' + suffix]:,.2f}",
-            f"{row['val_accuracy' + suffix]:.4f}",
+            format_accuracy(row["val_accuracy" + suffix]),
             f"{bits:.4f}" if bits is not None else "",
         )
     return table
+
+
+def _extent() -> str:
+    """Returns how much of each validation set is evaluated, in words."""
+    if _MAX_BATCHES.value is None:
+        return "whole validation sets"
+    return f"at most {_MAX_BATCHES.value:,} batches of each validation set"
 
 
 def main(argv: list[str]) -> None:
@@ -184,14 +213,14 @@ def main(argv: list[str]) -> None:
     path = checkpoint_path()
     json_path = output_path("json", _JSON.value)
     initialize_devices()
-    with ending_together():
+    with abort_all_on_failure():
         row = use_checkpoint(path, load_checkpoint)()
         if jax.process_index() == 0:
             if json_path:
                 write_atomically(json_path, json.dumps(row, indent=2) + "\n")
             workdir, _ = split_checkpoint_path(path)
-            title = Text(f"step {row['step']:,} of {visible(workdir.path)}")
-            Console(markup=False, emoji=False).print(_table(row, title))
+            print(f"step {row['step']:,} of {visible(workdir.path)}, {_extent()}:")
+            print_table(_table(row))
 
 
 if __name__ == "__main__":

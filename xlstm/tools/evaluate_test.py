@@ -64,8 +64,11 @@ def test_it_finds_what_the_run_found(folder):
     early = _start(folder, "--checkpoint=run/checkpoints/10", "--data=wiki", "--json=early.json")
     output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
-    assert "step 20 of" in output and "held out" in output and "wiki" in output
+    assert "held out" in output and "wiki" in output
     found = json.loads((folder / "found.json").read_text())
+    first = f"step 20 of {folder / 'run'}, whole validation sets:"
+    assert output.splitlines()[0] == first
+    assert f"{found['val_accuracy']:.2%}" in output
     assert found == pytest.approx(_logged(folder, 20), rel=1e-5)
     for suffix in ("", "_wiki"):
         # All text is of one-byte characters; only the markers of documents have no bytes.
@@ -87,6 +90,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
         "is missing": [],
         "store has no complete checkpoint: expected the folder of a run": ["--checkpoint=store"],
         "7 does not exist: the run has the checkpoints": ["--checkpoint=run/checkpoints/7"],
+        "nowhere does not exist: expected the folder of a run": ["--checkpoint=nowhere"],
         "has other bytes than were written": ["--checkpoint=run/checkpoints/10"],
         "no token store at": ["--checkpoint=run", "--data=x=nowhere"],
         "damaged: the SHA-256 of tokens.bin": ["--checkpoint=run", "--data=flipped"],
@@ -103,3 +107,11 @@ def test_bad_input_is_one_line_and_status_2(folder):
             assert errors.startswith("error: ") and errors.count("\n") == 1, errors
             assert text in errors
     tokens.write_bytes(content)
+
+
+def test_help_lists_the_flags_of_all_modules_and_succeeds(folder):
+    process = _start(folder, "--help")
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, "")
+    for flag in ("checkpoint", "mesh", "data", "simulate_devices", "[no]verify_data"):
+        assert f"\n  --{flag}" in output

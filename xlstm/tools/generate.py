@@ -17,8 +17,14 @@ import json
 import sys
 import time
 
-import jax
 from absl import flags
+
+from xlstm.tools.command_line import announce_start, output_path, resolve_path, run
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("generate: loading JAX and the model code ...")
+
+import jax
 
 from xlstm.files import write_atomically
 from xlstm.inference.generate import (
@@ -39,8 +45,7 @@ from xlstm.tools.checkpoint_flags import (
     note_nonfinite,
     note_once,
 )
-from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import broadcast_from_process_0
 from xlstm.visible_text import visible_lines
 
@@ -303,7 +308,7 @@ def main(argv: list[str]) -> None:
     json_path = output_path("json", _JSON.value)
     save_path = output_path("save_state", _SAVE_STATE.value)
     initialize_devices()
-    with ending_together():
+    with abort_all_on_failure():
         texts = broadcast_from_process_0(_read_prompts)
         model = load_run(path, mesh=mesh_sizes(), report=note_once)
         note_nonfinite(model.params)

@@ -20,13 +20,13 @@ def port():
         return server.getsockname()[1]
 
 
-def _meet_all(port, *processes, seconds=20.0):
+def _meet_all(port, *processes, seconds=20.0, report=lambda text: None):
     """Lets processes, as pairs of their number and how many there are, meet; what each is told."""
     told = {}
 
     def run(place, process_id, num_processes):
         try:
-            meet(f"localhost:{port}", num_processes, process_id, seconds)
+            meet(f"localhost:{port}", num_processes, process_id, seconds, report)
         except (ValueError, OSError) as error:
             told[place] = str(error)
 
@@ -70,7 +70,15 @@ def test_one_that_comes_just_behind_an_error_hears_of_it(port):
 def test_those_that_do_not_come_are_named(port):
     told = _meet_all(port, (0, 4), (2, 4), seconds=0.5)
     assert told[0] == told[1]
-    assert told[0].startswith("of 4 processes these have not come within 0 s: 1, 3;")
+    assert told[0].startswith("of 4 processes, these have not connected within 0 s: 1, 3;")
+
+
+def test_a_long_wait_says_what_it_is_for(port, monkeypatch):
+    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_REPORTS", 0.5)
+    lines = []
+    _meet_all(port, (0, 4), (2, 4), seconds=1.2, report=lines.append)
+    waits = f"process 2 waits for process 0 at localhost:{port}, and with it for all others"
+    assert sorted(set(lines)) == ["process 0 waits for 1, 3 of 4 processes", waits]
 
 
 def test_a_first_process_that_does_not_come(port):

@@ -1,4 +1,10 @@
-"""Plots the metrics of runs."""
+"""Plots the metrics of runs, in the terminal and as a picture.
+
+    bazel run //xlstm/tools:plot -- runs/a runs/b
+    bazel run //xlstm/tools:plot -- runs/a runs/b --metrics=loss,val_loss --output=curves.png
+
+A run is named by its folder. A table at the end compares the losses and the speeds of the runs.
+"""
 
 import os
 import statistics
@@ -13,26 +19,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xlstm.tools.command_line import output_path, resolve_path, run
-from xlstm.trainer.logger.curves import Curve, is_point, plot_curves, read_curve, smooth
+from xlstm.tools.command_line import output_path, print_table, resolve_path, run
+from xlstm.trainer.logger.curves import (
+    ACCURACY,
+    Curve,
+    axis_label,
+    is_point,
+    plot_curves,
+    read_curve,
+    smooth,
+)
 from xlstm.trainer.logger.jsonl import read_rows
 from xlstm.visible_text import visible
 
 _HEIGHT = 16
-# Of the 256 of terminals, those next to the colours of pictures.
+# The terminal's colours, of 256, that are closest to those of the picture.
 _COLOURS = (32, 208, 34, 160, 134, 94, 175, 244, 142, 38)
-_MARKERS = "*+xo#@%&=~"  # Where there are no colours.
+_MARKERS = "*+xo#@%&=~"  # For terminals without colours.
 
 
 def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> None:
-    """Prints curves over steps, and below them which is which.
+    """Prints curves over steps, with a title and a legend.
 
-    A character is the mean of what falls on it: what is narrower can only be seen in a picture.
+    A character shows the mean of the values that fall on it; narrower features are visible in a
+    picture only.
 
     Args:
-        console: Where to print; the drawing is as wide.
-        title: What stands above, such as the metric.
-        curves: At least one with points; those without are left out.
+        console: Where to print; the drawing is as wide as the console.
+        title: The title, such as the metric.
+        curves: At least one curve with points; curves without points are left out.
     """
     curves = [curve for curve in curves if len(curve.steps)]
     coloured = console.color_system is not None
@@ -59,47 +74,60 @@ def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> N
         np.concatenate([getattr(curve, name) for curve in curves]) for name in ("steps", "values")
     )
     figure.ruler("x").ticks(*_ticks(steps, 5, integer=True))
-    figure.ruler("y").ticks(*_ticks(values, 6))
+    figure.ruler("y").ticks(*_ticks(values, 6, percent=title.startswith(ACCURACY)))
     console.print(Text.from_ansi(figure.build().string()), soft_wrap=True)
     console.print(legend)
 
 
 def _thinned(curve: Curve, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over equal stretches of steps, at most so many."""
+    """Returns steps and values as means over at most `most` equal intervals of steps."""
     if len(curve.steps) <= most:
         return curve.steps, curve.values
     edges = np.linspace(curve.steps[0], curve.steps[-1] + 1, most + 1)
     stretches = np.searchsorted(edges, curve.steps, side="right") - 1
     counts = np.bincount(stretches, minlength=most)
-    there = counts > 0
+    filled = counts > 0
     means = (
-        np.bincount(stretches, weights, most)[there] / counts[there]
+        np.bincount(stretches, weights, most)[filled] / counts[filled]
         for weights in (curve.steps, curve.values)
     )
     return next(means), next(means)
 
 
-def _ticks(values: np.ndarray, number: int, integer: bool = False) -> tuple[list, list[str]]:
-    """Round numbers within the range of the values, and how to write them."""
+def _ticks(
+    values: np.ndarray, number: int, integer: bool = False, percent: bool = False
+) -> tuple[list, list[str]]:
+    """Returns round numbers within the range of the values, and their text."""
     low, high = values.min(), values.max()
     locator = MaxNLocator(number, integer=integer, steps=[1, 2, 5, 10])
     ticks = locator.tick_values(low, high)
     ticks = [float(tick) for tick in ticks if low <= tick <= high]
-    return ticks, [f"{tick:,.0f}" if integer else f"{tick:.6g}" for tick in ticks]
+    if integer:
+        return ticks, [f"{tick:,.0f}" for tick in ticks]
+    return ticks, [f"{100 * tick:.6g}%" if percent else f"{tick:.6g}" for tick in ticks]
 
 
 _METRICS_FILE = "metrics.jsonl"
 _DEFAULT_METRICS = ("loss", "val_loss")
 
 _METRICS = flags.DEFINE_list(
-    "metrics", None, "What to draw; every metric has axes of its own [loss,val_loss]."
-)
-_OUTPUT = flags.DEFINE_string("output", "curves.png", "The PNG file to write; empty for none.")
-_SMOOTH = flags.DEFINE_integer(
-    "smooth",
+    "metrics",
     None,
-    "Draws for every step the mean of what the last so many steps have.",
-    lower_bound=1,
+    "Keys of metrics.jsonl to draw, each on axes of its own. The default is loss,val_loss.",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "PNG file to write. By default the curves are drawn in the terminal only."
+)
+_SMOOTH = flags.DEFINE_integer(
+    "smooth", None, "Draws at each step the mean over the last N steps.", lower_bound=1
+)
+_CHANCE = flags.DEFINE_float(
+    "chance",
+    None,
+    "Draws a horizontal line at this accuracy, such as 0.5 for parity, in every plot of an"
+    " accuracy.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 
 Rows = list[dict[str, float]]
@@ -109,13 +137,13 @@ def read_runs(names: Sequence[str]) -> dict[str, Rows]:
     """Reads the metrics of runs.
 
     Args:
-        names: Folders of runs or metrics files; relative ones start where the user called.
+        names: Run folders or metrics files; relative ones start where the user called the tool.
 
     Returns:
-        For each run, by its folder as it was given, its rows.
+        The rows of each run, by its folder as it was given.
 
     Raises:
-        ValueError: If there is no such run, or it has no rows yet.
+        ValueError: If a run does not exist or has no rows yet.
     """
     runs, known = {}, set()
     for name in names:
@@ -123,9 +151,7 @@ def read_runs(names: Sequence[str]) -> dict[str, Rows]:
         if os.path.isdir(path):
             path = os.path.join(path, _METRICS_FILE)
         if not os.path.isfile(path):
-            raise ValueError(
-                f"there is no {path}: expected the folder of a run, or its {_METRICS_FILE}"
-            )
+            raise ValueError(f"there is no {path}: expected a run folder, or its {_METRICS_FILE}")
         rows = read_rows(path)
         if not rows:
             raise ValueError(f"{path} has no rows yet")
@@ -139,34 +165,31 @@ def read_runs(names: Sequence[str]) -> dict[str, Rows]:
 
 
 def choose_metrics(runs: Mapping[str, Rows], names: Sequence[str] | None) -> list[str]:
-    """Checks the metrics to draw.
+    """Returns the metrics to draw, each once.
 
     Args:
         runs: The rows of each run.
-        names: Metrics that one of the runs must have; None for the losses that there are.
-
-    Returns:
-        The metrics, each once.
+        names: Metrics that one of the runs must have; None for the losses that the runs have.
 
     Raises:
-        ValueError: If no run has a metric, or there is none to draw.
+        ValueError: If no run has one of the metrics, or none is left to draw.
     """
     rows = [row for rows in runs.values() for row in rows]
-    there = {name for row in rows for name, value in row.items() if is_point(value)} - {"step"}
-    if not there:
+    known = {name for row in rows for name, value in row.items() if is_point(value)} - {"step"}
+    if not known:
         raise ValueError(f"there is nothing to draw in {', '.join(runs)}: the rows have no metrics")
     if names is None:
-        names = [name for name in _DEFAULT_METRICS if name in there]
-    unknown = [name for name in names if name not in there]
+        names = [name for name in _DEFAULT_METRICS if name in known]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
-            f"--metrics={','.join(unknown)}: expected some of {', '.join(sorted(there))}"
+            f"--metrics={','.join(unknown)}: expected some of {', '.join(sorted(known))}"
         )
     return list(dict.fromkeys(names))
 
 
 def summary_table(runs: Mapping[str, Rows]) -> Table:
-    """Says for each run how far it is, how well it does and how fast it is."""
+    """Returns a table of each run's last step, losses and speed."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold")
     for column in ("last step", "last loss", "best val_loss", "at step", "tokens/s"):
@@ -187,10 +210,28 @@ def summary_table(runs: Mapping[str, Rows]) -> Table:
     return table
 
 
+def _chance_lines(metrics: Sequence[str], accuracy: float) -> dict[str, float]:
+    """Returns where each plot of an accuracy marks chance, by its label."""
+    labels = [axis_label(metric) for metric in metrics]
+    lines = {label: accuracy for label in labels if label.startswith(ACCURACY)}
+    if not lines:
+        raise ValueError(
+            f"--chance={accuracy:g} needs a metric that is an accuracy, such as"
+            f" --metrics=val_accuracy; the metrics are {', '.join(metrics)}"
+        )
+    return lines
+
+
+def _level(curves: Sequence[Curve], height: float) -> Curve:
+    """Returns a horizontal line over the steps of some curves."""
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
+    return Curve("chance", steps, np.full(len(steps), height))
+
+
 def main(argv: Sequence[str]) -> None:
-    """Draws the runs that the arguments name."""
+    """Draws the metrics of the runs that the arguments name."""
     if not argv[1:]:
-        raise ValueError("name one run or several: plot runs/a runs/b")
+        raise ValueError("expected one run folder or several, as in: plot runs/a runs/b")
     runs = read_runs(argv[1:])
     metrics = choose_metrics(runs, _METRICS.value)
     output = output_path("output", _OUTPUT.value)
@@ -199,16 +240,23 @@ def main(argv: Sequence[str]) -> None:
         metric: [read_curve(rows, metric, label) for label, rows in runs.items()]
         for metric in metrics
     }
+    chance = None if _CHANCE.value is None else _chance_lines(metrics, _CHANCE.value)
     if output:
-        plot_curves(panels, output, _SMOOTH.value)
+        named = {axis_label(metric): curves for metric, curves in panels.items()}
+        plot_curves(named, output, _SMOOTH.value, chance)
     console = Console(highlight=False, markup=False, emoji=False)
     for metric, curves in panels.items():
         if _SMOOTH.value:
             curves = [smooth(curve, _SMOOTH.value) for curve in curves]
-        draw_in_terminal(console, metric, curves)
-    console.print(summary_table(runs))
+        label = axis_label(metric)
+        if chance and label in chance:
+            curves = [*curves, _level(curves, chance[label])]
+        draw_in_terminal(console, label, curves)
+    print_table(summary_table(runs))
     if output:
         console.print(f"the picture is {visible(output)}", soft_wrap=True)
+    else:
+        console.print("give --output=FILE.png to write a picture")
 
 
 if __name__ == "__main__":

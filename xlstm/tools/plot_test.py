@@ -108,14 +108,14 @@ def _plot(folder, *words):
 
 @pytest.fixture(scope="module")
 def drawn(folder):
-    result = _plot(folder, "a", "b/metrics.jsonl", "a/", "--smooth=100")
+    result = _plot(folder, "a", "b/metrics.jsonl", "a/", "--smooth=100", "--output=curves.png")
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
 def test_the_losses_of_all_runs_are_drawn_in_the_terminal(drawn):
-    titles = [line.strip() for line in drawn.splitlines() if line.strip() in ("loss", "val_loss")]
-    assert titles == ["loss", "val_loss"]
+    titles = [line.strip() for line in drawn.splitlines() if "(nats per token)" in line]
+    assert titles == ["training loss (nats per token)", "validation loss (nats per token)"]
     legends = [line.split() for line in drawn.splitlines() if line.startswith("* ")]
     assert legends == [["*", "a", "+", "b"], ["*", "a"]]  # One has no validation loss.
 
@@ -131,6 +131,27 @@ def test_the_picture_lies_where_the_user_called(folder, drawn):
     assert matplotlib.image.imread(folder / "curves.png").ndim == 3
 
 
+def test_without_output_no_file_is_written(folder):
+    before = sorted(folder.rglob("*"))
+    result = _plot(folder, "a", "b")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == "give --output=FILE.png to write a picture"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_chance_is_a_line_in_the_plots_of_an_accuracy(folder):
+    _write(
+        folder / "parity" / "metrics.jsonl",
+        [{"step": s, "val_loss": 1.0, "val_accuracy_lengths_1_40": s / 100} for s in (0, 50, 100)],
+    )
+    words = ["parity", "--metrics=val_accuracy_lengths_1_40,val_loss", "--chance=0.5"]
+    result = _plot(folder, *words, "--output=parity.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "accuracy, lengths 1-40" in result.stdout and "40%" in result.stdout
+    legends = [line.split() for line in result.stdout.splitlines() if line.startswith("* ")]
+    assert legends == [["*", "parity", "+", "chance"], ["*", "parity"]]
+
+
 def test_metrics_and_the_picture_can_be_chosen(folder, monkeypatch):
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(folder))
     runs = plot.read_runs(["a", "b"])
@@ -143,7 +164,7 @@ def test_metrics_and_the_picture_can_be_chosen(folder, monkeypatch):
 @pytest.mark.parametrize(
     "names, metrics, message",
     [
-        (["c"], None, r"there is no .*c: expected the folder of a run, or its metrics\.jsonl"),
+        (["c"], None, r"there is no .*c: expected a run folder, or its metrics\.jsonl"),
         (["a", "no_run"], None, r"there is no .*no_run.metrics\.jsonl"),
         (["no_rows"], None, r"no_rows.metrics\.jsonl has no rows yet"),
         (["no_numbers"], None, "nothing to draw in no_numbers"),
@@ -164,10 +185,11 @@ def test_bad_input_is_named(folder, monkeypatch, names, metrics, message):
 @pytest.mark.parametrize(
     "words, named",
     [
-        ([], "name one run or several"),
+        ([], "expected one run folder or several"),
+        (["a", "--chance=0.5"], "--chance=0.5 needs a metric that is an accuracy"),
         (["a", "--output=none/x.png"], "--output=none/x.png: expected a file in a folder"),
     ],
-    ids=["no run", "no folder"],
+    ids=["no run", "no accuracy", "no folder"],
 )
 def test_bad_input_is_one_line_and_status_2(folder, words, named):
     result = _plot(folder, *words)

@@ -1,12 +1,12 @@
-"""Makes a token store out of text files.
+"""Makes a token store from text files.
 
     bazel run //xlstm/tools:prepare_data -- --input=books,more.jsonl.gz --output=store
 
-Reads JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`, `.json`; a line is a document), `.json` with
-an array of objects, Parquet (`.parquet`; a row is a document) and any other file as UTF-8 text (a
-file is a document). All but Parquet may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`. The store
-depends on the input only, not on the number of workers; if anything goes wrong, there is none.
-Killed, the tool may leave a folder `<output>.incomplete-...` behind, which may be deleted.
+It reads JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`, `.json`; each line is a document), `.json`
+with an array of objects, Parquet (`.parquet`; each row is a document) and any other file as UTF-8
+text (each file is a document). All but Parquet may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`. The
+store depends on the input only, not on the number of workers. If the tool fails, it writes no
+store. If it is killed, it may leave a folder `<output>.incomplete-...`, which you can delete.
 """
 
 import dataclasses
@@ -35,74 +35,78 @@ from xlstm.dataset.store_meta import StoreMeta
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter, encode_blocks
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
-from xlstm.tools.command_line import define_share, print_line, resolve_path, run
+from xlstm.tools.command_line import define_share, print_line, print_table, resolve_path, run
+from xlstm.visible_text import visible
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
     None,
-    "The files, folders (everything in them but hidden files) or glob patterns to read, separated "
-    "by commas. The flag may be repeated. A path with a comma needs a flag of its own, a pattern "
-    "takes ? for a comma. Links are followed, and a file with several names is read once.",
+    "Files, folders (everything in them but hidden files) or glob patterns to read, separated by "
+    "commas. The flag can be repeated: give a path with a comma in a flag of its own, and write ? "
+    "for a comma in a pattern. Links are followed, and a file with several names is read once.",
     required=True,
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "The folder of the new token store; it must not exist.", required=True
+    "output", None, "Folder of the new token store. It must not exist yet.", required=True
 )
-_TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "'byte', or the path of a tokenizer.json.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "byte", "'byte', or the path of a tokenizer.json or of a folder that holds one."
+)
 _EOD_TOKEN = flags.DEFINE_string(
     "eod_token",
     None,
-    "The token behind each document [what the files beside the tokenizer name, or a usual one].",
+    "The token after each document. By default it is the one that the files next to the tokenizer "
+    "name, or else a common one.",
 )
 _BOS_TOKEN = flags.DEFINE_string(
     "bos_token",
     None,
-    "The token in front of each document [what the tokenizer puts there, or the files beside it "
-    "name, or else --eod_token, which then stands between documents].",
+    "The token before each document. By default it is the one that the tokenizer puts there, or "
+    "that the files next to it name, or else --eod_token, which then separates documents.",
 )
 _MAX_UNKNOWN = define_share(
     "max_unknown",
     0.0,
-    "The largest share of all characters that the tokenizer may leave out, since it has no token "
-    "for them, not even one for the unknown. With more, there is no store.",
+    "The largest share of all characters that may be dropped because the tokenizer has no token "
+    "for them, not even an unknown token. If more are dropped, the tool fails.",
 )
 _TEXT_COLUMN = flags.DEFINE_string(
     "text_column",
     "text",
-    "The key (JSON) or column (Parquet) that holds the text. 'data.text' is the key or field "
-    "'text' in 'data', unless there is one named 'data.text'.",
+    "The key (JSON) or column (Parquet) that holds the text. 'data.text' means the key 'text' in "
+    "'data', unless there is a key named 'data.text'.",
 )
 _SKIP_BAD_RECORDS = flags.DEFINE_bool(
     "skip_bad_records",
     False,
-    "Leave out records that are malformed or have no text, and files that are not UTF-8 text, and "
-    "list the first ten at the end. Otherwise the first one stops the tool. A damaged file (cut "
-    "off, or with a wrong checksum) always does.",
+    "Skips records that are malformed or have no text, and files that are not UTF-8 text, and "
+    "lists the first ten at the end. By default the first one stops the tool. A damaged file "
+    "(truncated, or with a wrong checksum) always stops it.",
 )
 _MAX_BAD_RECORDS = define_share(
     "max_bad_records",
     0.01,
-    "The largest share of all records that --skip_bad_records may leave out. With more, there is "
-    "no store.",
+    "The largest share of all records that --skip_bad_records may skip. If more are bad, the tool "
+    "fails.",
 )
 _WORKERS = flags.DEFINE_integer(
     "workers",
     os.cpu_count() or 1,
-    "The number of threads that tokenise.",
+    "Number of threads that tokenize.",
     lower_bound=1,
 )
 
 
 @dataclasses.dataclass
 class LeftOut:
-    """What is not in a store.
+    """Counts of input that is not in a store.
 
     Attributes:
-        num_empty: The number of documents without text.
-        num_bad: The number of malformed records.
-        first_bad: Messages about the first ten of those.
-        num_unknown: The number of unknown tokens, which are in the store but say nothing.
-        num_characters: The number of characters that have no token.
+        num_empty: Number of documents without text.
+        num_bad: Number of malformed records.
+        first_bad: Messages about the first ten malformed records.
+        num_unknown: Number of unknown tokens, which are in the store but carry no text.
+        num_characters: Number of characters without a token.
         first_characters: Messages about the first ten documents with such characters.
     """
 
@@ -114,7 +118,7 @@ class LeftOut:
     first_characters: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, documents: EncodedDocuments, block: DocumentBlock) -> None:
-        """Counts what was left out when the documents of a block were encoded."""
+        """Counts what was left out when a block's documents were encoded."""
         self.num_empty += documents.num_empty
         self.num_bad += len(documents.bad_records)
         self.first_bad += documents.bad_records[: 10 - len(self.first_bad)]
@@ -138,21 +142,21 @@ def prepare(
     """Writes a token store, with a progress bar on the terminal.
 
     Args:
-        files: What to read, in this order.
-        output: The folder to make.
+        files: Files to read, in this order.
+        output: Folder to create.
         tokenizer: What `load_tokenizer` returned.
         text_column: The key or column with the text.
-        workers: The number of threads that tokenise.
-        max_bad_records: The share of malformed records that may be left out, or None if the first
-            one is an error.
-        max_unknown: The share of characters that may be left out for want of a token.
+        workers: Number of threads that tokenize.
+        max_bad_records: Share of malformed records that may be skipped; None if the first one is an
+            error.
+        max_unknown: Share of characters that may be dropped because they have no token.
 
     Returns:
         The store, and what was left out.
 
     Raises:
-        ValueError: The input is malformed or has no text, or the output exists.
-        OSError: A file cannot be read or written.
+        ValueError: If the input is malformed or has no text, or the output exists.
+        OSError: If a file cannot be read or written.
     """
     left_out = LeftOut()
     num_documents = num_characters = 0
@@ -178,32 +182,31 @@ def prepare(
 
 
 def train_command(path: str, meta: StoreMeta) -> str:
-    """Returns the command that trains on a store."""
-    # A path with a comma or a space would be taken for several.
+    """Returns the command that trains on a store, to be pasted into a shell in the checkout.
+
+    Args:
+        path: The store's folder.
+        meta: Its metadata.
+    """
+    # Without quotes, a path with a comma or a space would be read as several.
     value = path if not set(path) & set(", ") else repr(path)
-    arguments = [f"--config.data.stores={value}"]
+    # The default folder of a run may hold another run already.
+    workdir = os.path.join("runs", os.path.basename(path))
+    arguments = [f"--workdir={workdir}", f"--config.data.stores={value}"]
     if meta.tokenizer != "byte":
         arguments.append(f"--config.model.vocab_size={meta.vocab_size}")
-    if not round(meta.num_documents * DataConfig.validation_fraction):  # Not one document.
+    if not round(meta.num_documents * DataConfig.validation_fraction):  # Less than one document.
         fraction = 0.0 if meta.num_documents == 1 else round(1 / meta.num_documents, 2)
         arguments.append(f"--config.data.validation_fraction={fraction}")
-    return shlex.join(["bazel", "run", "//xlstm/tools:train", "--", *arguments])
+    return shlex.join(["./bazelw", "run", "//xlstm/tools:train", "--", *arguments])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the tool.
-
-    Args:
-        argv: The arguments that are no flags, of which there must be none but the program's name.
-
-    Raises:
-        ValueError: Bad flags or bad input.
-        OSError: A file cannot be read or written.
-    """
+    """Makes the store that the flags describe."""
     if len(argv) > 1:
-        raise ValueError(f"what is {argv[1]!r}? Every argument is a flag: see --help")
+        raise ValueError(f"unexpected argument {argv[1]!r}: expected flags only, see --help")
     if _MAX_BAD_RECORDS.present and not _SKIP_BAD_RECORDS.value:
-        raise ValueError("--max_bad_records is for --skip_bad_records, which is not given")
+        raise ValueError("--max_bad_records needs --skip_bad_records")
     files = find_files(path for value in _INPUT.value for path in _split_inputs(value))
     name = _TOKENIZER.value
     path = name if name == "byte" else resolve_path(name)
@@ -222,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _split_inputs(value: str) -> list[str]:
-    """Returns the paths and patterns of an --input; commas separate them unless they are in one."""
+    """Returns the paths and patterns of an --input, which commas separate or are part of."""
     if value and os.path.lexists(resolve_path(value)):
         return [resolve_path(value)]
     return [resolve_path(part) for part in value.split(",") if part]
@@ -264,15 +267,15 @@ def _report_characters(
         raise ValueError(
             f"{example} in the tokenizer {tokenizer.name}, which leaves out"
             f" {left_out.num_characters:,} of {num_characters:,} characters{seen} ({share:.2%}),"
-            f" more than --max_unknown={max_share:g}: take a tokenizer that knows them, or allow"
-            " that share"
+            f" more than --max_unknown={max_share:g}: use a tokenizer that has tokens for them, or"
+            " raise --max_unknown"
         )
     for message in left_out.first_characters:
         print_line(f"left out: {message}")
 
 
 def _report(store: TokenStore, left_out: LeftOut) -> None:
-    """Prints what was made, and how to use it."""
+    """Prints what was made, and the command that trains on it."""
     meta = store.meta
     table = Table.grid(padding=(0, 2))
     rows = {
@@ -288,8 +291,10 @@ def _report(store: TokenStore, left_out: LeftOut) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
-    print(f"\nThe token store is {store.path}. Train on it:\n  {train_command(store.path, meta)}")
+    print_table(table)
+    command = train_command(store.path, meta)
+    print(f"\nThe token store is {visible(store.path)}. To train on it, run in the checkout:\n")
+    print(f"  {visible(command)}")
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def test_bad_input(corpus):
         ("--input=latin.txt",): "latin.txt, line 1: not UTF-8 text",
         ("--input=none*.txt",): "none*.txt: no such file",
         ("--input=books", "--tokenizer=none.json"): "none.json': give 'byte' or the path",
-        ("--input=books", "more"): "what is 'more'?",
-        ("--input=books", "--max_bad_records=0.1"): "is for --skip_bad_records",
+        ("--input=books", "more"): "unexpected argument 'more'",
+        ("--input=books", "--max_bad_records=0.1"): "--max_bad_records needs --skip_bad_records",
         ("--input=books", "--skip_bad_records", "--max_bad_records=2"): "a share from 0 to 1",
         ("--input=books", "--max_unknown=nan"): "expected a share from 0 to 1",
     }
@@ -253,6 +253,29 @@ def test_train_command_splits_few_documents(tmp_path, count):
 
 def test_train_command_quotes_odd_paths(tmp_path):
     store = write_store(tmp_path / "my store, new", ["text"] * 50)
-    *_, argument = shlex.split(train_command(store.path, store.meta))
-    value = argument.removeprefix("--config.data.stores=")
+    words = shlex.split(train_command(store.path, store.meta))
+    (value,) = [word for word in words if word.startswith("--config.data.stores=")]
+    value = value.removeprefix("--config.data.stores=")
     assert tuple_parser.TupleParser().parse(value) == (store.path,)
+
+
+@pytest.mark.parametrize("name", ["store", "my store, new", "it's $HOME"])
+def test_the_printed_command_works_as_it_is_pasted_into_a_shell(corpus, name):
+    """A script stands for the `bazelw` of the checkout, and the train tool reads its words."""
+    bazelw = corpus / "bazelw"
+    bazelw.write_text(f'#!/bin/sh\nshift 3\nexec "{sys.executable}" -m xlstm.tools.train "$@"\n')
+    bazelw.chmod(0o755)
+    result = prepare(corpus, "--input=lines.jsonl", f"--output={name}")
+    assert result.returncode == 0, result.stderr
+    command = result.stdout.rstrip().splitlines()[-1].strip()
+    assert command.startswith("./bazelw run //xlstm/tools:train -- ")
+    # It stops at the last of its checks, since nothing of a run is tested here.
+    trained = subprocess.run(
+        ["bash", "-c", f"{command} --config.model.vocab_size=100"],
+        cwd=corpus,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "only model.vocab_size=100" in trained.stderr, trained.stderr
+    assert f"--workdir=runs/{name}" in shlex.split(command)

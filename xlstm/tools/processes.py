@@ -1,4 +1,4 @@
-"""Flags that say which processes and devices take part in a run, and how processes end together."""
+"""Flags for the processes and devices of a run, and how all processes end when one fails."""
 
 import contextlib
 import os
@@ -13,27 +13,31 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from xlstm.tools.command_line import print_error
+from xlstm.tools.command_line import print_error, print_line, project_flags
 from xlstm.tools.meeting import meet
 from xlstm.trainer.base import coordinator
 from xlstm.trainer.base.coordinator import check_agreement
 from xlstm.trainer.llm.run_facts import SAME_COMMAND, device_facts, environment_facts
 
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, for a run of several processes."
+    "coordinator_address", None, "Address of process 0, host:port, for a run of several processes."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, counted from 0.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, counted from 0.")
 _CONNECT_SECONDS = flags.DEFINE_integer(
-    "connect_seconds", 300, "How long to wait for processes that come late.", lower_bound=1
+    "connect_seconds", 300, "Seconds to wait for all processes to connect.", lower_bound=1
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Several processes, found out from SLURM or the cloud's environment."
+    "distributed",
+    False,
+    "Runs several processes, whose addresses and number come from SLURM's or the cloud's"
+    " environment.",
 )
 _SIMULATE_DEVICES = flags.DEFINE_integer(
-    "simulate_devices", None, "Pretend that this CPU is so many devices.", lower_bound=1
+    "simulate_devices", None, "Number of devices to simulate on the CPU.", lower_bound=1
 )
-# Each process has its own. Of a configuration every field is compared, and of a folder its content.
+# Flags that may differ between processes. A configuration is compared field by field, and a folder
+# by its content.
 _OWN_FLAGS = {"coordinator_address", "process_id", "connect_seconds", "config", "workdir"}
 
 
@@ -43,9 +47,9 @@ def initialize_devices() -> None:
     Processes that differ in flags, code, packages or devices end here.
 
     Raises:
-        ValueError: If only a part of the flags for several processes is given, they contradict, or
-            those of the other processes do.
-        OSError: If the processes do not find each other.
+        ValueError: If the flags for several processes are incomplete, or contradict each other or
+            the flags of other processes.
+        OSError: If the processes cannot connect to each other.
     """
     if _SIMULATE_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
@@ -57,54 +61,47 @@ def initialize_devices() -> None:
         return
     if any(setting is None for setting in settings):
         raise ValueError(
-            "--coordinator_address, --num_processes and --process_id go together; on SLURM and in"
-            " clouds that JAX knows, --distributed finds them out"
+            "--coordinator_address, --num_processes and --process_id go together: give all three,"
+            " or only --distributed on SLURM and on clouds that JAX supports"
         )
     if not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
         raise ValueError(
-            f"--process_id={_PROCESS_ID.value}: it must be at least 0 and below"
+            f"--process_id={_PROCESS_ID.value}: expected at least 0 and less than"
             f" --num_processes={_NUM_PROCESSES.value}"
         )
-    meet(*settings, _CONNECT_SECONDS.value)
+    meet(*settings, _CONNECT_SECONDS.value, print_line)
     _connect(*settings)
 
 
 def _connect(*settings: str | int) -> None:
     seconds = _CONNECT_SECONDS.value
     try:
-        # JAX's own patience ends with an abort and a page of addresses.
+        # JAX's own timeout aborts the process with a page of addresses.
         with _giving_up_after(seconds):
             jax.distributed.initialize(*settings, initialization_timeout=seconds + 60)
     except RuntimeError as error:
         raise OSError(f"the processes cannot be connected: {error}") from error
     if jax.default_backend() == "cpu":
-        # JAX keeps the programs of process 0 alone; beside one that another process has compiled
-        # anew, a program out of the cache was seen to wait for ever.
+        # JAX caches the programs of process 0 only. A cached program there and a newly compiled one
+        # in another process can deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
-    with ending_together():
+    with abort_all_on_failure():
         check_agreement("start", lambda: {SAME_COMMAND: _shared_flags()} | environment_facts())
         check_agreement("devices", device_facts)
-        # CPU processes give up if one comes half a minute late to their first common computation;
-        # here they all are at the same place.
+        # CPU processes fail if one joins their first common computation half a minute late. Here
+        # they all are at the same point.
         multihost_utils.sync_global_devices("start")
 
 
 def _shared_flags() -> dict[str, Any]:
-    """The flags of this tool, which all processes must have in common."""
-    by_module = flags.FLAGS.flags_by_module_dict()
-    ours = [module for module in by_module if module.startswith("xlstm.") or module == sys.argv[0]]
-    return {
-        f"--{flag.name}": flag.value
-        for module in sorted(ours)
-        for flag in by_module[module]
-        if flag.name not in _OWN_FLAGS
-    }
+    """Returns the flags of this tool that must be equal in all processes."""
+    return {f"--{x.name}": x.value for x in project_flags() if x.name not in _OWN_FLAGS}
 
 
 @contextlib.contextmanager
 def _giving_up_after(seconds: int) -> Iterator[None]:
     def give_up() -> None:
-        print_error(f"the processes have not found each other within {seconds} s")
+        print_error(f"the processes have not connected to each other within {seconds} s")
         os._exit(2)
 
     timer = threading.Timer(seconds, give_up)
@@ -116,41 +113,42 @@ def _giving_up_after(seconds: int) -> Iterator[None]:
         timer.cancel()
 
 
-# The first process leads the others: when it ends, theirs may be ended before they can say why.
+# Process 0 is the coordinator: when it exits, JAX may end the others before they report why.
 _SECONDS_TO_SPEAK = 3
 _SECONDS_BETWEEN_LOOKS = 0.5
 _END = "end"
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """In a run of several processes, ends a process that failed at once, and so all of them.
+def abort_all_on_failure() -> Iterator[None]:
+    """Aborts all processes of a run when one of them fails inside.
 
-    An orderly end would wait for the other processes, which wait for this one. The process tells
-    them why it ends, and they end as well with its words. Of one that was killed they learn when
-    its connections close and their communication fails.
+    An orderly exit would deadlock: it waits for the other processes, which wait for this one.
+    Instead the process tells the others why it fails and exits at once, and they exit with its
+    message. If a process is killed, the others notice when their connections to it close and their
+    communication fails.
     """
     if coordinator.num_processes() == 1:
         yield
         return
-    ending = threading.Lock()  # Whoever has it speaks for the process, and ends it.
+    ending = threading.Lock()  # Its holder reports the error and exits.
     with _watching_others(lambda status, message: _end(ending, status, message)):
         try:
             yield
         except Exception as error:
             _end(ending, *_explain(error))
         except SystemExit as error:
-            _end(ending, error.code if isinstance(error.code, int) else 1, "it was told to end")
+            _end(ending, error.code if isinstance(error.code, int) else 1, "it was told to exit")
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """The exit status and the message that an error is worth."""
+    """Returns the exit status and the message for an error."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return _end_of_another() or (
             1,
             f"the computation with the other processes failed ({error}); if one of them has"
-            " ended, its output says why; start all of them again, and the run goes on from"
-            " its last checkpoint",
+            " exited, its output says why; start all of them again to resume from the last"
+            " checkpoint",
         )
     if isinstance(error, (ValueError, OSError)):
         return 2, str(error)
@@ -172,7 +170,7 @@ def _end(ending: threading.Lock, status: int, message: str) -> None:
 
 
 def _end_of_another() -> tuple[int, str] | None:
-    """The exit status and the words of a process that has ended already, if there is one."""
+    """Returns the exit status and message of a process that has exited already, if any."""
     try:
         ends = coordinator.published_by_all(_END)
     except jax.errors.JaxRuntimeError:
@@ -185,7 +183,7 @@ def _end_of_another() -> tuple[int, str] | None:
 
 @contextlib.contextmanager
 def _watching_others(end: Callable[[int, str], None]) -> Iterator[None]:
-    """While inside, a thread ends this process when another one says that it ends."""
+    """While inside, a thread ends this process when another one reports that it exits."""
     done = threading.Event()
 
     def watch() -> None:

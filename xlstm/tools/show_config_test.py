@@ -1,11 +1,14 @@
 import dataclasses
+import io
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from xlstm.tools import show_config
-from xlstm.tools.config import field_comments, sections
+from xlstm.tools.config import field_comments
+from xlstm.trainer.llm.config import RunConfig, sections
 
 
 def _run(*words):
@@ -24,13 +27,31 @@ def shown():
     return result.stdout
 
 
-def test_every_field_is_printed_with_its_comment(shown):
-    text = " ".join(shown.split())
+def test_every_field_is_one_whole_line_with_its_comment(shown):
+    lines = shown.splitlines()
     for section, section_class in sections().items():
         comments = field_comments(section_class)
         for field in dataclasses.fields(section_class):
-            assert f"{section}.{field.name} " in text
-            assert comments[field.name].split()[0] in text
+            (line,) = [x for x in lines if x.startswith(f"{section}.{field.name} ")]
+            assert line.endswith(comments[field.name])
+    num_fields = sum(len(dataclasses.fields(section)) for section in sections().values())
+    assert len(lines) == num_fields + 2  # The title and the heading.
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_terminal_shows_the_fields_at_any_width(width):
+    options = {"color_system": None, "markup": False, "highlight": False}
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, **options)
+    rows = list(show_config.field_rows(RunConfig()))
+    rows[0] = rows[0]._replace(value="another")
+    show_config.print_fields(console, "name", rows)
+    text = console.file.getvalue()
+    lines = text.splitlines()
+    assert lines[0] == "name" and max(map(len, lines)) <= width
+    for row in rows:
+        assert row.field in text
+        assert set(row.meaning.split()) <= set(text.split())  # No word is cut.
+    assert f"(default {rows[0].default})" in text or width == 200
 
 
 def test_values_and_defaults_are_printed(shown):

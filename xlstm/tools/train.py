@@ -1,24 +1,41 @@
-"""Trains a language model: `bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER`."""
+"""Trains a language model.
+
+    bazel run //xlstm/tools:train -- --config=NAME --workdir=FOLDER
+
+The same command resumes a run that was stopped.
+"""
 
 import os
 
 from absl import flags
 
+from xlstm.tools.command_line import (
+    announce_start,
+    define_verify_data,
+    print_line,
+    resolve_path,
+    run,
+)
+
+if __name__ == "__main__":  # The other imports take seconds.
+    announce_start("train: loading JAX and the model code ...", always=True)
+
 from xlstm.common_types import TrainState
 from xlstm.inference.generate import GenerationConfig, encode_prompt, generate_text
 from xlstm.inference.loaded_model import LoadedModel, reshard_for_inference
 from xlstm.inference.sampling import SamplingConfig
-from xlstm.tools.command_line import define_verify_data, resolve_path, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
-from xlstm.tools.processes import ending_together, initialize_devices
+from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.llm.callbacks import evaluated_params
 from xlstm.trainer.llm.train import TrainingRun, train_language_model
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; if it holds the run already, it resumes [runs/CONFIG]."
+    "workdir",
+    None,
+    "Folder of the run. If it holds the run already, training resumes. The default is runs/CONFIG.",
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Resume a run that began with another configuration."
+    "allow_config_change", False, "Resumes a run that began with another configuration."
 )
 _VERIFY_DATA = define_verify_data()
 
@@ -39,12 +56,13 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = run_config()
-    workdir = _WORKDIR.value or os.path.join("runs", config_name())
+    workdir = resolve_path(_WORKDIR.value or os.path.join("runs", config_name()))
+    print_line(f"train: starting the devices, for the run in {workdir} ...")
     initialize_devices()
-    with ending_together():
+    with abort_all_on_failure():
         train_language_model(
             config,
-            resolve_path(workdir),
+            workdir,
             allow_config_change=_ALLOW_CONFIG_CHANGE.value,
             verify_data=_VERIFY_DATA.value,
             sample=sample_text if config.logger.sample_tokens else None,

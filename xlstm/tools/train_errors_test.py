@@ -62,11 +62,13 @@ def _start(folder, workdir, *flags, num_steps=10, **kwargs):
 
 
 def _error(process):
-    """Waits for a run that must fail; returns its one line on stderr."""
+    """Waits for a run that must fail; returns the one line on stderr after those of the start."""
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, errors
-    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
-    return errors
+    *others, line = errors.splitlines()
+    assert line.startswith("error: ") and errors.endswith("\n"), errors
+    assert all(other.startswith("train: ") for other in others), errors
+    return line
 
 
 def _contents(workdir):
@@ -124,6 +126,21 @@ def errors_of_bad_input(folder):
 def test_bad_input_is_one_line_and_status_2(errors_of_bad_input, name):
     _, named = _BAD_INPUT[name]
     assert named in errors_of_bad_input[name]
+
+
+def test_help_lists_the_flags_and_succeeds(folder):
+    output, errors = _start(folder, "new", "--help").communicate(timeout=PATIENCE)
+    for flag in ("workdir", "config", "simulate_devices", "[no]allow_config_change"):
+        assert f"\n  --{flag}" in output, errors
+    assert "--config.mesh.tp=2" in output  # An example of a field; not all of them are listed.
+    assert output.count("--config.") == 1
+
+
+def test_the_flag_of_a_field_and_the_name_of_a_config_are_suggested(folder):
+    line = _error(_start(folder, "new", "--num_steps=60"))
+    assert line == "error: there is no flag --num_steps; did you mean --config.trainer.num_steps?"
+    line = _error(_start(folder, "new", "--config=smok"))
+    assert line.endswith("did you mean --config=smoke?")
 
 
 def test_bad_input_leaves_no_folder(folder):

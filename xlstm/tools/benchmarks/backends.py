@@ -12,43 +12,43 @@ from jax import lax
 from xlstm.tools.benchmarks.candidates import Candidate, Shape
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
-FORGET_GATE_BIAS = 4.0  # Between those of the first and the last head of a new model.
-_MATMUL_INTERVAL = 2.0  # Seconds; measuring takes a quarter of one.
+FORGET_GATE_BIAS = 4.0  # Between the biases of the first and the last head of a new model.
+_MATMUL_INTERVAL = 2.0  # Seconds; a measurement takes a quarter of a second.
 
-# Passes, and how many times the forward pass's useful operations each needs.
+# Useful operations of each pass, in multiples of the forward pass.
 PASSES = {"forward": 1, "forward_backward": 3}
 
 
 class _TimedFunction:
-    """A compiled function, and the times of its compilation and its runs in seconds."""
+    """A compiled function with the seconds of its compilation and of its runs."""
 
     def __init__(self, function: Callable, arguments: Sequence[jax.Array]):
-        jax.clear_caches()  # Else one profits from what another has traced.
+        jax.clear_caches()  # Otherwise a function may reuse the traces of another.
         begin = time.perf_counter()
         self._compiled = jax.jit(function).lower(*arguments).compile()
         self.compile_time = time.perf_counter() - begin
         self.temporary_memory = self._compiled.memory_analysis().temp_size_in_bytes
         self._arguments = arguments
         self.times: list[float] = []
-        jax.block_until_ready(self._compiled(*arguments))  # The first run is no measure.
+        jax.block_until_ready(self._compiled(*arguments))  # The first run warms up.
 
     def run(self) -> None:
-        """Runs once more and notes the time."""
+        """Runs the function and records the time."""
         begin = time.perf_counter()
         jax.block_until_ready(self._compiled(*self._arguments))
         self.times.append(time.perf_counter() - begin)
 
 
 def random_inputs(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """Draws inputs as in a new model: gates about their biases, the rest normal.
+    """Returns inputs as in a new model: gates near their biases, everything else normal.
 
     Args:
         shape: The sizes.
-        dtype: Type of all but the gates, which are float32.
+        dtype: Dtype of all inputs except the gates, which are float32.
 
     Returns:
         `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)`, `i, f (B, NH, T)`, and a cotangent of `h`,
-        `(B, NH, T, DHV)`; always the same for a shape.
+        `(B, NH, T, DHV)`; deterministic for a shape.
     """
     rng = np.random.default_rng(0)
     *tokens, qk_dim, v_dim = shape
@@ -69,21 +69,21 @@ def time_candidates(
     advance: Callable[[], None],
     precision: lax.Precision | None = None,
 ) -> list[dict[str, Any]]:
-    """Compiles all candidates, then runs them in turn, again and again.
+    """Compiles all candidates, then runs them in turn, repeatedly.
 
-    So a machine whose speed drifts is as slow for one as for the other.
+    Alternating makes a drift of the machine's speed affect all candidates equally.
 
     Args:
-        shape: The inputs' sizes.
-        candidates: What to compare, at least one.
-        dtype: Type of `q`, `k` and `v`; the gates are float32.
-        repeats: Timed runs of each.
+        shape: The sizes of the inputs.
+        candidates: The candidates to compare, at least one.
+        dtype: Dtype of `q`, `k` and `v`; the gates are float32.
+        repeats: Number of timed runs of each candidate.
         advance: Called after each compilation and each timed run.
-        precision: How exactly the matmul beside them multiplies float32.
+        precision: The precision with which the dense matmul multiplies float32.
 
     Returns:
-        A row for each candidate, whose keys name the units. Fractions are useful operations over
-        time over the rate of a large dense matmul; ratios are times over the first candidate's.
+        A row for each candidate; its keys name the units. Fractions are useful operations per
+        second over the rate of a large dense matmul; ratios are times over the first candidate's.
 
     Raises:
         ValueError: If an external function fails.
@@ -133,7 +133,7 @@ def time_candidates(
 
 
 def _passes(function: Callable[..., jax.Array]) -> dict[str, Callable]:
-    """The functions to time; each takes the inputs and the cotangent."""
+    """Returns the functions to time; each takes the inputs and the cotangent."""
 
     def forward(q, k, v, i, f, dh):
         del dh
@@ -147,6 +147,6 @@ def _passes(function: Callable[..., jax.Array]) -> dict[str, Callable]:
 
 
 def _matmul_rate(dtype: jnp.dtype, precision: lax.Precision | None) -> float:
-    """The rate of one device, on which the candidates run, in operations a second."""
+    """Returns the rate of one device, on which the candidates run, in FLOP/s."""
     num_devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return measure_matmul_rate(dtype, precision, seconds=0.0) / num_devices

@@ -1,19 +1,19 @@
-"""Times mLSTM backends, or with `--train_step` the training step of a config.
+"""Times mLSTM backends, or the training step of a config with `--train_step`.
 
     bazel run //xlstm/tools:benchmark -- --backends=fwbw,recurrent --chunk_sizes=32,64
     bazel run //xlstm/tools:benchmark -- --train_step --config=NAME
 
-The rate of a large dense matmul is measured in the same process between the runs. Options of the
-backends are those of the config, `--config.backend.keep_G=False` say. Backends and matmul multiply
-float32 as `model.matmul_precision` says; all else in the config matters to the training step only.
-To time an mLSTM of another library beside ours, which multiplies as JAX is set to or as it likes,
-write a module with
+The rate of a large dense matmul is measured in the same process between the runs. The backends take
+their options from the config, such as `--config.backend.keep_G=False`. Backends and matmul multiply
+float32 as `model.matmul_precision` says; all other fields affect the training step only.
+
+To compare an mLSTM of another library, write a module with
 
     def function(q, k, v, i, f, chunk_size): ...
 
-from `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the pre-activations of the gates
-`i, f (B, NH, T)` to `h (B, NH, T, DHV)`, chunk size None for one chunk, and name it by
-`--external=module:function`.
+that maps `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the pre-activations of the gates
+`i, f (B, NH, T)` to `h (B, NH, T, DHV)`, where a chunk size of None means one chunk, and name it
+with `--external=module:function`. It multiplies with its own precision or JAX's default.
 """
 
 import dataclasses
@@ -40,38 +40,45 @@ from xlstm.tools.benchmarks.candidates import (
     parse_shape,
 )
 from xlstm.tools.benchmarks.train_step import time_train_step
-from xlstm.tools.command_line import output_path, resolve_path, run
+from xlstm.tools.command_line import output_path, print_table, resolve_path, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.llm.config import RunConfig
 
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "File for the figures, a list of objects.")
-_TRAIN_STEP = flags.DEFINE_bool("train_step", False, "Time the config's training step instead.")
-_BACKENDS = flags.DEFINE_list("backends", None, "Backends to time [that of the config].")
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 10, "Number of timed runs of each candidate.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a list of objects.")
+_TRAIN_STEP = flags.DEFINE_bool(
+    "train_step", False, "Times the training step of the config instead of backends."
+)
+_BACKENDS = flags.DEFINE_list(
+    "backends", None, "Backends to time. The default is the backend of the config."
+)
 _SHAPES = flags.DEFINE_list(
     "shapes",
     ["1x4x1024x64x128", "1x4x8192x64x128", "1x4x1024x256x512"],
-    "Sizes of the inputs, BxNHxTxDHQKxDHV.",
+    "Sizes of the inputs, as BxNHxTxDHQKxDHV.",
 )
 _CHUNK_SIZES = flags.DEFINE_list(
     "chunk_sizes",
     None,
-    "Tokens in a chunk, 0 for one chunk; those above T are left out [that of the config].",
+    "Tokens in a chunk; 0 means one chunk, and sizes above T are skipped. The default is the chunk"
+    " size of the config.",
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Type of q, k and v; gates are float32."
+    "dtype", "float32", ["float32", "bfloat16"], "Dtype of q, k and v. Gates are float32."
 )
 _EXTERNAL = flags.DEFINE_list(
     "external",
     [],
-    "Functions to time in turn with the backends, as module:function; modules are looked for in the"
-    " folder of the call too.",
+    "Functions to time next to the backends, as module:function. Modules are also searched in the"
+    " folder in which the tool was called.",
 )
 _FOR_BACKENDS = (_BACKENDS, _SHAPES, _CHUNK_SIZES, _DTYPE, _EXTERNAL)
 
 
 def main(argv: list[str]) -> None:
-    """Times what the flags choose, prints the figures, and writes them if asked to."""
+    """Times what the flags choose, and prints or writes the figures."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     _refuse_flags_of_the_other_mode()
@@ -91,22 +98,22 @@ def main(argv: list[str]) -> None:
     if json_path:
         write_atomically(json_path, json.dumps(rows, indent=2) + "\n")
     for table in [_train_step_table(rows[0])] if _TRAIN_STEP.value else _backend_tables(rows):
-        Console().print(table)
+        print_table(table)
 
 
 def _refuse_flags_of_the_other_mode() -> None:
     if _TRAIN_STEP.value:
-        others, reason = _FOR_BACKENDS, "is about backends on their own, not --train_step"
+        others, reason = _FOR_BACKENDS, "is for backends and has no effect with --train_step"
     else:
         others = flags.FLAGS.flags_by_module_dict()[processes.__name__]
-        reason = "needs --train_step; backends on their own run on one device"
+        reason = "needs --train_step; backends are timed on one device"
     for flag in others:
         if flags.FLAGS[flag.name].present:
             raise ValueError(f"--{flag.name} {reason}")
 
 
 def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
-    """Times all candidates at all shapes; returns a row for each."""
+    """Times all candidates at all shapes; returns a row for each pair."""
     shapes = [parse_shape(text) for text in _SHAPES.value]
     chunk_sizes = [config.backend.chunk_size]
     if _CHUNK_SIZES.value is not None:
@@ -125,8 +132,8 @@ def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
     for shape, found in fitting.items():
         if not found:
             raise ValueError(
-                f"there is nothing to time for --shapes={shape}: no --backends, no --external, or"
-                f" no --chunk_sizes up to T={shape.time} (0 is one chunk)"
+                f"nothing to time for --shapes={shape}: expected --backends or --external, and a"
+                f" --chunk_sizes of at most T={shape.time} (0 is one chunk)"
             )
     rows = []
     steps = len(PASSES) * (_REPEATS.value + 1)
@@ -153,7 +160,7 @@ def _time_train_step(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _progress_bar() -> Progress:
-    # A thread that refreshes it would take time from what is timed.
+    # A refreshing thread would distort the timings.
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)
     return Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False)
@@ -165,7 +172,7 @@ def _advancer(progress: Progress, task: Any) -> Callable[[], None]:
 
 
 def _backend_tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """A table for each shape: for every candidate a line for each pass."""
+    """Returns a table for each shape, with a line for each candidate and pass."""
     tables = {}
     for row in rows:
         if row["shape"] not in tables:
@@ -186,7 +193,7 @@ def _backend_tables(rows: list[dict[str, Any]]) -> list[Table]:
 
 
 def _backend_table(row: dict[str, Any]) -> Table:
-    """An empty table, with a title for the row's shape."""
+    """Returns an empty table, titled with the row's shape."""
     title = (
         f"\nBxNHxTxDHQKxDHV {row['shape']}, {row['dtype']}, {row['device']};"
         f" dense matmul: {row['matmul_rate_gflop_per_s']:,.0f} GFLOP/s"
@@ -202,7 +209,7 @@ def _backend_table(row: dict[str, Any]) -> Table:
 
 
 def _train_step_table(row: dict[str, Any]) -> Table:
-    """The figures of a training step."""
+    """Returns a table of the figures of a training step."""
     on_device = row.get("peak_device_memory_mib")
     table = Table(title=f"training step of {row['config']} on {row['device']}")
     for column, justify in (("figure", "left"), ("value", "right")):

@@ -1,10 +1,10 @@
-"""Times the sLSTM beside a plain LSTM of Flax and beside its own recurrent products.
+"""Times the sLSTM against Flax's LSTM and against its own recurrent products.
 
     bazel run //xlstm/tools:benchmark_slstm
 
-All are compiled first and then run in turn, so that a machine whose speed drifts is as slow for one
-as for the other. A pass is forward and backward, over inputs and all weights. The floor has the
-recurrent products of both passes in a scan and nothing else.
+All candidates are compiled first and then run in turn, so that a drift of the machine's speed
+affects them equally. A pass is forward and backward, with gradients of inputs and weights. The
+lower bound is a scan over nothing but the recurrent products of both passes.
 """
 
 import json
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax import lax
-from rich.console import Console
 from rich.table import Table
 
 from xlstm.common_types import PyTree
@@ -25,22 +24,24 @@ from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import slstm
 from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
-from xlstm.tools.command_line import output_path, run
+from xlstm.tools.command_line import output_path, print_table, run
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Sequences.", lower_bound=1)
-_TIME = flags.DEFINE_integer("tokens", 512, "Tokens of a sequence.", lower_bound=1)
-_DIM = flags.DEFINE_integer("embedding_dim", 256, "Channels.", lower_bound=1)
-_HEADS = flags.DEFINE_integer("num_heads", 4, "Heads.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs of each.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "File for the figures, an object.")
+_BATCH = flags.DEFINE_integer("batch_size", 8, "Number of sequences.", lower_bound=1)
+_TIME = flags.DEFINE_integer("tokens", 512, "Tokens per sequence.", lower_bound=1)
+_DIM = flags.DEFINE_integer("embedding_dim", 256, "Number of channels.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("num_heads", 4, "Number of heads.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 20, "Number of timed runs of each candidate.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as an object.")
 
 
 def _candidates(batch: int, time: int, dim: int, num_heads: int) -> dict[str, tuple]:
-    """Functions of weights and an input `(B, T, D)`, with these, by name."""
+    """Returns functions with their weights and inputs `(B, T, D)`, by name."""
     x = jax.random.normal(jax.random.key(0), (batch, time, dim))
-    # All multiply as JAX is set to, as the LSTM does.
+    # All multiply with JAX's default precision, as the LSTM does.
     sizes = {"embedding_dim": dim, "num_heads": num_heads, "num_blocks": 1}
     model = ModelConfig(**sizes, ratio="[0:1]", matmul_precision="default")
     layer = sLSTMLayer(LanguageModelConfig(model))
@@ -50,7 +51,7 @@ def _candidates(batch: int, time: int, dim: int, num_heads: int) -> dict[str, tu
     gates = jax.random.normal(jax.random.key(2), (4, batch, num_heads, time, dim // num_heads))
 
     def products(recurrent: jax.Array, x: jax.Array) -> jax.Array:
-        """A product with the weights and one with their transpose for every token."""
+        """Multiplies by the weights and by their transpose for every token."""
 
         def step(h, _):
             mixed = jnp.einsum("nbd,nde->nbe", h, recurrent)
@@ -82,11 +83,11 @@ def measure(batch: int, time_: int, dim: int, num_heads: int, repeats: int) -> P
         time_: `T`.
         dim: `D`.
         num_heads: `NH`.
-        repeats: Timed runs of each.
+        repeats: Number of timed runs of each.
 
     Returns:
-        For each its median, in microseconds a token of a sequence, its share of the LSTM's time,
-        and how much of it the recurrent products alone would take.
+        For each candidate its median in microseconds per token of a sequence, its ratio to the
+        LSTM's time, and the share of its time that the recurrent products alone take.
     """
     compiled = {
         name: (jax.jit(fn).lower(*arguments).compile(), arguments)
@@ -97,7 +98,7 @@ def measure(batch: int, time_: int, dim: int, num_heads: int, repeats: int) -> P
         for name, (fn, arguments) in compiled.items():
             begin = time.perf_counter()
             jax.block_until_ready(fn(*arguments))
-            if number:  # The first run is no measure.
+            if number:  # The first run warms up.
                 times[name].append(time.perf_counter() - begin)
     medians = {name: float(np.median(runs)) for name, runs in times.items()}
     return {
@@ -111,7 +112,7 @@ def measure(batch: int, time_: int, dim: int, num_heads: int, repeats: int) -> P
 
 
 def main(argv: list[str]) -> None:
-    """Measures as the flags say, and prints a table."""
+    """Times the candidates as the flags say, and prints a table."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     if _DIM.value % _HEADS.value:
@@ -122,12 +123,12 @@ def main(argv: list[str]) -> None:
     rows = measure(*sizes, _REPEATS.value)
     rate = measure_matmul_rate(jnp.float32) / 1e9
     table = Table(title="B {}, T {}, D {}, {} heads; matmul {:.0f} GFLOP/s".format(*sizes, rate))
-    for column in ("", "us a token", "of the LSTM's time", "products' share"):
+    for column in ("", "us/token", "ratio to LSTM", "share of products"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rows.items():
         values = list(row.values())
         table.add_row(name, f"{values[0]:.2f}", f"{values[1]:.2f}", f"{values[2]:.0%}")
-    Console().print(table)
+    print_table(table)
     if json_path:
         content = {"matmul_rate_gflop_per_s": rate, "rows": rows}
         write_atomically(json_path, json.dumps(content, indent=2) + "\n")

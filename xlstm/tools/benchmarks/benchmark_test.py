@@ -103,7 +103,7 @@ def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(mon
         (["--dtype=float8"], "--dtype=float8: value should be one of <float32|bfloat16>"),
         (["--external=no_such_module:f"], "--external=no_such_module:f: the module cannot be"),
         (["--json=none/x.json"], "--json=none/x.json: expected a file in a folder that exists"),
-        (["--train_step", "--dtype=float32"], "--dtype is about backends on their own"),
+        (["--train_step", "--dtype=float32"], "--dtype is for backends and has no effect with"),
         (["--simulate_devices=2"], "--simulate_devices needs --train_step"),
         (["fwbw"], "unexpected arguments: fwbw"),
     ],

@@ -1,12 +1,11 @@
-"""Measures what the trainer costs beside the compiled step.
+"""Measures the overhead of the trainer over the compiled step.
 
     bazel run //xlstm/tools:benchmark_trainer -- --config.data.batch_size=28
 
-Stretches of one real run (reading data, a row of metrics after every step into all loggers, and in
-the middle of each stretch a checkpoint, written to the end within it) take turns with a bare loop
-over the same compiled step and a batch that is there. Evaluation is left out. Each stretch is
-compared with the mean of the bare loops before and after it, so that a machine that gets slower or
-faster meanwhile does less harm.
+Stretches of one real run alternate with a bare loop over the same compiled step and a fixed batch.
+A stretch reads data, logs metrics to all loggers after every step, and writes one complete
+checkpoint in its middle; it does not evaluate. Each stretch is compared with the mean of the bare
+loops before and after it, which reduces the effect of a machine whose speed drifts.
 """
 
 import dataclasses
@@ -23,19 +22,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from xlstm.common_types import TrainState
-from xlstm.tools.command_line import run
+from xlstm.tools.command_line import print_table, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
 from xlstm.trainer.base.trainer import Callback, fit
 from xlstm.trainer.llm.callbacks import metrics_to_scalars
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.train import TrainingRun, open_training
 
-_STRETCHES = flags.DEFINE_integer("stretches", 12, "Stretches of the run.", lower_bound=1)
-_STEPS = 20  # In a stretch of either kind, and between checkpoints.
+_STRETCHES = flags.DEFINE_integer("stretches", 12, "Number of stretches of the run.", lower_bound=1)
+_STEPS = 20  # Of a stretch, of a bare loop, and between checkpoints.
 
 
 def measured_config(config: RunConfig, num_stretches: int) -> RunConfig:
-    """Logs every step, writes checkpoints often, and does not evaluate."""
+    """Returns a configuration that logs every step, often saves, and does not evaluate."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, validation_fraction=0.0, validation_stores=()),
@@ -50,7 +49,7 @@ def measured_config(config: RunConfig, num_stretches: int) -> RunConfig:
 
 
 class _BareLoops(Callback):
-    """Ends a stretch of the run half-way between checkpoints, and times a bare loop."""
+    """A callback that ends a stretch half-way between checkpoints and times a bare loop."""
 
     def __init__(self, opened: TrainingRun, on_stretch: Callable[[], None]):
         self._opened, self._on_stretch = opened, on_stretch
@@ -64,7 +63,7 @@ class _BareLoops(Callback):
     def on_step(self, step: int, state: TrainState) -> None:
         jax.block_until_ready(state)
         self._opened.checkpointer.wait_until_finished()
-        if step > _STEPS:  # What is before compiles.
+        if step > _STEPS:  # The first stretch includes compilation.
             self.trained.append((time.perf_counter() - self._begin) / _STEPS)
         begin = time.perf_counter()
         for _ in range(_STEPS):
@@ -76,15 +75,15 @@ class _BareLoops(Callback):
 
 
 def measure(opened: TrainingRun, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Times stretches of a run, and bare loops.
+    """Times stretches of a run and bare loops.
 
     Args:
         opened: The run.
         num_steps: Its length.
 
     Returns:
-        Seconds a step of the bare loops that lie around each stretch (their mean), and of the
-        stretches, both (number of stretches,).
+        Seconds per step: the mean of the bare loops before and after each stretch, and each
+        stretch, both of shape (number of stretches,).
     """
     columns = TextColumn("stretches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -105,7 +104,7 @@ def measure(opened: TrainingRun, num_steps: int) -> tuple[np.ndarray, np.ndarray
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints."""
+    """Measures the overhead and prints a table."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = measured_config(run_config(), _STRETCHES.value)
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> None:
     for name, quantile in (("lower quartile", 0.25), ("median", 0.5), ("upper quartile", 0.75)):
         times = [f"{1e3 * np.quantile(seconds, quantile):.1f} ms" for seconds in (bare, trained)]
         table.add_row(name, *times, f"{np.quantile(overheads, quantile):.1%}")
-    Console().print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

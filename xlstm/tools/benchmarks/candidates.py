@@ -1,4 +1,4 @@
-"""What the benchmark compares: backends, external functions, and the work that each does."""
+"""The candidates of the benchmark: backends and external functions, with their FLOPs."""
 
 import dataclasses
 import importlib
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     v_dim: int
 
     def __str__(self) -> str:
-        """As the flag has it."""
+        """Returns the sizes as `--shapes` takes them."""
         return "x".join(map(str, self))
 
 
@@ -33,28 +33,28 @@ class Shape(NamedTuple):
 class Candidate:
     """An mLSTM that can be timed."""
 
-    name: str  # Of the backend, or module:function.
-    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, None where there are no chunks.
-    options: dict[str, Any]  # What else the backend was told.
-    function: Callable[..., jax.Array]  # From q, k, v, i, f to h.
+    name: str  # The backend's name, or module:function.
+    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, None for backends without chunks.
+    options: dict[str, Any]  # The other options of the backend.
+    function: Callable[..., jax.Array]  # Maps q, k, v, i, f to h.
 
     def fits(self, shape: Shape) -> bool:
-        """Whether the sequence is at least as long as a chunk."""
+        """Returns whether the sequence is at least as long as a chunk."""
         return (self.chunk_size or 0) <= shape.time
 
     def forward_operations(self, shape: Shape) -> int:
-        """Counts the useful floating-point operations of the forward pass.
+        """Returns the useful floating-point operations of the forward pass.
 
-        Chunkwise, with chunks of L tokens, a token and head needs half of its L pairs, each
-        2 (DHQK + DHV), and 4 DHQK DHV to read the state and to add to it. In parallel there are
-        only the pairs, and L is T. Step by step the state is read (2 DHQK DHV), and decays and
-        gains an outer product (3 DHQK DHV). An external function is counted as chunkwise.
+        The chunkwise form with chunks of L tokens needs, per token and head, half of its L pairs at
+        2 (DHQK + DHV) each, and 4 DHQK DHV to read and update the state. The parallel form needs
+        only the pairs, with L = T. The recurrent form reads the state (2 DHQK DHV), decays it and
+        adds an outer product (3 DHQK DHV). An external function is counted as chunkwise.
 
         Args:
-            shape: The inputs' sizes.
+            shape: The sizes of the inputs.
 
         Returns:
-            The operations for the whole input; forward and backward need three times as many.
+            The operations for the whole input. Forward and backward need three times as many.
         """
         pairs = (self.chunk_size or shape.time) * (shape.qk_dim + shape.v_dim)
         state = shape.qk_dim * shape.v_dim
@@ -64,7 +64,7 @@ class Candidate:
 
 
 def parse_shape(text: str) -> Shape:
-    """Reads sizes such as `1x4x1024x64x128`, or raises ValueError."""
+    """Parses sizes such as `1x4x1024x64x128`; raises ValueError."""
     sizes = text.split("x")
     if len(sizes) != len(Shape._fields) or not all(_is_count(size) and int(size) for size in sizes):
         raise ValueError(
@@ -74,7 +74,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def parse_chunk_size(text: str) -> int:
-    """Reads a number of tokens, 0 for one chunk, or raises ValueError."""
+    """Parses a number of tokens, where 0 means one chunk; raises ValueError."""
     if not _is_count(text):
         raise ValueError(f"--chunk_sizes={text}: expected a whole number, 0 for one chunk")
     return int(text)
@@ -83,15 +83,15 @@ def parse_chunk_size(text: str) -> int:
 def backend_candidates(
     choice: BackendConfig, chunk_sizes: Sequence[int], model: ModelConfig | None = None
 ) -> list[Candidate]:
-    """Makes the candidates of one backend.
+    """Returns the candidates of one backend.
 
     Args:
         choice: The backend and its options.
         chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them.
-        model: The model that says how exactly to multiply; None for JAX's own setting.
+        model: The model whose matmul precision is used; None for JAX's default.
 
     Returns:
-        A candidate for each chunk size, or the only one.
+        A candidate for each chunk size, or one for a backend without chunks.
     """
     if not hasattr(backend_config(choice), "chunk_size"):
         return [_backend_candidate(choice, None, model)]
@@ -102,7 +102,7 @@ def backend_candidates(
 
 
 def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate]:
-    """Makes the candidates of a function that is not ours.
+    """Returns the candidates of an external function.
 
     Args:
         name: `module:function`; it is called as `function(q, k, v, i, f, chunk_size=...)` with
@@ -115,8 +115,8 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
         A candidate for each chunk size.
 
     Raises:
-        ValueError: If there is no such module or function; a candidate raises it if the function
-            fails or returns something else.
+        ValueError: If the module or function does not exist. A candidate raises it if the function
+            fails or returns another shape.
     """
     external = _load_function(name)
 
@@ -124,7 +124,7 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
         def function(q, k, v, i, f):
             try:
                 h = external(q, k, v, i, f, chunk_size=chunk_size or None)
-            except Exception as error:  # Whatever a user's function may raise.
+            except Exception as error:  # A user's function may raise anything.
                 raise ValueError(
                     f"--external={name} failed for q {q.shape}, v {v.shape} and"
                     f" chunk_size={chunk_size or None}: {type(error).__name__}: {error}"
@@ -143,8 +143,8 @@ def _backend_candidate(
     choice: BackendConfig, chunk_size: int | None, model: ModelConfig | None
 ) -> Candidate:
     taken = {field.name for field in dataclasses.fields(backend_config(choice))}
-    told = dataclasses.asdict(choice)
-    options = {name: told[name] for name in told if name in taken - {"chunk_size"}}
+    given = dataclasses.asdict(choice)
+    options = {name: given[name] for name in given if name in taken - {"chunk_size"}}
     return Candidate(choice.name, chunk_size, options, create_backend(choice, model))
 
 
@@ -154,7 +154,7 @@ def _load_function(name: str) -> Callable:
         raise ValueError(f"--external={name}: expected module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # Whatever a user's module may raise.
+    except Exception as error:  # A user's module may raise anything.
         raise ValueError(
             f"--external={name}: the module cannot be imported: {type(error).__name__}: {error}"
         ) from error

@@ -34,8 +34,8 @@ def time_train_step(
 ) -> dict[str, float]:
     """Compiles and times a training step.
 
-    Data are random tokens: reading them is not part of the figure. The rate of a large dense matmul
-    is measured beside every step, since a machine's speed drifts; it multiplies as the model does.
+    The data are random tokens, so the figures exclude reading data. Since a machine's speed drifts,
+    the rate of a large dense matmul, with the model's precision, is measured before every step.
 
     Args:
         config: Model, mesh, batch and optimizer.
@@ -43,8 +43,8 @@ def time_train_step(
         advance: Called after the compilation and each timed step.
 
     Returns:
-        The figures, whose keys name the units. The peak of the device's memory is there where the
-        device counts it: of all that the process did up to the first step, the yardstick left out.
+        The figures; their keys name the units. The peak memory of the device is included if the
+        device reports it; it covers the process up to the first step, without the matmul.
     """
     mesh = create_run_mesh(config)
     state, _, train_step = create_training(config, mesh)

@@ -1,4 +1,4 @@
-"""The training tool, for tests: after steps 12 and 16 the gradient is not finite."""
+"""The training tool with gradients that are not finite after steps 12 and 16, for tests."""
 
 from typing import Any
 

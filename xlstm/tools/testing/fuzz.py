@@ -1,10 +1,13 @@
-"""Feeds the tools what strangers might have written: `bazel run //xlstm/tools:fuzz -- --cases=200`.
+"""Fuzzes the tools with changed input files.
 
-A small public model is converted into a run; text is written with it, and a token store made of its
-tokenizer. Then one file after the other is changed in a copy of them, and a tool is to use it. It
-must accept what still means the same, and answer as before; what it accepts of the rest must be
-what the files hold. Everything else it must refuse, in one sentence, and leave nothing behind; all
-in bounded time and memory. Some cases are run again as commands, whose status must be 2.
+    bazel run //xlstm/tools:fuzz -- --cases=200
+
+A small Hugging Face model is imported as a run, text is generated with it, and a token store is
+made with its tokenizer. Each case changes one file in a copy of these and runs a tool on it. If the
+file still means the same, the tool must accept it and give the same result. Other input that it
+accepts must be read as the files say. All other input must be rejected in one sentence, without
+leaving files behind, in bounded time and memory. Some cases are repeated as commands, which must
+exit with status 2 when they reject the input.
 """
 
 import collections
@@ -37,9 +40,9 @@ from xlstm.tools.testing import mutations
 from xlstm.tools.testing.tool_worker import ACCEPTED, FAILED, REFUSED, Answer, Worker
 from xlstm.trainer.checkpoints.checksums import write_checksums
 
-_CASES = flags.DEFINE_integer("cases", 200, "How many changed inputs.", lower_bound=1)
-_COMMANDS = flags.DEFINE_integer("commands", 20, "How many of them as commands, too.")
-_SEED = flags.DEFINE_integer("fuzz_seed", 0, "Chooses the changes.")
+_CASES = flags.DEFINE_integer("cases", 200, "Number of changed inputs.", lower_bound=1)
+_COMMANDS = flags.DEFINE_integer("commands", 20, "Number of cases to repeat as commands.")
+_SEED = flags.DEFINE_integer("fuzz_seed", 0, "Seed of the changes.")
 
 _SECONDS, _BYTES = 10, 2 * 10**9
 _CONVERT, _GENERATE, _EVALUATE = (
@@ -55,9 +58,9 @@ class Kind:
     Attributes:
         tool: The module of the tool that reads it.
         words: The tool's command line; `@` stands for the case's folder.
-        source: The folder, among the inputs, that is copied.
-        files: The files in it that are changed.
-        change: Changes the content of one.
+        source: The folder among the inputs that is copied.
+        files: The files in that folder that may be changed.
+        change: Changes the content of a file.
     """
 
     tool: str
@@ -105,12 +108,12 @@ class Case:
     """A changed input.
 
     Attributes:
-        kind: Its name among `KINDS`.
-        folder: Where it lies.
-        what: What was changed.
-        is_same: Whether it still means the same.
-        is_wrong: Whether it must be refused, whatever it means.
-        changes_numbers: Whether other numbers may be in it.
+        kind: The kind's name in `KINDS`.
+        folder: The case's folder.
+        what: A description of the change.
+        is_same: Whether the input still means the same.
+        is_wrong: Whether the input must be rejected, whatever it means.
+        changes_numbers: Whether the numbers in it may differ.
     """
 
     kind: str
@@ -122,18 +125,18 @@ class Case:
 
     @property
     def words(self) -> list[str]:
-        """The command line of its tool."""
+        """Returns the command line of the case's tool."""
         return [word.replace("@", self.folder) for word in KINDS[self.kind].words]
 
 
 class Fuzz:
-    """Inputs, changed copies of them, and what the tools make of these."""
+    """Input files, changed copies of them, and the checks of what the tools do with these."""
 
     def __init__(self, folder: str, rng: random.Random):
         """Makes the inputs.
 
         Args:
-            folder: A folder of its own.
+            folder: An empty folder.
             rng: Chooses the changes.
         """
         self._folder, self._rng = folder, rng
@@ -212,7 +215,7 @@ class Fuzz:
             opened.write(changed)
         case = Case(kind, folder, f"{file}: {what}", is_same)
         if kind != "checkpoint" or file.endswith("checksums.json"):
-            # The checksums have a checksum, and can be written in one way only.
+            # The checksums have a checksum themselves, and only one valid form.
             is_wrong = file.endswith("checksums.json") and changed != content
             return dataclasses.replace(case, is_same=is_same and not is_wrong, is_wrong=is_wrong)
         if self._rng.random() < 0.8:
@@ -234,7 +237,7 @@ class Fuzz:
         return Case("saved state", folder, what)
 
     def _change_part(self, folder: str, step_folder: str) -> Case:
-        """Changes a file that the arrays lie in, and its checksum with it."""
+        """Changes a file of the arrays, and its checksum with it."""
         state = os.path.join(step_folder, "state")
         path = self._rng.choice(
             sorted(os.path.join(root, name) for root, _, names in os.walk(state) for name in names)
@@ -259,7 +262,7 @@ class Fuzz:
         """Runs a case's tool.
 
         Returns:
-            What it answered; and what is wrong with that, or None.
+            The tool's answer, and what is wrong with it, or None.
         """
         if case.kind not in self._expected:
             self._expected[case.kind] = None
@@ -301,13 +304,13 @@ class Fuzz:
         return None
 
     def _result(self, case: Case, answer: Answer) -> object:
-        """What a tool made of its input; raises ValueError if that is not what the input holds."""
+        """Returns the tool's result; raises an error if it does not match the input."""
         output = os.path.join(case.folder, "out")
         if case.kind in ("config of a run", "saved state"):
             ids = [int(word) for word in answer.text.split()]
             _check(all(0 <= i < _MODEL.vocab_size for i in ids), f"ids {ids}")
             is_same = self._expected[case.kind] in (None, ids)
-            _check(is_same or case.kind != "saved state", "it goes on in another way")
+            _check(is_same or case.kind != "saved state", "it continues in another way")
             return ids
         if KINDS[case.kind].tool == _EVALUATE:
             with open(output, encoding="utf-8") as file:
@@ -320,7 +323,7 @@ class Fuzz:
             is_same = expected is None or _same(arrays, expected)
             _check(case.changes_numbers or is_same, "other numbers")
             return arrays
-        # What was imported is what another reader finds in the files.
+        # The imported model must hold what another reader finds in the files.
         back = os.path.join(case.folder, "back")
         worker = self._worker(case)
         answer = worker.run([f"--from={output}", f"--to_hf={back}"], 3 * _SECONDS)
@@ -331,7 +334,7 @@ class Fuzz:
         return arrays
 
     def run_command(self, case: Case, answer: Answer) -> str | None:
-        """Runs a case again as a command; returns what is wrong with its answer, or None."""
+        """Repeats a case as a command; returns what is wrong with its answer, or None."""
         for name in ("out", "back"):
             path = os.path.join(case.folder, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
@@ -348,19 +351,19 @@ class Fuzz:
         return None if dict(_files(case.folder)) == before else "the command left something behind"
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Kills the worker processes."""
         for worker in self._workers.values():
             worker.close()
 
 
 def _check(condition: bool, message: str) -> None:
-    """Raises AssertionError, as tests do, and whatever Python optimises away."""
+    """Raises AssertionError, even where Python drops assert statements."""
     if not condition:
         raise AssertionError(message)
 
 
 def _files(folder: str) -> Iterator[tuple[str, tuple]]:
-    """Every file and folder in a folder, with what changes when it is written."""
+    """Yields every file and folder in a folder, with what a write changes of it."""
     for root, folders, names in os.walk(folder):
         for path in (os.path.join(root, name) for name in (*folders, *names)):
             status = os.lstat(path)
@@ -368,7 +371,7 @@ def _files(folder: str) -> Iterator[tuple[str, tuple]]:
 
 
 def _read_model(folder: str) -> dict[str, np.ndarray]:
-    """All tensors of a public model, read without our help."""
+    """Returns all tensors of a Hugging Face model, read by the safetensors library."""
     arrays = {}
     for name in os.listdir(folder):
         if name.endswith(".safetensors"):
@@ -402,7 +405,7 @@ def _table(answers: list[tuple[Case, Answer]]) -> Table:
 
 
 def main(argv: list[str]) -> None:
-    """Changes inputs, and prints what became of them."""
+    """Fuzzes the tools as the flags say, and prints the results."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     folder = tempfile.mkdtemp(prefix="fuzz-")
@@ -426,9 +429,9 @@ def main(argv: list[str]) -> None:
     for case, fault in faults:
         console.print(f"{case.kind}: {case.what} ({case.folder}): {fault}", soft_wrap=True)
     if faults:
-        raise ValueError(f"{len(faults)} of {len(answers)} cases went wrong; they are in {folder}")
+        raise ValueError(f"{len(faults)} of {len(answers)} cases failed: see {folder}")
     shutil.rmtree(folder)
-    console.print("every case was accepted rightly, or refused in one line with nothing left")
+    console.print("every case was accepted correctly, or rejected in one line with nothing left")
 
 
 if __name__ == "__main__":

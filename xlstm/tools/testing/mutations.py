@@ -1,4 +1,4 @@
-"""Small changes of files, of which most make them wrong: what a stranger might have written."""
+"""Small changes to files, most of which make them invalid, for fuzzing."""
 
 import json
 import math
@@ -10,25 +10,25 @@ from typing import Any
 
 import numpy as np
 
-# What stands in place of a value.
+# Values that replace others.
 _STRANGE = [
     *(None, True, False, -1, 0, 0.5, -0.0, 1e308, math.nan, math.inf, -math.inf),
     *(10**6, 10**9, 10**12, 2**63, -(10**20), 10**400),
     *("", "x", "3", "\x1b[2J", "\u202eabc", "../secret", "/etc", "a\0b", "\ud800", "٣", "1e3"),
     *([], [1], [None], ["x"], [[0]], {}, {"a": 1}, {"content": 3}),
 ]
-_DEPTH = 100_000  # No parser follows so far.
+_DEPTH = 100_000  # More than any parser follows.
 
 
 def mutate_json(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:
     """Changes a JSON object.
 
     Args:
-        rng: Decides everything.
+        rng: Chooses the change.
         content: The object.
 
     Returns:
-        The changed text; what was done to it; and whether it still means the same.
+        The changed text, a description of the change, and whether the meaning is unchanged.
     """
     fields = json.loads(content)
     operation = rng.choice(
@@ -67,7 +67,7 @@ def mutate_json(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:
 
 
 def _places(value: Any, path: str = "") -> Iterator[tuple[Any, Any, str]]:
-    """Every place in nested objects and lists: what holds it, its key, and its name."""
+    """Yields every value in nested objects and lists as its container, key and path."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in list(pairs):
         name = f"{path}.{key}" if path else str(key)
@@ -77,7 +77,7 @@ def _places(value: Any, path: str = "") -> Iterator[tuple[Any, Any, str]]:
 
 
 def mutate_bytes(rng: random.Random, content: bytes, operation: str) -> tuple[bytes, str]:
-    """Changes a file of any kind: `cut` off, or a bit of it `flip`ped; says what was done."""
+    """Truncates a file (`cut`) or flips a bit of it (`flip`); returns it with a description."""
     place = rng.randrange(len(content))
     if operation == "cut":
         return content[:place], f"cut off at {place}"
@@ -87,7 +87,7 @@ def mutate_bytes(rng: random.Random, content: bytes, operation: str) -> tuple[by
 
 
 def mutate_header(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:
-    """Changes the header of a safetensors file, or its length; see `mutate_json`."""
+    """Changes the header of a safetensors file or the header's length; see `mutate_json`."""
     (size,) = struct.unpack("<Q", content[:8])
     header, rest = content[8 : 8 + size], content[8 + size :]
     if rng.random() < 0.2:
@@ -99,7 +99,7 @@ def mutate_header(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]
 
 
 def mutate_arrays(rng: random.Random, path: str) -> tuple[str, bool]:
-    """Changes a file of NumPy's arrays in place; says what was done, and whether it is the same."""
+    """Changes an .npz file in place; returns a description, and whether it means the same."""
     with np.load(path) as file:
         arrays = dict(file)
     name = rng.choice(sorted(arrays))
@@ -134,7 +134,7 @@ def mutate_arrays(rng: random.Random, path: str) -> tuple[str, bool]:
 
 
 def move_behind_link(path: str, target: str) -> None:
-    """Moves a file elsewhere, and leaves a link in its place."""
+    """Moves a file and leaves a link in its place."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.rename(path, target)
     os.symlink(os.path.relpath(target, os.path.dirname(path)), path)

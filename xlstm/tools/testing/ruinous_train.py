@@ -1,4 +1,4 @@
-"""The training tool, for the soak: from a step on the learning rate ruins the parameters."""
+"""The training tool with a learning rate that ruins the parameters after a step, for the soak."""
 
 import dataclasses
 from typing import Any
@@ -15,8 +15,8 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.language_model import create_training
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
-_AFTER = flags.DEFINE_integer("ruin_after", 0, "So many steps are good.")
-_LR = flags.DEFINE_float("ruinous_lr", 1e3, "The learning rate of all later steps.")
+_AFTER = flags.DEFINE_integer("ruin_after", 0, "Number of steps with the configured learning rate.")
+_LR = flags.DEFINE_float("ruinous_lr", 1e3, "Learning rate of all later steps.")
 
 
 def _create_run(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
@@ -29,7 +29,7 @@ def _create_run(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
     def train_step(state: TrainState, *others: Any) -> tuple[Any, ...]:
         if int(state.step) < _AFTER.value:
             return good_step(state, *others)
-        # Functions are part of a state's type, and each step wants its own.
+        # Functions are part of a state's type, and each compiled step expects its own.
         own = {"apply_fn": state.apply_fn, "tx": state.tx}
         state = state.replace(apply_fn=abstract.apply_fn, tx=abstract.tx)
         state, metrics = bad_step(state, *others)

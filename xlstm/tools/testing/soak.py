@@ -1,12 +1,13 @@
-"""Hurts runs until they would break: `bazel run //xlstm/tools:soak -- --injuries=200`.
+"""Injures runs at random moments and checks that they recover.
 
-A short run is made once without a disturbance. Then the same run is made again and again in new
-folders, and hurt at random moments: see `soak_injuries`. With `--processes=2` two processes train
-together.
+    bazel run //xlstm/tools:soak -- --injuries=200
 
-Started again after each injury, it must go on from the last checkpoint that is confirmed and whole,
-and say what is wrong with later ones. Where it has to stop, it must say why. At its end metrics and
-state must be those of the undisturbed run, bit for bit.
+One short run is left undisturbed. Then the same run is repeated in new folders and injured at
+random moments; see `soak_injuries`. With `--processes=2`, two processes train together.
+
+After each injury the run is started again. It must resume from the last checkpoint that is
+confirmed and complete, and report what is wrong with later ones. Where it has to stop, it must say
+why. At the end, its metrics and its state must equal those of the undisturbed run bit for bit.
 """
 
 import dataclasses
@@ -27,22 +28,22 @@ from xlstm.tools.command_line import run
 from xlstm.tools.testing.soak_injuries import Injury, injuries_for
 from xlstm.tools.testing.soak_run import HurtRun, RunIsOver, SoakConfig, write_soak_store
 
-_INJURIES = flags.DEFINE_integer("injuries", 200, "How many injuries.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses the injuries and their moments.")
+_INJURIES = flags.DEFINE_integer("injuries", 200, "Number of injuries.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the injuries and their moments.")
 _PROCESSES = flags.DEFINE_integer(
-    "processes", 1, "How many processes train together.", lower_bound=1, upper_bound=2
+    "processes", 1, "Number of processes that train together.", lower_bound=1, upper_bound=2
 )
-_KINDS = flags.DEFINE_list("kinds", [], "Kinds of injuries; all if empty.")
+_KINDS = flags.DEFINE_list("kinds", [], "Kinds of injuries. By default all kinds are used.")
 
 
 @dataclasses.dataclass
 class _Kind:
-    """What is known of a kind of injury.
+    """The results of one kind of injury.
 
     Attributes:
         then: What the runs did.
-        count: How often.
-        sentence: What one said.
+        count: The number of injuries.
+        sentence: A message that one run printed.
     """
 
     then: str
@@ -51,23 +52,23 @@ class _Kind:
 
 
 class Soak:
-    """Runs in a folder, and what they must be like.
+    """Injured runs in a folder, and the undisturbed run that they must equal.
 
     Attributes:
-        undisturbed: The run that is not hurt.
-        kinds: What was done so far, by the injuries' names.
+        undisturbed: The run without injuries.
+        kinds: The results so far, by the names of the injuries.
     """
 
     def __init__(self, folder: str, config: SoakConfig, rng: random.Random):
         """Makes the undisturbed run.
 
         Args:
-            folder: Where everything goes.
+            folder: The folder for everything.
             config: The run.
-            rng: Chooses the moments, and what is damaged.
+            rng: Chooses the moments and what is damaged.
 
         Raises:
-            AssertionError: If it does not end well.
+            AssertionError: If the run fails.
         """
         self._folder, self._config, self._rng = folder, config, rng
         self.kinds: dict[str, _Kind] = {}
@@ -85,18 +86,18 @@ class Soak:
         injuries: Iterable[Injury],
         after_each: Callable[[], None] = lambda: None,
     ) -> list[Injury]:
-        """Makes a run that is hurt, and compares it with the one that is not.
+        """Makes a run, injures it, and compares it with the undisturbed one.
 
         Args:
-            name: A folder of its own.
-            injuries: What is done to it, in this order; then it is left in peace.
-            after_each: Called after each.
+            name: The name of the run's folder.
+            injuries: The injuries, in this order; then the run is left to finish.
+            after_each: Called after each injury.
 
         Returns:
-            The injuries for which it was over too soon.
+            The injuries for which the run ended too early.
 
         Raises:
-            AssertionError: If it does something else than it must.
+            AssertionError: If the run does not do what it must.
         """
         hurt_run, left = self._run(name), list(injuries)
         try:
@@ -119,29 +120,29 @@ class Soak:
         return left
 
     def count(self) -> int:
-        """The number of injuries so far."""
+        """Returns the number of injuries so far."""
         return sum(kind.count for kind in self.kinds.values())
 
     def table(self) -> Table:
-        """What was done, and what the runs did."""
-        table = Table("injury", "", "the run", "and said, for example", box=box.SIMPLE)
+        """Returns a table of the injuries and what the runs did."""
+        table = Table("injury", "count", "then", "message, for example", box=box.SIMPLE)
         for name, kind in self.kinds.items():
             table.add_row(name, str(kind.count), kind.then, kind.sentence.replace("[", r"\["))
         return table
 
 
 def _choose_injuries() -> list[Injury]:
-    """The injuries to choose from, as the flags say."""
+    """Returns the injuries to choose from, as the flags say."""
     suitable = injuries_for(_PROCESSES.value)
     names = sorted({injury.name for injury in suitable})
     unknown = [name for name in _KINDS.value if name not in names]
     if unknown:
-        raise ValueError(f"--kinds={','.join(unknown)}: it must be of {', '.join(names)}")
+        raise ValueError(f"--kinds={','.join(unknown)}: expected some of {', '.join(names)}")
     return [injury for injury in suitable if not _KINDS.value or injury.name in _KINDS.value]
 
 
 def main(argv: list[str]) -> None:
-    """Hurts runs, and prints what was done to them."""
+    """Injures runs as the flags say, and prints a table."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     begin, suitable = time.monotonic(), _choose_injuries()
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> None:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("soak", total=total)
         while soak.count() < total:
-            while len(deck) < total - soak.count():  # Each kind as often as any.
+            while len(deck) < total - soak.count():  # Every kind occurs equally often.
                 deck += rng.sample(suitable, len(suitable))
             deck = soak.hurt(
                 f"run_{runs}", deck[: total - soak.count()], lambda: progress.advance(task)
@@ -165,9 +166,9 @@ def main(argv: list[str]) -> None:
     console.print(soak.table())
     console.print(
         f"{runs} runs of {_PROCESSES.value} processes with {soak.count()} injuries (seed"
-        f" {_SEED.value}) in {(time.monotonic() - begin) / 60:.0f} minutes: every one went on from"
-        " its last confirmed and whole checkpoint, and ended with the metrics and the state of the"
-        " undisturbed run, bit for bit",
+        f" {_SEED.value}) in {(time.monotonic() - begin) / 60:.0f} minutes: every run resumed from"
+        " its last confirmed and complete checkpoint, and ended with the metrics and the state of"
+        " the undisturbed run, bit for bit",
         highlight=False,
     )
 

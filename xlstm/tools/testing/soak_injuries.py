@@ -1,4 +1,4 @@
-"""What is done to a run by the soak, and what the run must do about it."""
+"""The injuries of the soak, and what a run must do after each of them."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from xlstm.tools.testing import ruinous_train
 from xlstm.tools.testing.soak_run import TERMINAL_LOST, HurtRun, RunIsOver
 
-_SECONDS_ALONE = 120  # So long may a process go on whose neighbour is gone.
-_STEPS_OF_STREAK = 60  # A ruinous start is over long before.
+_SECONDS_ALONE = 120  # The longest time that a process may outlive another one of its run.
+_STEPS_OF_STREAK = 60  # More than a ruinous start lasts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Injury:
     """A kind of injury.
 
     Attributes:
-        name: What it is called.
+        name: The name of the kind.
         then: What the run must do, in words.
-        hurt: Does it to a run that is not going on, with as many starts as it needs, and checks
-            what the run does; afterwards the run is not going on either. Returns the sentence of a
-            run that had to stop, else "". Raises RunIsOver or AssertionError.
-        processes: The numbers of processes that it can be done to.
-        share: How often it is done.
+        hurt: Takes a run that is not running, starts it as often as needed, injures it and checks
+            what it does; afterwards it is not running. Returns the message of a run that had to
+            stop, else "". Raises RunIsOver or AssertionError.
+        processes: The numbers of processes that it applies to.
+        share: The relative frequency.
     """
 
     name: str
@@ -66,14 +66,14 @@ def _stop(run: HurtRun, number: signal.Signals) -> str:
     if in_training and run.last_row_step() < run.config.num_steps:
         run.check(not any(statuses), f"stopped with {statuses} after {number.name}")
         _check_stopped(run)
-    else:  # It came before training had begun, or when it was over.
+    else:  # The signal came before training began or after it ended.
         allowed = (0, -number, 130) if number == signal.SIGINT else (0, -number)
         run.check(statuses[index] in allowed, f"ended with {statuses} after {number.name}")
     return ""
 
 
 def _check_stopped(run: HurtRun) -> None:
-    """A run that was asked to stop has saved the last step."""
+    """Checks that a run that was asked to stop has saved its last step."""
     found = re.search(r"stopped after step ([\d,]+)", run.log())
     if found:
         step = int(found[1].replace(",", ""))
@@ -128,7 +128,7 @@ def _flip_bit(run: HurtRun, path: str) -> None:
 
 
 def _close_pipe(run: HurtRun) -> str:
-    """The reader of the terminal goes away, as in `train | head`."""
+    """Closes the reader of the output, as in `train | head`."""
     reader, writer = os.pipe()
     run.start(output=writer, errors=run.rng.choice((None, writer)))
     os.close(writer)
@@ -148,51 +148,51 @@ def _close_pipe(run: HurtRun) -> str:
     finally:
         is_over.set()
         thread.join()
-    # At the next evaluation the run has something to say, and after it a row of metrics.
+    # The run prints something at the next evaluation, and logs a row of metrics after it.
     interval = run.config.eval_interval
-    told_by = (run.last_row_step() // interval + 1) * interval + 3
+    reported_by = (run.last_row_step() // interval + 1) * interval + 3
     try:
-        run.wait_for_steps(told_by - run.last_row_step())
-        return _stop_without_terminal(run, told_by)
+        run.wait_for_steps(reported_by - run.last_row_step())
+        return _stop_without_terminal(run, reported_by)
     except RunIsOver:
-        return _check_without_terminal(run, told_by)
+        return _check_without_terminal(run, reported_by)
 
 
 def _fill_disk_of_log(run: HurtRun) -> str:
-    told_by = run.last_row_step() + 1  # If all steps are done, there is no row to say it in.
+    reported_by = run.last_row_step() + 1  # If all steps are done, no row is logged.
     with open("/dev/full", "w") as full:
         run.start(output=full, errors=run.rng.choice((None, full)))
     try:
         run.wait_for_moment(in_training=True)
-        return _stop_without_terminal(run, told_by)
+        return _stop_without_terminal(run, reported_by)
     except RunIsOver:
-        return _check_without_terminal(run, told_by)
+        return _check_without_terminal(run, reported_by)
 
 
-def _stop_without_terminal(run: HurtRun, told_by: int) -> str:
+def _stop_without_terminal(run: HurtRun, reported_by: int) -> str:
     run.send(signal.SIGTERM)
-    sentence = _check_without_terminal(run, told_by)
+    sentence = _check_without_terminal(run, reported_by)
     _check_stopped(run)
     return sentence
 
 
-def _check_without_terminal(run: HurtRun, told_by: int) -> str:
-    """The run has ended well, and its metrics say by a step that the terminal is lost."""
+def _check_without_terminal(run: HurtRun, reported_by: int) -> str:
+    """Checks that the run has succeeded and its metrics mark the lost terminal by a step."""
     statuses = run.join()
     run.check(not any(statuses), f"ended with {statuses} without a terminal")
-    is_told = any(TERMINAL_LOST in row for row in run.all_rows())
-    run.check(is_told or run.last_row_step() < told_by, "does not say that the terminal is lost")
+    is_reported = any(TERMINAL_LOST in row for row in run.all_rows())
+    run.check(is_reported or run.last_row_step() < reported_by, "does not report the lost terminal")
     said = re.search(".*cannot be written.*", run.log())
     return said[0] if said else ""
 
 
 def _damage_store(run: HurtRun) -> str:
-    """The bytes of the store are others, between two starts; then they are put back."""
+    """Changes the store's bytes between two starts, and then restores them."""
     tokens = os.path.join(run.store, "tokens.bin")
     shutil.copy2(tokens, f"{run.store}.backup")
     if run.rng.random() < 0.5:
         _flip_bit(run, tokens)
-    else:  # Another file takes its place, and that may be while the run is going on.
+    else:  # Another file replaces it, sometimes while the run is running.
         if run.rng.random() < 0.5:
             run.start()
             run.wait_for_moment()
@@ -208,7 +208,7 @@ def _damage_store(run: HurtRun) -> str:
 
 
 def _shrink_store(run: HurtRun) -> str:
-    """The store is cut off while it is in use; then it is put back."""
+    """Truncates the store while it is in use, and then restores it."""
     tokens = os.path.join(run.store, "tokens.bin")
     with open(tokens, "rb") as file:
         content = file.read()
@@ -226,7 +226,7 @@ def _shrink_store(run: HurtRun) -> str:
 
 
 def _stopped(run: HurtRun, statuses: list[int], reason: str) -> str:
-    """A run has stopped for a reason that it names; returns the sentence."""
+    """Checks that a run has stopped and says why; returns its message."""
     errors = run.errors()
     run.check(all(statuses), f"ended with {statuses}")
     run.check(2 in statuses and errors, f"ended with {statuses} and says {errors}")
@@ -236,7 +236,7 @@ def _stopped(run: HurtRun, statuses: list[int], reason: str) -> str:
 
 
 def _refused(run: HurtRun, reason: str, last: tuple[str, ...] = (), **options: str) -> str:
-    """A start is refused by each of its processes, and changes nothing; returns the sentence."""
+    """Checks that every process refuses to start and changes nothing; returns the message."""
     before = run.files()
     run.prepare()
     end = run.config.num_processes - 1
@@ -253,14 +253,14 @@ def _refused(run: HurtRun, reason: str, last: tuple[str, ...] = (), **options: s
 
 
 def _ruin(run: HurtRun) -> str:
-    """A streak of bad steps; no checkpoint that is written in it may be used."""
+    """Makes a streak of bad steps, and checks that no checkpoint in it is confirmed."""
     interval = run.config.checkpoint_interval
     first = max(run.confirmed_steps(), default=0)
     good = first + run.rng.randint(interval, 3 * interval)
     if good + _STEPS_OF_STREAK > run.config.num_steps:
         run.start()
         raise RunIsOver
-    policy = run.rng.choice(("stop", "skip"))  # To roll back is another run.
+    policy = run.rng.choice(("stop", "skip"))  # `rollback` would change the run.
     run.start(
         f"--ruin_after={good}",
         f"--ruinous_lr={run.rng.choice((1e3, 1e38))}",
@@ -283,7 +283,7 @@ def _ruin(run: HurtRun) -> str:
 
 
 def _rival(run: HurtRun) -> str:
-    """Another process wants to train in the same folder."""
+    """Starts another process that trains in the same folder."""
     run.start()
     run.wait_for_moment(in_training=True)
     run.send(signal.SIGSTOP)
@@ -311,7 +311,7 @@ def _stopped_rival(run: HurtRun) -> str:
     return said[0]
 
 
-# Flags of the last process alone, and what is said of them.
+# Flags of the last process only, and the word in the error about each.
 _DIFFERENCES = (
     ("--config.schedule.peak_lr=0.002", "peak_lr"),
     ("--config.trainer.seed=1", "seed"),
@@ -322,13 +322,13 @@ _DIFFERENCES = (
 
 
 def _differ(run: HurtRun) -> str:
-    """The last process has another configuration."""
+    """Gives the last process another configuration."""
     flag, name = run.rng.choice(_DIFFERENCES)
     return _refused(run, name, (flag,))
 
 
 def _differ_in_store(run: HurtRun) -> str:
-    """The last process has other bytes under the path of the store."""
+    """Gives the last process other bytes under the path of the store."""
     other = f"{run.path}.other"
     shutil.copytree(run.store, os.path.join(other, "store"))
     _flip_bit(run, os.path.join(other, "store", "tokens.bin"))
@@ -339,7 +339,7 @@ def _differ_in_store(run: HurtRun) -> str:
 
 
 def _differ_in_workdir(run: HurtRun) -> str:
-    """The last process has a folder of its own, which should be that of all."""
+    """Gives the last process a run folder of its own."""
     other = f"{run.path}.other"
     sentence = _refused(run, "workdir|folder", (f"--workdir={other}",))
     files = [name for _, _, names in os.walk(other) for name in names]
@@ -349,12 +349,12 @@ def _differ_in_workdir(run: HurtRun) -> str:
 
 
 def _differ_in_number(run: HurtRun) -> str:
-    """The last process waits for one more."""
+    """Lets the last process expect one process more."""
     return _refused(run, "num_processes|processes", ("--num_processes=3",))
 
 
 def _miss_one(run: HurtRun) -> str:
-    """The last process is never started."""
+    """Starts all processes but the last one."""
     before = run.files()
     run.prepare()
     run.launch(0, "--connect_seconds=5")
@@ -384,9 +384,9 @@ def _kill_one(run: HurtRun) -> str:
         raise RunIsOver
     other = 1 - victim
     run.check(statuses[other] != 0, f"ended with {statuses} when one was killed")
-    # Itself, or JAX, when it has lost its coordinator.
+    # The process reports it, or JAX does when the coordinator is gone.
     said = re.search("^error: .*|Terminating process because.*", run.log(other), re.MULTILINE)
-    run.check(said, "is mute after one was killed")
+    run.check(said, "printed nothing after one was killed")
     return said[0]
 
 
@@ -396,22 +396,22 @@ def _of_signal(number: signal.Signals) -> Injury:
 
 
 def _of_checkpoint(how: str) -> Injury:
-    then = "named it, and went on from the one before"
+    then = "named it, and resumed from the one before"
     return Injury(f"checkpoint {how}", then, lambda run: _damage(run, how))
 
 
-_ON, _REFUSED = "went on from the last checkpoint", "refused to start, status 2"
+_ON, _REFUSED = "resumed from the last checkpoint", "refused to start, status 2"
 INJURIES = (
     Injury("SIGKILL", _ON, _kill, share=2),
     Injury("SIGKILL while writing", _ON, _kill_while_writing, share=2),
     *map(_of_signal, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)),
-    Injury("paused", "went on", _pause),
+    Injury("paused", "continued", _pause),
     *map(_of_checkpoint, ("flipped", "cut off", "removed", "torn")),
-    Injury("closed pipe", "trained on, and said so in its metrics", _close_pipe),
-    Injury("full disk of the log", "trained on, and said so in its metrics", _fill_disk_of_log),
+    Injury("closed pipe", "trained on, and recorded it in its metrics", _close_pipe),
+    Injury("full disk of the log", "trained on, and recorded it in its metrics", _fill_disk_of_log),
     Injury("damaged store", _REFUSED, _damage_store),
     Injury("shrunk store", "stopped, status 2", _shrink_store),
-    Injury("streak of bad steps", "went on from before the streak", _ruin, share=2),
+    Injury("streak of bad steps", "resumed from before the streak", _ruin, share=2),
     Injury("second run in the folder", _REFUSED, _rival, (1,)),
     Injury("other configuration", _REFUSED, _differ, (2,), share=3),
     Injury("other store", _REFUSED, _differ_in_store, (2,)),
@@ -419,11 +419,11 @@ INJURIES = (
     Injury("other number of processes", _REFUSED, _differ_in_number, (2,)),
     Injury("one process missing", _REFUSED, _miss_one, (2,)),
     Injury("one process late", "waited", _start_late, (2,)),
-    Injury("one process killed", "ended, and went on from the last checkpoint", _kill_one, (2,)),
+    Injury("one process killed", "exited, and resumed from the last checkpoint", _kill_one, (2,)),
 )
 
 
 def injuries_for(num_processes: int) -> list[Injury]:
-    """The injuries that can be done to a run of so many processes, each as often as its share."""
+    """Returns the injuries for a number of processes, each repeated as often as its share."""
     suitable = [x for x in INJURIES if num_processes in x.processes]
     return list(itertools.chain.from_iterable([x] * x.share for x in suitable))

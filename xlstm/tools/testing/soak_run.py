@@ -1,4 +1,4 @@
-"""A run that is hurt: how it is started, watched and ended, and what must hold of it."""
+"""A run for the soak: its starts and ends, and the checks of its results."""
 
 import dataclasses
 import json
@@ -23,25 +23,25 @@ from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.trainer.callbacks.metrics import SPEEDS
 
-_SECONDS = 300  # After so long without an end a run hangs.
-# In the metrics, where the terminal was lost.
+_SECONDS = 300  # A run that has not ended by then hangs.
+# The key of the metrics that marks a lost terminal.
 TERMINAL_LOST = "terminal_lost"
 
 
 class RunIsOver(Exception):
-    """A run came to its end before it could be hurt."""
+    """A run that ended before it could be injured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SoakConfig:
-    """The run that is hurt.
+    """The configuration of an injured run.
 
     Attributes:
-        num_processes: 1, or 2 that share the parameters (fsdp).
-        num_steps: Its length.
+        num_processes: 1, or 2 that shard the parameters (fsdp).
+        num_steps: Number of steps.
         checkpoint_interval: Steps between checkpoints.
-        eval_interval: Steps between evaluations, no divisor of the length.
-        steps_between_injuries: About so many.
+        eval_interval: Steps between evaluations; not a divisor of `num_steps`.
+        steps_between_injuries: Mean number of steps between injuries.
     """
 
     num_processes: int = 1
@@ -52,24 +52,24 @@ class SoakConfig:
 
 
 class HurtRun:
-    """A run in a folder of its own.
+    """A run that can be started, injured and checked.
 
     Attributes:
-        name: That of its folder.
-        path: The folder.
-        store: What it trains on.
-        config: The run.
-        rng: Chooses moments, and whatever else there is to choose.
-        processes: Those of the last start.
+        name: The name of the run's folder.
+        path: The run's folder.
+        store: The token store that it trains on.
+        config: The run's configuration.
+        rng: Chooses moments and everything else that is random.
+        processes: The processes of the last start.
     """
 
     def __init__(self, folder: str, name: str, config: SoakConfig, rng: random.Random):
-        """Makes nothing yet.
+        """Makes the object; nothing is written or started yet.
 
         Args:
-            folder: Where this run and others are.
-            name: That of its own folder.
-            config: The run.
+            folder: The folder of this run and others.
+            name: The name of the run's own folder.
+            config: The run's configuration.
             rng: Chooses the moments.
         """
         self.name, self.path = name, os.path.join(folder, name)
@@ -89,9 +89,9 @@ class HurtRun:
 
         Args:
             *words: Further flags.
-            last: Further flags of the last process alone.
+            last: Further flags of the last process only.
             tool: The module that trains.
-            **options: Of the first process, as those of `launch`.
+            **options: Options of `launch` for the first process.
         """
         self.prepare()
         end = self.config.num_processes - 1
@@ -100,7 +100,7 @@ class HurtRun:
             self.launch(index, *words, *more, tool=tool, **(options if index == 0 else {}))
 
     def prepare(self) -> None:
-        """Notes what a start must do; before the first process is launched."""
+        """Notes what a start must do; call it before the first process is launched."""
         self.processes = []
         self._first_row = self.last_row_step()
         confirmed = self.confirmed_steps()
@@ -127,18 +127,18 @@ class HurtRun:
         """Starts a process.
 
         Args:
-            index: Which of them.
+            index: The process's index.
             *words: Further flags.
             tool: The module that trains.
-            output: Where its standard output goes; by default to its log.
-            errors: Where its standard error goes; by default to its log, too.
-            cwd: Where it works, and so finds the store; by default in the folder of the runs.
+            output: Destination of the standard output; by default the log.
+            errors: Destination of the standard error; by default the log.
+            cwd: Working folder, in which it finds the store; by default the folder of the runs.
 
         Returns:
             The process.
         """
         env = os.environ | {
-            # It does not start where this program did.
+            # Its working folder differs from this program's.
             "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
             "XDG_CACHE_HOME": os.path.join(self._folder, "cache"),
         }
@@ -147,7 +147,7 @@ class HurtRun:
                 "JAX_COMPILATION_CACHE_DIR": os.path.join(self._folder, "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
-        else:  # JAX keeps the programs of the first process alone, and with them both may hang.
+        else:  # JAX caches the programs of process 0 only, and then both may deadlock.
             env |= {"XLA_FLAGS": QUICK_XLA_FLAGS}
         with open(self.log_path(index), "a", encoding="utf-8") as log:
             process = subprocess.Popen(
@@ -175,7 +175,7 @@ class HurtRun:
         ]
         if config.num_processes > 1:
             words += [
-                # The same path for all processes, though it need not be the same folder.
+                # The same path in all processes, but not necessarily the same folder.
                 "--config.data.stores=/proc/self/cwd/store",
                 f"--config.mesh.fsdp={config.num_processes}",
                 "--simulate_devices=1",
@@ -186,16 +186,16 @@ class HurtRun:
         return words
 
     def wait_for_moment(self, *, in_training: bool = False) -> bool:
-        """Waits until some random steps are done, or some random time is over at the start.
+        """Waits for a random number of steps, or sometimes for a random time after the start.
 
         Args:
-            in_training: Whether it must be after a step.
+            in_training: Whether to wait for steps only.
 
         Returns:
-            Whether it is after a step of this start.
+            Whether this start has done a step.
 
         Raises:
-            RunIsOver: If the run ends before.
+            RunIsOver: If the run ends first.
         """
         begin, rng = time.monotonic(), self.rng
         steps = rng.randint(0, 2 * self.config.steps_between_injuries)
@@ -209,7 +209,7 @@ class HurtRun:
         return False
 
     def wait_for_steps(self, steps: int) -> None:
-        """Waits until so many more steps are done; raises RunIsOver if the run ends before."""
+        """Waits for a number of further steps; raises RunIsOver if the run ends first."""
         begin, first = time.monotonic(), self.last_row_step()
         while self.last_row_step() < first + steps:
             self.check_runs()
@@ -227,25 +227,25 @@ class HurtRun:
             process.send_signal(number)
 
     def kill(self) -> None:
-        """Kills all processes, and checks that their start was right."""
+        """Kills all processes and checks what their start did."""
         self.send(signal.SIGKILL)
         self.join()
 
     def join(self, seconds: float = _SECONDS) -> list[int]:
-        """Waits for the end of all processes, and checks that their start was right.
+        """Waits until all processes have exited and checks what their start did.
 
         Args:
-            seconds: So long may it take.
+            seconds: The longest time to wait.
 
         Returns:
-            Their exit statuses.
+            The exit statuses of the processes.
         """
         statuses = self.wait(seconds)
         self._check_start()
         return statuses
 
     def wait(self, seconds: float = _SECONDS) -> list[int]:
-        """Waits for the end of all processes; returns their exit statuses."""
+        """Waits until all processes have exited; returns their exit statuses."""
         end = time.monotonic() + seconds
         try:
             return [x.wait(timeout=max(end - time.monotonic(), 0)) for x in self.processes]
@@ -256,26 +256,26 @@ class HurtRun:
                 process.kill()
 
     def finish(self) -> None:
-        """Waits for the last step, and the end without an error."""
+        """Waits until the run has finished; raises AssertionError if it failed."""
         statuses = self.join()
         self.check(not any(statuses), f"ended with {statuses}")
 
     def log(self, index: int = 0) -> str:
-        """What a process printed since its last start."""
+        """Returns what a process has printed since its last start."""
         with open(self.log_path(index), encoding="utf-8", errors="replace") as file:
             return file.read()
 
     def errors(self) -> list[str]:
-        """What the processes called an error, the first one's at first."""
+        """Returns the error lines of all processes, those of process 0 first."""
         logs = [self.log(index) for index in range(self.config.num_processes)]
         return [line for log in logs for line in re.findall(r"^error: .*", log, re.MULTILINE)]
 
     def log_path(self, index: int) -> str:
-        """Where a process prints."""
+        """Returns the path of a process's log."""
         return f"{self.path}.{index}.log"
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """The files of the run, by path, with their sizes and times."""
+        """Returns the size and modification time of each of the run's files."""
         found = {}
         for root, _, names in os.walk(self.path):
             for name in names:
@@ -284,7 +284,7 @@ class HurtRun:
         return found
 
     def last_row_step(self) -> int:
-        """The step of the last row of the metrics; 0 if there is none."""
+        """Returns the step of the last row of the metrics; 0 without rows."""
         path = os.path.join(self.path, "metrics.jsonl")
         try:
             with open(path, "rb") as file:
@@ -294,11 +294,11 @@ class HurtRun:
             return 0
 
     def checkpoint_path(self, step: int) -> str:
-        """The folder of a checkpoint."""
+        """Returns the folder of a checkpoint."""
         return os.path.join(self.path, "checkpoints", str(step))
 
     def is_writing(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """Returns whether a checkpoint is being written."""
         return any(name.endswith(".unfinished") for name in self._checkpoint_names())
 
     def _checkpoint_names(self) -> list[str]:
@@ -316,7 +316,7 @@ class HurtRun:
         ]
 
     def confirmed_steps(self) -> list[int]:
-        """The steps of the checkpoints that a start may go on from, in ascending order."""
+        """Returns the steps of the checkpoints that a start may resume from, ascending."""
         return [step for step in self._whole_steps() if self._is_confirmed(step)]
 
     def _is_confirmed(self, step: int) -> bool:
@@ -325,7 +325,7 @@ class HurtRun:
             return json.load(file).get("confirmed", True)
 
     def mark_damaged(self, step: int) -> None:
-        """Notes that a checkpoint is damaged now; whatever is written in its place is not."""
+        """Notes that a checkpoint is damaged; one written in its place later is not."""
         self._damaged[step] = os.stat(self.checkpoint_path(step)).st_ino
 
     def _still_damaged(self) -> list[int]:
@@ -336,43 +336,43 @@ class HurtRun:
         return [step for step in self._damaged if is_there(step)]
 
     def _check_start(self) -> None:
-        """The last start went on from the newest confirmed checkpoint, if it came that far."""
+        """Checks that the last start, if it got there, resumed from the right checkpoint."""
         confirmed, damaged, unconfirmed = self._expected
         newest = max(confirmed, default=0)
         log = self.log()
         found = re.search(r"resuming from step ([\d,]+)", log)
         if found:
             step = int(found[1].replace(",", ""))
-            self.check(step == newest, f"went on from {step}, not from {newest}")
+            self.check(step == newest, f"resumed from {step}, not from {newest}")
             for what, steps in ("damaged", damaged), ("not confirmed", unconfirmed):
                 for step in steps:
                     is_named = re.search(f"step {step:,} is {what}|step {step} is {what}", log)
                     self.check(is_named, f"did not say that the checkpoint of {step} is {what}")
         elif confirmed:
-            # It was hurt before it said anything; or it began anew, which it must not.
+            # It was injured before it printed anything, unless it wrongly started from scratch.
             rows = self.rows()
             steps = [row["step"] for row in rows]
             self.check(steps == sorted(steps) and steps[0] == 0, "lost rows")
-            self.check(steps[-1] >= newest, "began anew")
+            self.check(steps[-1] >= newest, "started from scratch")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics, but for what differs when a run is repeated."""
+        """Returns the metrics without those that differ when a run is repeated."""
         rows = [{key: row[key] for key in row if key not in SPEEDS} for row in self.all_rows()]
         return [row for row in rows if row.keys() != {"step"}]
 
     def all_rows(self) -> list[dict[str, Any]]:
-        """The metrics."""
+        """Returns the metrics."""
         with open(os.path.join(self.path, "metrics.jsonl"), encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The state at the end of the run, by name."""
+        """Returns the state at the end of the run, by name."""
         path = os.path.join(self.checkpoint_path(self.config.num_steps), "state")
         with ocp.StandardCheckpointer() as checkpointer:
             return jax.tree.map(np.asarray, checkpointer.restore(os.path.abspath(path)))
 
     def compare(self, expected: "HurtRun") -> None:
-        """Raises AssertionError if this finished run is not as another one."""
+        """Raises AssertionError if this finished run differs from another one."""
         rows, wanted = self.rows(), expected.rows()
         steps = [row["step"] for row in rows if "loss" in row]
         self.check(steps == list(range(1, self.config.num_steps + 1)), f"has steps {steps}")
@@ -384,16 +384,16 @@ class HurtRun:
         self.check(not different, f"has another final state: {different}")
 
     def check(self, condition: Any, message: str) -> None:
-        """Raises AssertionError if something does not hold."""
+        """Raises AssertionError if a condition does not hold."""
         if not condition:
             raise self.failure(message)
 
     def failure(self, message: str) -> AssertionError:
-        """What is wrong, as an exception."""
+        """Returns an exception that says what is wrong."""
         return AssertionError(f"{self.name} {message}; everything is in {self._folder}")
 
 
 def write_soak_store(folder: str) -> None:
-    """Writes the store of the runs in a folder."""
+    """Writes the token store of the runs in a folder."""
     words = [f"x{i} = {i}\n" * 40 for i in range(50)]
     write_store(os.path.join(folder, "store"), words)

@@ -59,7 +59,7 @@ def test_the_soak_notices_a_wrong_start(soak, folder):
     log.write_text(f"resuming from step {last}")
     run.join()
     log.write_text(f"resuming from step {before}")
-    with pytest.raises(AssertionError, match=f"went on from {before}, not from {last}"):
+    with pytest.raises(AssertionError, match=f"resumed from {before}, not from {last}"):
         run.join()
     run.mark_damaged(last)
     run.prepare()

@@ -1,4 +1,4 @@
-"""Tools in processes of their own, for tests."""
+"""Tools in separate processes, for tests."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ def start_tool(
     """Starts a tool as a user does.
 
     Args:
-        tool: Its module.
-        *words: Its command line.
-        env: Environment variables beside those of this process.
+        tool: The tool's module.
+        *words: The tool's command line.
+        env: Environment variables in addition to those of this process.
         **options: Further arguments of `subprocess.Popen`.
 
     Returns:
-        The process; its output and errors are text in pipes of their own, unless options say else.
+        The process. Its output and errors are text in two pipes, unless `options` change that.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(

@@ -1,6 +1,8 @@
-"""Runs one tool again and again, in one process: `python -m xlstm.tools.tool_worker MODULE BYTES`.
+"""Runs one tool repeatedly in one process.
 
-Each line of the standard input is a command line, as a JSON list of words; each line of the answer
+    python -m xlstm.tools.testing.tool_worker MODULE BYTES
+
+Each line of the standard input is a command line, as a JSON list of words. Each line of the output
 is a JSON object with the fields of `Answer`.
 """
 
@@ -21,19 +23,19 @@ from types import ModuleType
 from absl import flags, logging
 from absl.testing import flagsaver
 
-# How a main ended: it returned, it refused its input, or it failed in another way.
+# How `main` ended: it returned, it rejected its input, or it failed in another way.
 ACCEPTED, REFUSED, FAILED = "accepted", "refused", "failed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a tool answered.
+    """The result of running a tool.
 
     Attributes:
         ending: `ACCEPTED`, `REFUSED` or `FAILED`.
-        text: What it printed; or the message of the error, or the traceback.
-        seconds: How long it took.
-        num_bytes: By how much the most memory that the process ever had has grown.
+        text: The tool's output, the message of its error, or its traceback.
+        seconds: How long it ran.
+        num_bytes: By how much the process's peak memory has grown.
     """
 
     ending: str
@@ -43,14 +45,14 @@ class Answer:
 
 
 def run_main(tool: ModuleType, words: list[str]) -> Answer:
-    """Runs the main of a tool.
+    """Runs the `main` of a tool.
 
     Args:
-        tool: Its module.
-        words: Its command line.
+        tool: The tool's module.
+        words: The tool's command line.
 
     Returns:
-        What it answered.
+        The result.
     """
     begin, before = time.perf_counter(), _most_memory()
     output = io.StringIO()
@@ -67,15 +69,15 @@ def run_main(tool: ModuleType, words: list[str]) -> Answer:
 
 
 class Worker:
-    """A process that runs one tool again and again."""
+    """A process that runs one tool repeatedly."""
 
     def __init__(self, tool: str, env: dict[str, str], num_bytes: int):
-        """Starts it.
+        """Starts the process.
 
         Args:
             tool: The tool's module.
             env: Further environment variables.
-            num_bytes: So much memory it may take beyond what its first run has taken.
+            num_bytes: How much memory it may allocate beyond what its first run used.
         """
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, tool, str(num_bytes)],
@@ -87,7 +89,7 @@ class Worker:
         )
 
     def run(self, words: list[str], seconds: float) -> Answer:
-        """Runs the tool; one that is silent for so long, or dies, has failed."""
+        """Runs the tool; it has failed if it exits or does not answer within `seconds`."""
         self._process.stdin.write(json.dumps(words) + "\n")
         self._process.stdin.flush()
         if select.select([self._process.stdout], [], [], seconds)[0]:
@@ -98,7 +100,7 @@ class Worker:
         return Answer(FAILED, f"no answer, status {self._process.returncode}", seconds, 0)
 
     def close(self) -> None:
-        """Ends it."""
+        """Kills the process."""
         self._process.kill()
         self._process.wait()
 
@@ -108,15 +110,15 @@ def _most_memory() -> int:
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Makes an allocation fail that would make this process so much larger than it is."""
+    """Makes allocations fail that would grow this process by more than `num_bytes`."""
     with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + num_bytes, size + num_bytes))
 
 
 def main() -> None:
-    """Answers until there are no more lines."""
-    # Whatever libraries print must not be among the answers.
+    """Answers each line of the standard input."""
+    # What libraries print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     logging.set_verbosity(logging.FATAL)
@@ -124,7 +126,7 @@ def main() -> None:
     for number, line in enumerate(sys.stdin):
         print(json.dumps(dataclasses.asdict(run_main(tool, json.loads(line)))), file=answers)
         answers.flush()
-        if number == 0:  # What a first run needs, such as threads, is there.
+        if number == 0:  # The first run has allocated what stays, such as threads.
             _limit_memory(most)
 
 

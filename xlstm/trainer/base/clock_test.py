@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from xlstm.trainer.base.clock import Clock, watchdog
+from xlstm.trainer.base import clock as clock_module
+from xlstm.trainer.base.clock import Clock, report_waits, watchdog
 
 
 @pytest.fixture
@@ -78,6 +79,52 @@ def test_the_current_phase_and_how_long(now):
         assert clock.current() == ("data", 2)
 
 
+def test_what_the_run_does_is_said_in_words(now):
+    clock = Clock()
+    now[0] += 4
+    assert clock.activity() == ("preparing the run", 4)
+    with clock.phase("evaluation"):
+        now[0] += 2
+        assert clock.activity() == ("compiling the evaluation step", 2)
+        clock.tick()  # The first batch is done.
+        now[0] += 3
+        assert clock.activity() == ("evaluating", 5)
+    with clock.phase("evaluation"):
+        assert clock.activity() == ("evaluating", 0)
+    with clock.phase("compile"):
+        now[0] += 6
+        assert clock.seconds()["compile"] == 6
+        assert clock.activity() == ("compiling the training step", 6)
+    assert clock.activity() == ("preparing the next step", 0)
+    clock.finish()
+    assert clock.activity() == ("writing the last files", 0)
+
+
+def test_long_waits_are_reported_again_and_again(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock_module, "_SECONDS_BETWEEN_LOOKS", 0.002)
+    clock = Clock()
+    with report_waits(clock, lines.append):
+        for phase, seconds in (("step", 100), ("compile", 130), ("checkpoint", 4)):
+            with clock.phase(phase):
+                for _ in range(seconds):
+                    now[0] += 1
+                    time.sleep(0.02)
+    texts = [line.rpartition(": ")[0] for line in lines]
+    assert texts == ["compiling the training step"] * 5
+    seconds = [int(line.rpartition(": ")[2].split()[0]) for line in lines]
+    assert seconds == pytest.approx([1, 10, 30, 60, 120], abs=3)
+    assert all(line.endswith(" s so far") for line in lines)
+
+
+def test_a_short_wait_is_not_reported():
+    clock, lines = Clock(), []
+    with report_waits(clock, lines.append), clock.phase("compile"):
+        time.sleep(0.3)
+    assert lines == []
+
+
 def _hang_here(condition):
     deadline = time.monotonic() + 20
     while not condition():
@@ -96,7 +143,7 @@ def test_it_says_where_a_run_hangs_once_a_stall():
             _hang_here(lambda: len(reports) > 1)
     first, second = reports
     assert "no progress for 0 s, in the phase 'data'" in first
-    assert "_hang_here" in first and "watchdog_test.py" in first
+    assert "_hang_here" in first and "clock_test.py" in first
     assert "'checkpoint'" in second
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a wish: finish what must be finished, then stop."""
+"""SIGTERM, SIGINT and SIGHUP as requests to finish the current work and stop."""
 
 import contextlib
 import os
@@ -6,27 +6,27 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-# Whoever sends one of these twice does not want to wait. A terminal that closes sends SIGHUP, and
-# the shell in it once more.
+# A second one of these ends the process at once. SIGHUP is not among them: when a terminal closes,
+# the kernel and the shell both send it.
 _URGENT = (signal.SIGTERM, signal.SIGINT)
 _SIGNALS = (*_URGENT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
-    """While inside, the first SIGTERM, SIGINT or SIGHUP asks, and another one does nothing.
+    """While inside, calls a function at the first SIGTERM, SIGINT or SIGHUP.
 
-    But a second SIGTERM or SIGINT ends the process at once. Signals that are ignored, as `nohup`
-    has it, stay so.
+    Later ones do nothing, except that a second SIGTERM or SIGINT ends the process at once. Signals
+    that are ignored, as under `nohup`, stay ignored.
 
-    A thread hears of the signals: Python's own handlers wait for the main thread, which may be
-    waiting for a device that hangs.
+    A thread receives the signals, because Python's own handlers wait for the main thread, which may
+    be waiting for a device that hangs.
 
     Args:
-        ask: Called with the name of the first signal, in the thread.
+        ask: Takes the name of the first signal; called in the thread.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread may take signals over.
+        yield  # Only the main thread may install handlers.
         return
     numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     reader, writer = os.pipe()
@@ -43,11 +43,11 @@ def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
                 is_urgent = True
             if not asked:
                 asked = True
-                with contextlib.suppress(Exception):  # It may speak to a terminal that is gone.
+                with contextlib.suppress(Exception):  # It may print to a closed terminal.
                     ask(signal.Signals(number[0]).name)
         os.close(reader)
 
-    # A handler of Python's own, so that the signal is written into the pipe and does nothing else.
+    # With a Python handler the signal is written into the pipe and does nothing else.
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     descriptor_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, name="signals", daemon=True)
@@ -60,3 +60,20 @@ def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
         os.close(writer)
         thread.join()
+
+
+def stop_message(signal_name: str, activity: str, seconds: float) -> str:
+    """Returns what to tell the user when a signal asks a run to stop.
+
+    Args:
+        signal_name: The signal's name, such as "SIGINT".
+        activity: What the run is doing, as `Clock.activity` says it.
+        seconds: For how long it has been doing so.
+    """
+    again = {"SIGINT": "press Ctrl-C again", "SIGTERM": "send SIGTERM again"}
+    twice = "send SIGTERM twice"  # The first one does not count yet.
+    return (
+        f"{signal_name} received: the run finishes its current step, saves a checkpoint and stops"
+        f" (now {activity}, {seconds:.0f} s so far);"
+        f" {again.get(signal_name, twice)} to stop at once without a checkpoint"
+    )

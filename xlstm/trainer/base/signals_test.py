@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from xlstm.trainer.base.signals import on_stop_signal
+from xlstm.trainer.base.signals import on_stop_signal, stop_message
 
 
 def _wait_until(condition):
@@ -98,3 +98,20 @@ def test_a_second_signal_ends_even_a_process_that_hangs(second):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    "name, again",
+    [
+        ("SIGINT", "press Ctrl-C again"),
+        ("SIGTERM", "send SIGTERM again"),
+        ("SIGHUP", "send SIGTERM twice"),
+    ],
+)
+def test_a_signal_is_answered_with_what_the_run_waits_for(name, again):
+    message = stop_message(name, "compiling the training step", 12.3)
+    assert message == (
+        f"{name} received: the run finishes its current step, saves a checkpoint and stops"
+        " (now compiling the training step, 12 s so far);"
+        f" {again} to stop at once without a checkpoint"
+    )

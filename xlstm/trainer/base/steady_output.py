@@ -1,7 +1,7 @@
-"""Standard streams that a long run outlives: what cannot be written is dropped, not raised.
+"""Standard streams that never fail: text that cannot be written is dropped.
 
-The reader of a pipe ends, a terminal closes or is paused, the disk with the log is full: that is no
-reason to stop.
+A long run continues when the reader of a pipe ends, when a terminal closes or is paused, and when
+the disk that holds the log is full.
 """
 
 import errno
@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-# A stream that takes nothing for so many seconds, such as a paused terminal, is lost as well.
+# Seconds after which a stream that accepts nothing, such as a paused terminal, counts as lost.
 _PATIENCE = 10.0
 _SECONDS_BETWEEN_TRIES = 0.01
 
 
 class _SteadyFile(io.RawIOBase):
-    """A file that takes everything."""
+    """A file whose writes always succeed."""
 
     def __init__(self, descriptor: int, on_loss: Callable[[str], None]):
         super().__init__()
@@ -52,24 +52,24 @@ class _SteadyFile(io.RawIOBase):
             seconds = max(deadline - time.monotonic(), 0.0)
             if select.select([], [self._sink], [], seconds)[1]:
                 try:
-                    # A pipe that is ready for writing takes so much without waiting.
+                    # A pipe that is ready for writing accepts this much without blocking.
                     return os.write(self._sink, data[: select.PIPE_BUF])
-                except BlockingIOError:  # A terminal has less room than the next character takes.
+                except BlockingIOError:  # Too full for the next character.
                     time.sleep(_SECONDS_BETWEEN_TRIES)
             if time.monotonic() >= deadline:
                 raise TimeoutError(errno.ETIMEDOUT, "nobody reads it")
 
 
 def _open_without_waiting(descriptor: int) -> int:
-    """Opens a terminal once more, so that a write takes what there is room for.
+    """Opens a terminal a second time, in non-blocking mode.
 
-    A terminal is ready for writing as soon as it has room for a character, and a longer text would
-    be waited for: without an end, if the connection behind it stalls. The descriptor itself belongs
-    to other programs as well and stays as it is; it is returned if the terminal cannot be opened.
+    A terminal counts as ready when it has room for one character, so a longer blocking write could
+    wait without end if its connection stalls. The descriptor itself is shared with other programs
+    and stays blocking. It is returned unchanged if it is not a terminal that can be opened.
     """
     try:
         return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:  # Usually it is no terminal.
+    except OSError:  # Usually it is not a terminal.
         return descriptor
 
 
@@ -77,13 +77,13 @@ _files: list[_SteadyFile] = []
 
 
 def make_steady(stream: TextIO, on_loss: Callable[[str], None] = lambda reason: None) -> TextIO:
-    """Makes a stream that never fails.
+    """Returns a stream that never fails.
 
-    It goes on trying: a disk may have room again.
+    It retries at every write, because a full disk may have room again.
 
     Args:
-        stream: A stream on a file descriptor, to which nobody writes from now on.
-        on_loss: Called with the reason whenever it can be written no more.
+        stream: A stream on a file descriptor; write to the new stream only from now on.
+        on_loss: Takes the reason each time the stream can no longer be written.
 
     Returns:
         A stream on the same descriptor. Characters that its encoding lacks are written as escapes.
@@ -99,5 +99,5 @@ def make_steady(stream: TextIO, on_loss: Callable[[str], None] = lambda reason: 
 
 
 def is_output_lost() -> bool:
-    """Whether what is shown to the user goes nowhere at present."""
+    """Returns whether output to the user is currently being dropped."""
     return any(file.is_lost for file in _files)

@@ -1,4 +1,4 @@
-"""Brings metrics to the loggers."""
+"""The callback that hands metrics and speeds to the loggers."""
 
 import math
 import resource
@@ -14,7 +14,7 @@ from xlstm.trainer.base.throughput import peak_flops
 from xlstm.trainer.base.trainer import Callback
 from xlstm.trainer.logger.base_logger import Logger
 
-# Metrics that say how the machine did, not the training: they differ when a run is repeated.
+# Metrics of the machine, not of the training: they differ when a run is repeated.
 SPEEDS = frozenset(
     {
         "tokens_per_second",
@@ -27,12 +27,12 @@ SPEEDS = frozenset(
         "terminal_lost",
     }
 )
-# Of use to the trainer alone.
+# Metrics for the trainer itself.
 _NOT_LOGGED = ("request", "skipped")
 
 
 class MetricsCallback(Callback):
-    """Logs the metrics and the speed of every so many steps, and of every step that was skipped."""
+    """A callback that logs metrics and speed at an interval, and every skipped step."""
 
     def __init__(
         self,
@@ -48,13 +48,13 @@ class MetricsCallback(Callback):
         """Makes the callback.
 
         Args:
-            logger: Where rows go.
+            logger: Takes the metrics.
             clock: The run's clock.
-            interval: Steps between rows.
-            tokens_before: The tokens that so many steps have seen.
-            flops_per_token: Useful floating-point operations a token.
-            matmul_rate: What a dense matmul reaches on all devices, in operations a second.
-            constants: What else belongs into every row.
+            interval: Steps between logged metrics.
+            tokens_before: Returns the number of tokens that a number of steps have seen.
+            flops_per_token: Useful floating-point operations per token.
+            matmul_rate: FLOP/s of a dense matmul on all devices together.
+            constants: Further metrics to log each time.
         """
         self._logger, self._clock, self._interval = logger, clock, interval
         self._tokens_before, self._flops_per_token = tokens_before, flops_per_token
@@ -66,26 +66,26 @@ class MetricsCallback(Callback):
         self._last_tokens, self._last_seconds = 0, 0.0
 
     def on_start(self, step: int, state: TrainState) -> None:
-        """Begins to count."""
+        """Starts counting tokens and seconds."""
         self._last_tokens = self._tokens_before(step)
         self._last_seconds = self._clock.training_seconds()
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs a row if its turn has come."""
+        """Logs the metrics if they are due."""
         self._logger.progress(step)
         if step % self._interval == 0:
-            row = metrics | self._speed(step) | device_memory() | self._constants
-            row |= {"terminal_lost": 1} if is_output_lost() else {}
+            scalars = metrics | self._speed(step) | device_memory() | self._constants
+            scalars |= {"terminal_lost": 1} if is_output_lost() else {}
         elif metrics.get("skipped"):
-            row = metrics
+            scalars = metrics
         else:
             return
         self._logger.log(
             step,
             {
                 name: value
-                for name, value in row.items()
-                # JSON has no numbers for what is not finite; `skipped_steps` tells of it.
+                for name, value in scalars.items()
+                # JSON has no infinity or NaN; `skipped_steps` records such steps.
                 if name not in _NOT_LOGGED and math.isfinite(value)
             },
         )
@@ -104,7 +104,7 @@ class MetricsCallback(Callback):
 
 
 def device_memory() -> dict[str, float]:
-    """The most memory that has been in use, in GiB: of a device, or of the process on a CPU."""
+    """Returns the peak memory in GiB: of a device, or of the process on a CPU."""
     peak = peak_device_bytes()
     if peak is not None:
         return {"peak_device_memory": peak / 2**30}
@@ -113,6 +113,6 @@ def device_memory() -> dict[str, float]:
 
 
 def peak_device_bytes() -> int | None:
-    """The most memory that has been in use on a device, in bytes; None where nobody counts it."""
+    """Returns the peak memory of a device in bytes; None if the device does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")

@@ -144,7 +144,7 @@ def test_what_a_new_run_begins_from(runs, stores, tmp_path, store, path, step):
         (
             "words",
             "plain",
-            r"another tokenizer \(sha256:.*\) than what .* \(byte\): .* --tok",
+            r"another tokenizer \(.*json, .* ids, .*, sha256:.*\) than .* \(byte, 256 ids\).*--tok",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from xlstm.distributed.pipeline_parallel import bubble_fraction
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.coordinator import check_agreement
 from xlstm.trainer.base.multihost import Request, Requests, broadcast_from_process_0
+from xlstm.trainer.base.signals import stop_message
 from xlstm.trainer.base.soundness import Soundness
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
@@ -71,7 +72,7 @@ class PreparedRun:
     def stop(self, signal_name: str) -> None:
         """Asks all processes to stop."""
         self.requests.ask(Request.STOP)
-        self.say(f"{signal_name}: saving a checkpoint and stopping; a second one stops at once")
+        self.say(stop_message(signal_name, *self.clock.activity()))
 
     @property
     def bubble(self) -> float:

@@ -143,8 +143,9 @@ def check_tokenizer(workdir: Workdir, info: Mapping[str, Any], tokenizer: Tokeni
         if known.bos_token != tokenizer.bos_token:
             flags += f" --bos_token={known.bos_token!r}"
         raise ValueError(
-            f"the data was encoded with another tokenizer ({describe(tokenizer)}) than what the"
-            f" model was trained on ({describe(known)}): prepare it with that one, as {flags}"
+            f"the data was encoded with another tokenizer ({describe(tokenizer)}) than the model"
+            f" was trained with ({describe(known)}): encode the data again with the model's"
+            f" tokenizer, by prepare_data with {flags}"
         )
 
 

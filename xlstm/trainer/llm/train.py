@@ -11,7 +11,7 @@ import jax
 from xlstm.common_types import Metrics, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.store_guard import StoreGuard
-from xlstm.trainer.base.clock import watchdog
+from xlstm.trainer.base.clock import report_waits, watchdog
 from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.base.param_utils import tabulate_params
 from xlstm.trainer.base.signals import on_stop_signal
@@ -27,6 +27,7 @@ from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
 from xlstm.trainer.llm.resume import open_checkpointer, resume
 from xlstm.trainer.llm.workdir import Workdir, own_workdir
 from xlstm.trainer.logger.base_logger import Loggers
+from xlstm.trainer.logger.terminal import mesh_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,8 @@ def train_language_model(
         )
     if _is_done(run, int(state.step)):
         if sample:
-            run.say(f"{' a sample ':─^80}\n{sample(run, state)}\n{'':─^80}")
+            run.say(f"{' a sample ':─^80}")
+            run.say(f"{sample(run, state)}\n{'':─^80}")
         run.say(f"{int(state.step):,} steps done; everything is in {workdir_path}")
 
 
@@ -129,6 +131,8 @@ def open_training(
     with contextlib.ExitStack() as stack:
         # Data. Whatever can be checked is checked before anything is made.
         run = prepare_run(config, workdir_path, allow_config_change)
+        run.say(mesh_line(run.mesh))
+        stack.enter_context(report_waits(run.clock, run.say))
         guard = StoreGuard(run.stores, run.say)
         guard.verify_first(verify_data)
         sync_processes("stores")
@@ -155,7 +159,8 @@ def open_training(
         for callback in callbacks:
             stack.enter_context(_closing(callback))
 
-        # The loop is the caller's.
+        # The loop is the caller's. What follows it closes files, which can take long.
+        stack.callback(run.clock.finish)
         yield TrainingRun(
             **vars(run),
             state=state,

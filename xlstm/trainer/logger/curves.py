@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,26 @@ from xlstm.files import write_atomically
 from xlstm.visible_text import visible
 
 _MAX_MARKED = 60  # Mark every point of curves that have no more points.
+ACCURACY = "accuracy"  # Begins the labels of axes that are shown in percent.
+_LABELS = {
+    "loss": "training loss (nats per token)",
+    "val_loss": "validation loss (nats per token)",
+    "val_perplexity": "validation perplexity",
+    "val_accuracy": ACCURACY,
+    "val_bits_per_byte": "validation bits per byte",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "param_norm": "parameter norm",
+    "update_norm": "update norm",
+    "tokens_per_second": "tokens/s",
+    "tokens_per_second_per_device": "tokens/s per device",
+    "matmul_fraction": "share of matmul rate",
+    "mfu": "model FLOP utilization",
+    "goodput": "goodput (share of time in steps)",
+    "peak_memory": "peak memory of the process (GiB)",
+    "peak_device_memory": "peak memory of a device (GiB)",
+    "skipped_steps": "skipped steps",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +72,24 @@ def read_curve(rows: Sequence[dict[str, float]], metric: str, label: str) -> Cur
     return Curve(label, steps.astype(np.int64), values)
 
 
+def axis_label(metric: str) -> str:
+    """Returns a readable label for a key of the metrics; the key itself if it is not known.
+
+    Args:
+        metric: The key. A validation set's name may follow that of a validation metric.
+    """
+    # The longest key first: `val_loss_wiki` begins with `val_loss`.
+    for key in sorted(_LABELS, key=len, reverse=True):
+        if metric == key:
+            return _LABELS[key]
+        if key.startswith("val_") and metric.startswith(f"{key}_"):
+            name = metric.removeprefix(f"{key}_")
+            # A task names its sets after the lengths of their examples.
+            name = re.sub("^lengths_([0-9]+)_([0-9]+)$", r"lengths \1-\2", name)
+            return f"{_LABELS[key]}, {name}"
+    return metric
+
+
 def smooth(curve: Curve, num_steps: int) -> Curve:
     """Replaces every value by the mean over the last `num_steps` steps.
 
@@ -74,19 +113,23 @@ def smooth(curve: Curve, num_steps: int) -> Curve:
 
 
 def plot_curves(
-    panels: Mapping[str, Sequence[Curve]], path: str, smooth_steps: int | None = None
+    panels: Mapping[str, Sequence[Curve]],
+    path: str,
+    smooth_steps: int | None = None,
+    chance: Mapping[str, float] | None = None,
 ) -> None:
     """Plots curves over steps, one panel above the other, into a PNG file.
 
     Args:
-        panels: The curves of each panel by the label of its vertical axis; curves without points
-            are not drawn.
+        panels: The curves of each panel, by the label of its vertical axis. Curves without points
+            are left out.
         path: The PNG file to write.
-        smooth_steps: If given, draws the mean over this many steps, with the curve itself pale
-            behind it.
+        smooth_steps: Draws means over this many steps, and the values in pale behind them.
+        chance: The height of a horizontal line that marks chance, by the panel's label.
     """
     # A slow import, which delays no run: plots are drawn after the first steps.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(7, 1 + 3.5 * len(panels)), layout="constrained")
     all_axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
@@ -101,6 +144,11 @@ def plot_curves(
             marker = "o" if len(curve.steps) <= _MAX_MARKED else None
             style = {"linewidth": 1.2, "marker": marker, "markersize": 3}
             axes.plot(curve.steps, curve.values, color=colour, label=visible(curve.label), **style)
+        height = (chance or {}).get(name)
+        if height is not None:
+            axes.axhline(height, color="0.4", linestyle="--", linewidth=1.0, label="chance")
+        if name.startswith(ACCURACY):
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
         axes.set_ylabel(visible(name), parse_math=False)  # A $ starts no formula.
         axes.grid(alpha=0.3)
         if axes.lines:

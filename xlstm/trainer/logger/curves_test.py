@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from xlstm.trainer.logger.curves import Curve, plot_curves, read_curve, smooth
+from xlstm.trainer.logger.curves import Curve, axis_label, plot_curves, read_curve, smooth
 
 _BLUE, _ORANGE = (31, 119, 180), (255, 127, 14)
 
@@ -82,3 +82,31 @@ def test_what_is_smoothed_is_pale_behind_the_means(tmp_path):
     plot_curves({"loss": [curve]}, str(tmp_path / "smooth.png"), 50)
     raw, smoothed = (_pixels(tmp_path / name, _BLUE)[0] for name in ("raw.png", "smooth.png"))
     assert 300 < smoothed < raw / 5
+
+
+@pytest.mark.parametrize(
+    "metric, label",
+    [
+        ("val_loss", "validation loss (nats per token)"),
+        ("val_loss_wiki_text", "validation loss (nats per token), wiki_text"),
+        ("val_accuracy_lengths_129_256", "accuracy, lengths 129-256"),
+        ("grad_norm", "gradient norm"),
+        ("grad_norm_embeddings", "grad_norm_embeddings"),
+        ("mine", "mine"),
+    ],
+)
+def test_known_metrics_have_readable_labels(metric, label):
+    assert axis_label(metric) == label
+
+
+def test_chance_is_a_dashed_line_across_its_panel(tmp_path):
+    panels = {"accuracy": [_curve([0.2, 0.9])], "loss": [_curve([2.0, 1.0])]}
+    pictures = []
+    for chance in (None, {"accuracy": 0.5}):
+        path = str(tmp_path / "curves.png")
+        plot_curves(panels, path, chance=chance)
+        pictures.append(matplotlib.image.imread(path))
+    changed = np.argwhere((pictures[0] != pictures[1]).any(axis=-1))
+    height, width = pictures[0].shape[:2]
+    assert len(changed) > 0.3 * width
+    assert changed[:, 0].max() < height / 2  # The other panel has no line.

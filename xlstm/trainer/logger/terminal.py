@@ -1,21 +1,56 @@
-"""What a person sees of a run."""
+"""The terminal's view of a run: a progress bar, evaluations, and the mesh."""
 
 import time
 
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from xlstm.trainer.logger.base_logger import Logger, validation_suffixes
 from xlstm.visible_text import visible
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_OF_SPEED = 3600.0  # Of which the time left is estimated; a step may take a minute.
+_SHORTEST_BAR, _LONGEST_BAR = 4, 40  # Characters.
+_GAP = "  "  # Between the parts of the bar's line.
+
+
+def mesh_line(mesh: Mesh) -> str:
+    """Returns a line that says how the devices are used, such as `mesh: dp=4, fsdp=2, pp=1, tp=1`.
+
+    Args:
+        mesh: The mesh.
+    """
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    device = mesh.devices.flat[0]
+    kind = "CPU" if device.platform == "cpu" else device.device_kind
+    return f"mesh: {sizes} ({mesh.size:,} {kind} {'device' if mesh.size == 1 else 'devices'})"
+
+
+def format_accuracy(accuracy: float) -> str:
+    """Returns an accuracy as every tool shows it: in percent, with two digits after the point."""
+    return f"{accuracy:.2%}"
+
+
+def validation_line(step: int, scalars: dict[str, float], suffix: str) -> str:
+    """Returns a line about the evaluation of one validation set.
+
+    Args:
+        step: The step after which it was made.
+        scalars: The evaluation's metrics.
+        suffix: The set's suffix in the keys of `scalars`; see `validation_suffixes`.
+    """
+    name = f"validation {visible(suffix[1:])}" if suffix else "validation"
+    text = (
+        f"step {step:>7,}  {name}: loss {scalars['val_loss' + suffix]:.4f}"
+        f"  perplexity {scalars['val_perplexity' + suffix]:.2f}"
+        f"  accuracy {format_accuracy(scalars['val_accuracy' + suffix])}"
+    )
+    bits = scalars.get(f"val_bits_per_byte{suffix}")  # Only text has bytes.
+    return text if bits is None else f"{text}  bits/byte {bits:.3f}"
 
 
 class TerminalLogger(Logger):
@@ -27,42 +62,35 @@ class TerminalLogger(Logger):
         self._live = console.is_terminal
         self._last_line = 0.0
         self._progress = Progress(
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Line(console),
             console=console,
+            speed_estimate_period=_SECONDS_OF_SPEED,
             disable=not self._live,
         )
         self._task = self._progress.add_task(
-            "train", total=num_steps, completed=start_step, status=""
+            "train", total=num_steps, completed=start_step, loss="", speed="", matmul=""
         )
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Shows a row: evaluations as lines that stay, the rest in the bar."""
-        for suffix in validation_suffixes(row):
-            text = (
-                f"step {step:>7,}  validation loss {row['val_loss' + suffix]:.4f}"
-                f"  perplexity {row['val_perplexity' + suffix]:.2f}"
-                f"  accuracy {row['val_accuracy' + suffix]:.1%}"
-            )
-            bits = row.get(f"val_bits_per_byte{suffix}")  # Of text alone.
-            text += "" if bits is None else f"  bits per byte {bits:.3f}"
-            self._console.print(f"{text}{suffix and f'  ({visible(suffix[1:])})'}", markup=False)
-        if "loss" not in row or "tokens_per_second" not in row:
-            return  # An evaluation, or a step that was left out.
-        status = (
-            f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-            f"  {row['matmul_fraction']:.0%} of matmul rate"
-        )
-        self._progress.update(self._task, status=status)
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Shows metrics: evaluations as lines that stay, other metrics in the bar."""
+        for suffix in validation_suffixes(scalars):
+            self._print(validation_line(step, scalars, suffix))
+        if "loss" not in scalars or "tokens_per_second" not in scalars:
+            return  # An evaluation or a skipped step.
+        fields = {
+            "loss": f"loss {scalars['loss']:.4f}",
+            "speed": f"{scalars['tokens_per_second']:,.0f} tokens/s",
+            "matmul": f"{scalars['matmul_fraction']:.0%} of matmul rate",
+        }
+        self._progress.update(self._task, **fields)
         now = time.monotonic()
         if not self._live and now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(f"step {step:>7,} of {self._num_steps:,}  {status}")
+            self._print(f"step {step:>7,} of {self._num_steps:,}  {'  '.join(fields.values())}")
+
+    def _print(self, line: str) -> None:
+        # The line stays whole: a terminal wraps it, and a file holds it as one line.
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, step: int) -> None:
         """Moves the bar."""
@@ -71,5 +99,48 @@ class TerminalLogger(Logger):
         self._progress.update(self._task, completed=step)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar and leaves it on the screen."""
         self._progress.stop()
+
+
+class _Line(ProgressColumn):
+    """The bar and its figures on one line, without those that do not fit the terminal."""
+
+    max_refresh = None
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Table:
+        fields = task.fields
+        # In the order of their importance; a number is where on the line each one stands.
+        parts = [
+            (0, fields["loss"]),
+            (4, _hours(task.time_remaining, "left")),
+            (1, fields["speed"].replace("tokens/s", "tok/s")),
+            (3, _hours(task.elapsed, "elapsed")),
+            (2, fields["matmul"]),
+        ]
+        steps = f"step {task.completed:,.0f}/{task.total:,.0f} "
+        room = self._console.width - len(steps) - _SHORTEST_BAR
+        shown = []
+        for place, text in parts:
+            if text and len(text) + len(_GAP) <= room:
+                room -= len(text) + len(_GAP)
+                shown.append((place, text))
+        bar_width = min(room + _SHORTEST_BAR, _LONGEST_BAR)
+        bar = ProgressBar(total=task.total, completed=task.completed, width=max(bar_width, 1))
+        grid = Table.grid()
+        for _ in range(3):
+            grid.add_column(no_wrap=True)
+        grid.add_row(Text(steps), bar, Text("".join(_GAP + text for _, text in sorted(shown))))
+        return grid
+
+
+def _hours(seconds: float | None, what: str) -> str:
+    """Returns a duration as `0:12:34 left`; nothing while it is unknown."""
+    if seconds is None:
+        return ""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} {what}"
