@@ -3,7 +3,8 @@
 Usage: check_deps.py [--fix]
 
 Prints each label that is missing or unused, and exits with 1 if there are any; `--fix` writes the
-right lists instead. A label whose line ends with `# keep: REASON` may be unused.
+right lists instead. A label whose line ends with `# keep: REASON` may be unused. A target without
+sources stands for its dependencies.
 """
 
 import ast
@@ -72,6 +73,13 @@ def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
     return labels - {None}
 
 
+def content(label: str, aggregates: dict[str, list[str]]) -> set[str]:
+    """Returns what a label stands for: itself, or what is in an aggregate."""
+    if label not in aggregates:
+        return {label}
+    return {x for inner in aggregates[label] for x in content(inner, aggregates)}
+
+
 def absolute(label: str, package: str) -> str:
     """Returns a label with its package and its name."""
     if label.startswith(":"):
@@ -108,6 +116,14 @@ def main(words: list[str]) -> int:
         if rule != "xlstm_test"
         for src in strings(attributes.get("srcs"))
     }
+    aggregates = {
+        f"//{build.parent}:{attributes['name'].value}": [
+            absolute(label, str(build.parent)) for label in strings(attributes.get("deps"))
+        ]
+        for build in all_builds
+        for rule, attributes in targets(build)
+        if rule == "py_library" and not strings(attributes.get("srcs"))
+    }
     status = 0
     for build in all_builds:
         package, lines = str(build.parent), build.read_text().split("\n")
@@ -125,7 +141,9 @@ def main(words: list[str]) -> int:
                 _, keep, reason = lines[element.lineno - 1].partition("# keep: ")
                 if keep:
                     reasons[label] = f"  {keep}{reason}"
-            missing, unused = wanted - given, given - wanted - reasons.keys()
+            contents = {label: content(label, aggregates) for label in given}
+            missing = wanted.difference(*contents.values())
+            unused = {label for label in given - reasons.keys() if not contents[label] & wanted}
             for label in sorted(missing):
                 print(f"{own}: {short(label, package)} is missing")
             for label in sorted(unused):
