@@ -8,27 +8,19 @@ sources stands for its dependencies.
 """
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
-# Distributions that are not named as their modules are; the rule `xlstm_test` brings pytest.
+# Distributions that are not named as their modules are; what `xlstm_test` adds.
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
-BROUGHT = {"xlstm_test": {"@pip//:pytest"}}
+BROUGHT = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
 
 
 def build_files() -> list[Path]:
     """Returns the BUILD files of the packages that hold our code."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "xlstm", "docs"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    paths = (Path(line) for line in listed.stdout.split())
-    return sorted(path for path in paths if path.name == "BUILD" and path.exists())
+    return sorted(path for folder in ("docs", "xlstm") for path in Path(folder).rglob("BUILD"))
 
 
 def targets(build: Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
