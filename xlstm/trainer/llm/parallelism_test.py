@@ -35,7 +35,7 @@ from xlstm.trainer.llm.expected_collectives import expected_collectives
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
 _B, _T, _V = 32, 16, 96  # No other size is 96.
-_STEPS, _QUICK_STEPS = 20, 6
+_STEPS, _QUICK_STEPS = 20, 8
 _MESHES = [
     {"dp": 8},
     {"fsdp": 8},
