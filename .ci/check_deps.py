@@ -2,9 +2,9 @@
 
 Usage: check_deps.py [--fix]
 
-Prints each label that is missing or unused, and exits with 1 if there are any; `--fix` writes the
-right lists instead. A label whose line ends with `# keep: REASON` may be unused. A target without
-sources stands for its dependencies.
+Prints each label that is missing or unused, and each test that no target runs, and exits with 1 if
+there are any; `--fix` writes the right lists instead. A label whose line ends with `# keep: REASON`
+may be unused. A target without sources stands for its dependencies.
 """
 
 import ast
@@ -116,7 +116,16 @@ def main(words: list[str]) -> int:
         for rule, attributes in targets(build)
         if rule == "py_library" and not strings(attributes.get("srcs"))
     }
-    status = 0
+    tested = {
+        build.parent / src
+        for build in all_builds
+        for _, attributes in targets(build)
+        for src in strings(attributes.get("srcs"))
+    }
+    forgotten = {path for build in all_builds for path in build.parent.glob("*_test.py")} - tested
+    for path in sorted(forgotten):
+        print(f"{path} is in no target")
+    status = int(bool(forgotten))
     for build in all_builds:
         package, lines = str(build.parent), build.read_text().split("\n")
         edits = {}
