@@ -1,7 +1,7 @@
 """Runs every block of commands and of Python in README.md and docs/ as it is printed.
 
-`./bazelw` is a stand-in that starts the tools of this very checkout and cuts what would take
-minutes short. Blocks of `sh` and `python` are run, those with other names are not meant to be.
+`./bazelw` is a stand-in that starts the tools of this checkout, with flags that shorten what would
+take minutes. Only blocks of `sh` and `python` are run.
 """
 
 import os
@@ -23,7 +23,7 @@ _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
     "CONTRIBUTING.md": _DOCS.parent / "CONTRIBUTING.md",
 }
 
-# What a tool is given behind its printed flags; the last one of a flag counts.
+# Flags to append to the printed ones; the last value of a flag counts.
 _SHORT = {
     "train": "--config.trainer.num_steps=40 --config.trainer.eval_batches=1",
     "evaluate": "--max_batches=1",
@@ -54,7 +54,7 @@ def _blocks():
 
 
 def _module(tool):
-    """The module of a tool's label."""
+    """Returns the name of a tool's module."""
     for room in _ROOMS:
         name = f"xlstm.tools.{room}{tool}"
         if os.path.exists(name.replace(".", os.sep) + ".py"):
@@ -101,7 +101,7 @@ def _run(folder, *command):
 
 
 def _missing_package(text):
-    """A package that a block imports and this project does not bring."""
+    """Returns a package that a block imports and this project does not install, or None."""
     names = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
     return next(iter(names & {"torch", "transformers"}), None)
 

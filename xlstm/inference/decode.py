@@ -74,7 +74,7 @@ def compute_logits(params: PyTree, tokens: jax.Array, *, config: LanguageModelCo
 
     Args:
         params: Parameters of the model.
-        tokens: Ids `(B, T)`; a document begins with the end-of-document id.
+        tokens: Ids `(B, T)`; a document begins with `bos_id`.
         config: Configuration of the model.
 
     Returns:
@@ -96,7 +96,7 @@ def prefill_step(
 
     Args:
         params: Parameters of the model.
-        tokens: Ids `(B, T)`; a document begins with the end-of-document id.
+        tokens: Ids `(B, T)`; a document begins with `bos_id`.
         state: The model's state before them; None for the zero state.
         lengths: The number of tokens in each row, int `(B,)`; the rest of the row is padding.
             None for `T`.
@@ -213,7 +213,7 @@ def prefill(
     Args:
         params: Parameters of the model.
         decode_state: The sequences.
-        tokens: Ids `(B, T)`; a document begins with the end-of-document id.
+        tokens: Ids `(B, T)`; a document begins with `bos_id`.
         lengths: The number of tokens in each row, int `(B,)`, at least 1 for an empty sequence;
             None for `T`.
         config: Configuration of the model.
@@ -321,7 +321,7 @@ def generate(
 
     Args:
         params: Parameters of the model.
-        prompts: Ids `(B, T)`; a document begins with the end-of-document id.
+        prompts: Ids `(B, T)`; a document begins with `bos_id`.
         rng: Random key.
         config: Configuration of the model.
         max_tokens: The largest number of tokens to sample.

@@ -103,6 +103,4 @@ def test_a_run_under_nohup_goes_on(folder):
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
-    assert (
-        "SIGTERM received: the run finishes its current step" in output and "SIGHUP" not in output
-    )
+    assert "SIGTERM received: the run saves a checkpoint" in output and "SIGHUP" not in output

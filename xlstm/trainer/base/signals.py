@@ -73,7 +73,7 @@ def stop_message(signal_name: str, activity: str, seconds: float) -> str:
     again = {"SIGINT": "press Ctrl-C again", "SIGTERM": "send SIGTERM again"}
     twice = "send SIGTERM twice"  # The first one does not count yet.
     return (
-        f"{signal_name} received: the run finishes its current step, saves a checkpoint and stops"
+        f"{signal_name} received: the run saves a checkpoint within a few steps and stops"
         f" (now {activity}, {seconds:.0f} s so far);"
         f" {again.get(signal_name, twice)} to stop at once without a checkpoint"
     )

@@ -111,7 +111,7 @@ def test_a_second_signal_ends_even_a_process_that_hangs(second):
 def test_a_signal_is_answered_with_what_the_run_waits_for(name, again):
     message = stop_message(name, "compiling the training step", 12.3)
     assert message == (
-        f"{name} received: the run finishes its current step, saves a checkpoint and stops"
+        f"{name} received: the run saves a checkpoint within a few steps and stops"
         " (now compiling the training step, 12 s so far);"
         f" {again} to stop at once without a checkpoint"
     )

@@ -1,4 +1,4 @@
-"""The registry of the mLSTM backends: the only place where a class is found by its name."""
+"""The registry of the mLSTM backends: the class of each of the `BACKEND_NAMES`."""
 
 import dataclasses
 from typing import Any
