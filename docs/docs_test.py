@@ -25,7 +25,8 @@ _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
 
 # Flags to append to the printed ones; the last value of a flag counts.
 _SHORT = {
-    "train": "--config.trainer.num_steps=40 --config.trainer.eval_batches=1",
+    "train": "--config.trainer.num_steps=3 --config.trainer.eval_batches=1 "
+    "--config.logger.sample_tokens=8",
     "evaluate": "--max_batches=1",
     "generate": "--num_tokens=8",
     "benchmark": "--repeats=1",
