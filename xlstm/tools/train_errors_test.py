@@ -84,7 +84,7 @@ _BAD_INPUT = {
     "mesh": (["--config.mesh.tp=3"], "tp=3 needs a multiple of 3 devices; found 1"),
     "batch": (
         ["--simulate_devices=3"],
-        "data.batch_size=8 does not divide into 3 shares",
+        "data.batch_size=8 does not divide into 3 shards",
     ),
     "no store": (["--config.data.stores=/no/store"], "no token store at /no/store"),
     "no validation store": (

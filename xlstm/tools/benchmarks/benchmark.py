@@ -47,7 +47,7 @@ from xlstm.trainer.llm.config import RunConfig
 _REPEATS = flags.DEFINE_integer(
     "repeats", 10, "Number of timed runs of each candidate.", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a list of objects.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to, as a list of objects.")
 _TRAIN_STEP = flags.DEFINE_bool(
     "train_step", False, "Times the training step of the config instead of backends."
 )
