@@ -23,7 +23,7 @@ _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
     "CONTRIBUTING.md": _DOCS.parent / "CONTRIBUTING.md",
 }
 
-# What a tool is given behind its printed flags; the last one of a flag counts.
+# Flags added after the printed ones of a tool; the last value of a flag counts.
 _SHORT = {
     "train": "--config.trainer.num_steps=40 --config.trainer.eval_batches=1",
     "evaluate": "--max_batches=1",
@@ -74,7 +74,7 @@ def _write_bazelw(folder):
         f'case "$label" in\n{cases}\n*) echo "unknown $label" >&2; exit 1 ;;\nesac\n'
     )
     script.chmod(0o755)
-    program = folder / "bazel-bin" / "xlstm" / "tools" / "train"  # What `build` leaves.
+    program = folder / "bazel-bin" / "xlstm" / "tools" / "train"  # The output of `build`.
     program.parent.mkdir(parents=True)
     program.write_text(
         '#!/bin/sh\nexec "$(dirname "$0")/../../../bazelw" run //xlstm/tools:train -- "$@"\n'
@@ -101,7 +101,7 @@ def _run(folder, *command):
 
 
 def _missing_package(text):
-    """A package that a block imports and this project does not bring."""
+    """Returns a package that a block imports and this project does not install, or None."""
     names = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
     return next(iter(names & {"torch", "transformers"}), None)
 
@@ -111,7 +111,7 @@ def test_the_blocks_of_a_page_run_as_printed(tmp_path, page, blocks):
     _write_bazelw(tmp_path)
     (tmp_path / "examples" / "library_user").mkdir(parents=True)
     for line, language, text in blocks:
-        place = f"{page}:{line}\n{text}"
+        block = f"{page}:{line}\n{text}"
         if language == "sh":
             result = _run(tmp_path, "bash", "-euo", "pipefail", "-c", text)
         elif "def get_config(" in text:
@@ -124,4 +124,4 @@ def test_the_blocks_of_a_page_run_as_printed(tmp_path, page, blocks):
         else:
             devices = "import jax\njax.config.update('jax_num_cpu_devices', 4)\n"
             result = _run(tmp_path, sys.executable, "-c", devices + text)
-        assert result.returncode == 0, f"{place}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        assert result.returncode == 0, f"{block}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"

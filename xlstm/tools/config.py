@@ -106,11 +106,11 @@ def load_config(name: str) -> ConfigDict:
     except Exception as error:  # Whatever a user's file may raise.
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        place = f"{path}:{lines[files.index(path)]}" if path in files else path
+        location = f"{path}:{lines[files.index(path)]}" if path in files else path
         # The error of a locked ConfigDict lists all fields; keep its first and last sentence.
         text = re.sub(r" and cannot be added.*?}\"", ";", str(error), flags=re.S)
         text = text.replace("\\n", " ").replace("\\'", "'").strip("'\"")
-        raise ValueError(f"{place}: {type(error).__name__}: {text}") from error
+        raise ValueError(f"{location}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict;"

@@ -1,4 +1,4 @@
-"""The callbacks of a run, made from its configuration."""
+"""The callbacks of a run, created from its configuration."""
 
 import functools
 

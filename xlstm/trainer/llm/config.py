@@ -53,7 +53,7 @@ class RunConfig:
             ValueError: If a section or field is unknown or missing, or a value is invalid.
         """
         _check_names("the config", values, sections())
-        made = {}
+        configs = {}
         for section, section_class in sections().items():
             fields = {field.name for field in dataclasses.fields(section_class)}
             _check_names(f"config.{section}", values[section], fields)
@@ -62,8 +62,8 @@ class RunConfig:
                 name: _typed(f"{section}.{name}", value, hints[name])
                 for name, value in values[section].items()
             }
-            made[section] = section_class(**typed)
-        return cls(**made)
+            configs[section] = section_class(**typed)
+        return cls(**configs)
 
     @property
     def language_model(self) -> LanguageModelConfig:

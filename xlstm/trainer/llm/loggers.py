@@ -1,4 +1,4 @@
-"""The loggers of a run, made from its configuration."""
+"""The loggers of a run, created from its configuration."""
 
 import os
 

@@ -33,7 +33,7 @@ from xlstm.visible_text import visible_lines
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRun:
-    """What is known of a run before its first step.
+    """A run whose inputs are open and checked.
 
     Attributes:
         config: Configuration, with inherited fields and `decay_steps` filled in.
