@@ -54,7 +54,7 @@ def _blocks():
 
 
 def _module(tool):
-    """The module of a tool's label."""
+    """Returns the module of a tool's label."""
     for room in _ROOMS:
         name = f"xlstm.tools.{room}{tool}"
         if os.path.exists(name.replace(".", os.sep) + ".py"):

@@ -70,7 +70,7 @@ class ConversionSummary:
         num_parameters: The number of parameters.
         num_bytes: Their size in bytes.
         num_files: The number of safetensors files; None for an import.
-        notes: What the user should know, one line each.
+        notes: Notes for the user, one line each.
     """
 
     num_parameters: int
@@ -150,7 +150,7 @@ class _SourceModel(NamedTuple):
         files: The file of each tensor, by the tensor's name.
         tokenizer: Its tokenizer, if it has one.
         generation: The content of its `generation_config.json`, with all ids of special tokens.
-        notes: What the user should know, one line each.
+        notes: Notes for the user, one line each.
     """
 
     config: RunConfig

@@ -183,7 +183,7 @@ def _end_of_another() -> tuple[int, str] | None:
 
 @contextlib.contextmanager
 def _watching_others(end: Callable[[int, str], None]) -> Iterator[None]:
-    """While inside, a thread ends this process when another one reports that it exits."""
+    """Ends this process during the block, in a thread, when another one reports that it exits."""
     done = threading.Event()
 
     def watch() -> None:

@@ -14,7 +14,7 @@ _VOCAB_SIZE = 257
 
 
 def _apply(variables, inputs, targets, targets_mask, reset, method):
-    """A model whose logits do not depend on the inputs."""
+    """Applies a model whose logits do not depend on the inputs."""
     assert method == "eval_sums"
     logits = variables["params"]["logits"]
     nll = -jax.nn.log_softmax(logits)[targets]

@@ -30,7 +30,7 @@ _SHAPES = {"head": (4, 8), "stack": (4, 8)}
 
 
 def _state(value, average=None, shapes=_SHAPES, **sizes):
-    """A new state whose parameters start at a value."""
+    """Returns a new state whose parameters start at a value."""
     mesh = create_mesh(MeshConfig(**sizes), None if sizes else jax.devices()[:1])
 
     def params(value):
@@ -102,7 +102,7 @@ def test_another_model(runs):
 
 
 def _prepare(store, workdir, init_from):
-    """A run that has been prepared."""
+    """Prepares a run; returns its configuration and the run."""
     data = DataConfig(stores=(store.path,), validation_fraction=0.0)
     config = RunConfig(
         model=ModelConfig(vocab_size=300), data=data, trainer=TrainerConfig(init_from=init_from)

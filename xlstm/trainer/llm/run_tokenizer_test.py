@@ -17,7 +17,7 @@ from xlstm.trainer.llm.workdir import Workdir
 
 
 def info_of(tokenizer):
-    """The part of a checkpoint's `run_info` that is about tokenizers."""
+    """Returns the part of a checkpoint's `run_info` that is about tokenizers."""
     return {"tokenizer": tokenizer and tokenizer.fingerprint}
 
 

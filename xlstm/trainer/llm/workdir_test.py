@@ -18,7 +18,7 @@ from xlstm.trainer.llm.workdir import (
 
 
 def _changed(**sections):
-    """The default configuration with other values, given as `section={field: value}`."""
+    """Returns the default configuration with other values, given as `section={field: value}`."""
     config = RunConfig()
     for section, fields in sections.items():
         section_config = dataclasses.replace(getattr(config, section), **fields)
