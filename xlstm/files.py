@@ -199,7 +199,7 @@ class FolderExistsError(ValueError):
 
 @contextlib.contextmanager
 def naming_file(path: str) -> Iterator[None]:
-    """Adds a path to each OSError of a block that has none, as those of writing do not.
+    """Adds a path to each OSError of a block that has none, such as those of writes.
 
     Args:
         path: The file that the block reads or writes.
