@@ -48,8 +48,8 @@ class PreparedRun:
         clock: Clock of the phases of the run.
         requests: Requests of this process to all processes, such as to stop.
         soundness: Judge of whether steps are sound.
-        source: Folder and step of the checkpoint to take parameters from; None for a run that
-            starts with random parameters, or that has checkpoints of its own.
+        source: Folder and step of the checkpoint to take parameters from, unless it is removed
+            before it is read; None for a run with random parameters or with own checkpoints.
     """
 
     config: RunConfig
