@@ -49,13 +49,17 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"mesh.pp={stages} stages cannot hold the same blocks: the pattern of"
             f" {pattern.length()} mLSTM and sLSTM blocks repeats {pattern.repeats} times"
-            f" (model.num_blocks={model.num_blocks}), expected a multiple of {stages}"
+            f" (model.num_blocks={model.num_blocks}), which is not a multiple of {stages}"
         )
     for name, size, axes in [
         ("model.num_blocks", model.num_blocks, ("pp",)),
         ("model.num_heads", model.num_heads, ("tp",)),
         ("the hidden size of feed-forward layers, model.ffn_dim", model.ffn_dim, ("tp",)),
-        ("their hidden size in sLSTM blocks, model.slstm_ffn_dim", model.slstm_ffn_dim, ("tp",)),
+        (
+            "the hidden size of feed-forward layers in sLSTM blocks, model.slstm_ffn_dim",
+            model.slstm_ffn_dim,
+            ("tp",),
+        ),
         ("model.vocab_size", model.vocab_size, ("pp", "tp")),
     ]:
         _check_divides(name, size, axes, mesh)

@@ -168,7 +168,7 @@ def test_stages_repeat_the_pattern_of_a_mixed_stack():
     with pytest.raises(ValueError) as caught:
         create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=2, pp=4)))
     assert "mesh.pp=4 stages cannot hold the same blocks: the pattern of 4" in str(caught.value)
-    assert "repeats 2 times (model.num_blocks=8), expected a multiple of 4" in str(caught.value)
+    assert "repeats 2 times (model.num_blocks=8), which is not a multiple of 4" in str(caught.value)
 
 
 def test_rows_are_placed_on_the_mesh():
