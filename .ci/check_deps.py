@@ -2,33 +2,25 @@
 
 Usage: check_deps.py [--fix]
 
-Prints each label that is missing or unused, and exits with 1 if there are any; `--fix` writes the
-right lists instead. A label whose line ends with `# keep: REASON` may be unused. A target without
-sources counts as its dependencies.
+Prints each label that is missing or unused, and each test that no target runs, and exits with 1 if
+there are any; `--fix` writes the right lists instead. A label whose line ends with `# keep: REASON`
+may be unused. A target without sources counts as its dependencies.
 """
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
-# Distributions whose names differ from their modules; the rule `xlstm_test` adds pytest.
+# Distributions whose names differ from their modules; what `xlstm_test` adds.
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
-BROUGHT = {"xlstm_test": {"@pip//:pytest"}}
+BROUGHT = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
 
 
 def build_files() -> list[Path]:
     """Returns the BUILD files of the packages that hold our code."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "xlstm", "docs"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    paths = (Path(line) for line in listed.stdout.split())
-    return sorted(path for path in paths if path.name == "BUILD" and path.exists())
+    return sorted(path for folder in ("docs", "xlstm") for path in Path(folder).rglob("BUILD"))
 
 
 def targets(build: Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
@@ -124,7 +116,16 @@ def main(words: list[str]) -> int:
         for rule, attributes in targets(build)
         if rule == "py_library" and not strings(attributes.get("srcs"))
     }
-    status = 0
+    tested = {
+        build.parent / src
+        for build in all_builds
+        for _, attributes in targets(build)
+        for src in strings(attributes.get("srcs"))
+    }
+    forgotten = {path for build in all_builds for path in build.parent.glob("*_test.py")} - tested
+    for path in sorted(forgotten):
+        print(f"{path} is in no target")
+    status = int(bool(forgotten))
     for build in all_builds:
         package, lines = str(build.parent), build.read_text().split("\n")
         edits = {}

@@ -1,5 +1,6 @@
 """Gradient accumulation over the minibatches of a device's batch."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -74,6 +75,8 @@ def accumulate_gradients_scan(
     rngs = jax.random.split(rng, num_minibatches)
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
+    # `jit` keeps the trace for the scan, and leaves no mark in the program.
+    @functools.partial(jax.jit, inline=True)
     def minibatch_grads(minibatch, minibatch_rng):
         return grad_fn(state.params, state.apply_fn, minibatch, minibatch_rng)
 

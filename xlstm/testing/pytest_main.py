@@ -19,6 +19,15 @@ def _keep_to(folder: str) -> None:
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")
 
 
+def _compile_quickly() -> None:
+    """Lets XLA compile without optimising for a CPU: tests compile much and compute little."""
+    if os.environ["JAX_PLATFORMS"] == "cpu" and importlib.util.find_spec("jax"):
+        from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {QUICK_XLA_FLAGS}".strip()
+
+
 def _make_hypothesis_repeatable() -> None:
     """Makes hypothesis try the same examples every time, so that results are reproducible."""
     if importlib.util.find_spec("hypothesis") is None:
@@ -59,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # The tolerances of tests assume float32; the default on GPUs is TF32.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    _compile_quickly()
     if folder := os.environ.get("TEST_TMPDIR"):
         _keep_to(folder)
     _make_hypothesis_repeatable()

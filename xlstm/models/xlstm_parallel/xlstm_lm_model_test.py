@@ -1,4 +1,9 @@
 import functools
+import os
+
+from xlstm.testing.quick_compilation import QUICK_COMPILATION, QUICK_XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import flax
 import flax.linen as nn
@@ -14,7 +19,6 @@ from xlstm.models.xlstm_parallel.xlstm_lm_model import (
     state_specs,
     xLSTMLMModel,
 )
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 

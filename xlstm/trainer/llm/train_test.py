@@ -1,6 +1,7 @@
 """Whole runs in one process: what is left out, and what may change when a run goes on."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from xlstm.dataset.store_data import open_stores, train_batches
 from xlstm.dataset.testing import write_store
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.train_step import update_state
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step
@@ -29,6 +31,7 @@ from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm import train as train_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.evaluation import DivergedError
+from xlstm.trainer.llm.loss import create_loss_fn
 from xlstm.trainer.llm.train import open_training, train_language_model
 from xlstm.trainer.logger.base_logger import LoggerConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
@@ -38,10 +41,39 @@ _STEPS = 12
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Lets the runs share what does not differ."""
+def shared_work(tmp_path_factory):
+    """Lets the runs share what does not differ: programs and the measured speed of the machine."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    measure = functools.cache(callbacks_module.measure_matmul_rate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks_module, "measure_matmul_rate", measure)
+        patch.setattr(train_module, "create_training", _create_training)
+        yield
+
+
+def _create_training(config, mesh):
+    """Creates the training of a run, tracing and compiling it once for equal runs."""
+    # All that `create_training` reads, with what the fixtures below replace.
+    state, specs, train_step = _shared_training(
+        dataclasses.replace(
+            config.with_decay_steps(),
+            data=DataConfig(),
+            trainer=TrainerConfig(
+                seed=config.trainer.seed, num_minibatches=config.trainer.num_minibatches
+            ),
+        ),
+        mesh,
+        language_model.create_loss_fn,
+        language_model.update_state,
+    )
+    return jax.tree.map(jax.numpy.copy, state), specs, train_step  # A run consumes its state.
+
+
+@functools.cache
+def _shared_training(config, mesh, *replaced):
+    del replaced  # Functions that `create_training` calls.
+    return language_model.create_training(config, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +127,19 @@ def _last_state(config, workdir):
 @pytest.fixture
 def poisonous(monkeypatch):
     """Makes the gradient NaN if the batch holds the poison."""
-    create_loss_fn = language_model.create_loss_fn
+    monkeypatch.setattr(language_model, "create_loss_fn", _create_poisoned_loss_fn)
 
-    def create(*args, **kwargs):
-        loss_fn = create_loss_fn(*args, **kwargs)
 
-        def poisoned(params, apply_fn, batch, rng):
-            loss, (metrics, mutable) = loss_fn(params, apply_fn, batch, rng)
-            poison = jax.numpy.where(jax.numpy.any(batch[0].inputs == _POISON), np.nan, 1.0)
-            nll, count = metrics["loss"]
-            return loss * poison, (metrics | {"loss": (nll * poison, count)}, mutable)
+def _create_poisoned_loss_fn(*args, **kwargs):
+    loss_fn = create_loss_fn(*args, **kwargs)
 
-        return poisoned
+    def poisoned(params, apply_fn, batch, rng):
+        loss, (metrics, mutable) = loss_fn(params, apply_fn, batch, rng)
+        poison = jax.numpy.where(jax.numpy.any(batch[0].inputs == _POISON), np.nan, 1.0)
+        nll, count = metrics["loss"]
+        return loss * poison, (metrics | {"loss": (nll * poison, count)}, mutable)
 
-    monkeypatch.setattr(language_model, "create_loss_fn", create)
+    return poisoned
 
 
 @pytest.fixture(scope="module")
@@ -233,15 +264,14 @@ def test_too_many_bad_steps_in_a_row_stop_a_run(tmp_path, store, poisonous, bad_
 @pytest.fixture
 def ruinous(monkeypatch):
     """After step 6 the learning rate is 1e3: steps are finite at first, and ruin everything."""
-    update_state = language_model.update_state
+    monkeypatch.setattr(language_model, "update_state", _update_state_ruinously)
 
-    def update(*args, schedule, **options):
-        def rate(step):
-            return jax.numpy.where(step >= 6, 1e3, schedule(step))
 
-        return update_state(*args, schedule=rate, **options)
+def _update_state_ruinously(*args, schedule, **options):
+    def rate(step):
+        return jax.numpy.where(step >= 6, 1e3, schedule(step))
 
-    monkeypatch.setattr(language_model, "update_state", update)
+    return update_state(*args, schedule=rate, **options)
 
 
 def test_a_streak_of_bad_steps_costs_no_good_checkpoint(tmp_path, store, ruinous, monkeypatch):

@@ -1,6 +1,11 @@
 """Tests of the cell and its gradient against a step-by-step float64 reference."""
 
 import functools
+import os
+
+from xlstm.testing.quick_compilation import QUICK_COMPILATION, QUICK_XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,6 @@ from xlstm.models.xlstm_parallel.blocks.slstm.cell import (
     slstm,
     zero_state,
 )
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 _B, _DX, _DH = 2, 5, 3
 _TIMES = (1, 2, 7, 64, 257)

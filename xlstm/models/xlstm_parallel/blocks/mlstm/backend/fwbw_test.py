@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -28,20 +29,30 @@ def jit(function):
 
 def with_gradients(config, arguments, cotangents):
     """Returns the output and the last state, and the gradients of the given arguments."""
+    return testing.outputs_and_gradients(_cell(config), arguments, None, cotangents)
+
+
+@functools.cache
+def _cell(config):
     function = mlstm_fwbw_custom_grad(dataclasses.replace(config, return_state=True))
-    return testing.outputs_and_gradients(
-        lambda arguments, _: function(*arguments), arguments, None, cotangents
-    )
+    return lambda arguments, _: function(*arguments)
 
 
 def directly(config, arguments, cotangents):
     """Returns the same from direct calls of the two passes, which share only the context."""
     q, k, v, i, f, *initial = arguments
-    forward = jit(lambda q, k, v, i, f, *initial: fwbw_forward(q, k, v, i, f, config, *initial))
-    backward = jit(lambda ctx, dh, *d_last: fwbw_backward(ctx, dh, config, *d_last))
+    forward, backward = _passes(config)
     h, ctx = forward(q, k, v, i, f, *initial)
     dh, d_last = cotangents
     return (h, tuple(ctx.last_state)), backward(ctx, dh, *d_last)
+
+
+@functools.cache
+def _passes(config):
+    return (
+        jit(lambda q, k, v, i, f, *initial: fwbw_forward(q, k, v, i, f, config, *initial)),
+        jit(lambda ctx, dh, *d_last: fwbw_backward(ctx, dh, config, *d_last)),
+    )
 
 
 def assert_trees_close(actual, expected, tolerance=2e-6):
@@ -212,9 +223,9 @@ def test_half_precision_at_a_real_size(dtype):
         assert testing.relative_error(x, y) < 5e-2, key
 
 
-def _temporary_memory(time, layers, **options):
+@functools.cache
+def _temporary_memory(time, layers, config):
     """Returns the bytes of a scan of layers without its arguments and gradients, for 4 heads."""
-    config = mLSTMBackendFwbwConfig(chunk_size=16, **options)
     function = mlstm_fwbw_custom_grad(config)
 
     def loss(q, k, v, i, f):
@@ -222,7 +233,12 @@ def _temporary_memory(time, layers, **options):
         return jnp.sum(jnp.square(lax.scan(layer, v, None, length=layers)[0]))
 
     arguments = testing.random_arguments(0, (1, 4), time, qk_dim=32, v_dim=64)[:5]
-    compiled = jax.jit(jax.value_and_grad(loss, argnums=range(5))).lower(*arguments).compile()
+    # Without LLVM's optimisations, which do not change what XLA allocates.
+    run = jax.jit(
+        jax.value_and_grad(loss, argnums=range(5)),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    compiled = run.lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -232,14 +248,16 @@ def _temporary_memory(time, layers, **options):
 def test_what_is_not_kept_takes_no_memory(option, numbers):
     layers = 4
     kept, computed_again = (
-        _temporary_memory(1024, layers, **{option: value}) for value in (True, False)
+        _temporary_memory(1024, layers, mLSTMBackendFwbwConfig(**{"chunk_size": 16, option: value}))
+        for value in (True, False)
     )
     # All layers keep their arrays, but only one layer at a time recomputes its own.
     assert kept - computed_again > 4 * numbers * (layers - 1.5)
 
 
 def test_memory_is_linear_in_time():
-    small, large = (_temporary_memory(time, 1) for time in (1024, 4096))
+    config = mLSTMBackendFwbwConfig(chunk_size=16)
+    small, large = (_temporary_memory(time, 1, config) for time in (1024, 4096))
     assert large < 4.2 * small
     assert large < 4 * 4 * 4096**2  # Bytes of a matrix of all pairs.
 
@@ -269,8 +287,9 @@ def test_the_graph_does_not_grow_with_time():
 def test_cotangents_of_wrong_shapes():
     arguments = testing.random_arguments(0, (2,), 9)
     q, k, v, i, f, *initial = arguments
-    _, ctx = fwbw_forward(q, k, v, i, f, CONFIG, *initial)
+    forward, backward = _passes(CONFIG)
+    _, ctx = jax.eval_shape(forward, q, k, v, i, f, *initial)
     with pytest.raises(ValueError, match=r"dh has the shape \(2, 8, 6\), expected \(2, 9, 6\)"):
-        fwbw_backward(ctx, v[:, :8], CONFIG)
+        jax.eval_shape(backward, ctx, v[:, :8])
     with pytest.raises(ValueError, match=r"dn_last has the shape \(2, 4, 6\), expected \(2, 4\)"):
-        fwbw_backward(ctx, v, CONFIG, dn_last=arguments.C)
+        jax.eval_shape(backward, ctx, v, None, arguments.C)

@@ -46,7 +46,7 @@ def solve_with(stabilize_correctly, *kept):
 
 
 @pytest.mark.parametrize("stabilize_correctly", [False, True])
-@pytest.mark.parametrize("kept", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("kept", list(itertools.product([False, True], repeat=4)))
 def test_every_option(kept, stabilize_correctly):
     problem = testing.problem(17, with_reset=True, stabilize_correctly=stabilize_correctly)
     actual = solve_with(stabilize_correctly, *kept)

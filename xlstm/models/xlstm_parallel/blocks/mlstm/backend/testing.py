@@ -177,7 +177,8 @@ def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangent
     """Runs and differentiates a function under test.
 
     Args:
-        cell: Function `cell(arguments, reset) -> (h, (C, n, m))`.
+        cell: Function `cell(arguments, reset) -> (h, (C, n, m))`. Programs of the same function
+            are compiled once for each set of shapes.
         arguments: Arguments with respect to which it is differentiated.
         reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
         cotangents: Cotangents of the outputs.
@@ -185,7 +186,11 @@ def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangent
     Returns:
         The outputs, and the gradients of the arguments.
     """
+    return _with_gradients(cell)(arguments, reset, cotangents)
 
+
+@functools.cache
+def _with_gradients(cell: Callable) -> Callable:
     def run(arguments, reset, cotangents):
         def as_tuples(arguments):
             h, state = cell(arguments, reset)
@@ -194,7 +199,7 @@ def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangent
         outputs, vjp = jax.vjp(as_tuples, arguments)
         return outputs, vjp(cotangents)[0]
 
-    return jax.jit(run, compiler_options=QUICK_COMPILATION)(arguments, reset, cotangents)
+    return jax.jit(run, compiler_options=QUICK_COMPILATION)
 
 
 def relative_error(actual, expected, floor: float = 0.0) -> float:
