@@ -4,7 +4,7 @@ Usage: check_deps.py [--fix]
 
 Prints each label that is missing or unused, and each test that no target runs, and exits with 1 if
 there are any; `--fix` writes the right lists instead. A label whose line ends with `# keep: REASON`
-may be unused. A target without sources stands for its dependencies.
+may be unused. A target without sources counts as its dependencies.
 """
 
 import ast
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
-# Distributions that are not named as their modules are; what `xlstm_test` adds.
+# Distributions whose names differ from their modules; what `xlstm_test` adds.
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 BROUGHT = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
 
@@ -66,7 +66,7 @@ def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
 
 
 def content(label: str, aggregates: dict[str, list[str]]) -> set[str]:
-    """Returns what a label stands for: itself, or what is in an aggregate."""
+    """Returns the targets that a label means: itself, or those in an aggregate."""
     if label not in aggregates:
         return {label}
     return {x for inner in aggregates[label] for x in content(inner, aggregates)}

@@ -23,7 +23,11 @@ _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
     "CONTRIBUTING.md": _DOCS.parent / "CONTRIBUTING.md",
 }
 
+<<<<<<< HEAD
 # Flags to append to the printed ones; the last value of a flag counts.
+=======
+# Flags added after the printed ones of a tool; the last value of a flag counts.
+>>>>>>> h_llm
 _SHORT = {
     "train": "--config.trainer.num_steps=3 --config.trainer.eval_batches=1 "
     "--config.logger.sample_tokens=8",
@@ -55,7 +59,11 @@ def _blocks():
 
 
 def _module(tool):
+<<<<<<< HEAD
     """Returns the name of a tool's module."""
+=======
+    """Returns the module of a tool's label."""
+>>>>>>> h_llm
     for room in _ROOMS:
         name = f"xlstm.tools.{room}{tool}"
         if os.path.exists(name.replace(".", os.sep) + ".py"):
@@ -75,7 +83,7 @@ def _write_bazelw(folder):
         f'case "$label" in\n{cases}\n*) echo "unknown $label" >&2; exit 1 ;;\nesac\n'
     )
     script.chmod(0o755)
-    program = folder / "bazel-bin" / "xlstm" / "tools" / "train"  # What `build` leaves.
+    program = folder / "bazel-bin" / "xlstm" / "tools" / "train"  # The output of `build`.
     program.parent.mkdir(parents=True)
     program.write_text(
         '#!/bin/sh\nexec "$(dirname "$0")/../../../bazelw" run //xlstm/tools:train -- "$@"\n'
@@ -112,7 +120,7 @@ def test_the_blocks_of_a_page_run_as_printed(tmp_path, page, blocks):
     _write_bazelw(tmp_path)
     (tmp_path / "examples" / "library_user").mkdir(parents=True)
     for line, language, text in blocks:
-        place = f"{page}:{line}\n{text}"
+        block = f"{page}:{line}\n{text}"
         if language == "sh":
             result = _run(tmp_path, "bash", "-euo", "pipefail", "-c", text)
         elif "def get_config(" in text:
@@ -125,4 +133,4 @@ def test_the_blocks_of_a_page_run_as_printed(tmp_path, page, blocks):
         else:
             devices = "import jax\njax.config.update('jax_num_cpu_devices', 4)\n"
             result = _run(tmp_path, sys.executable, "-c", devices + text)
-        assert result.returncode == 0, f"{place}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        assert result.returncode == 0, f"{block}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"

@@ -7,7 +7,7 @@ from third_party import pip_repository
 
 
 def _install(site, name, files=(), requires=()):
-    """Leaves behind what pip does: the files, and metadata that tell of them."""
+    """Writes what pip writes: files, and the metadata that list them."""
     info = f"{name}-1.0.dist-info"
     lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0"]
     lines += [f"Requires-Dist: {requirement}" for requirement in requires]

@@ -8,7 +8,7 @@ Sizes in array shapes:
     DHQK   channels of a head's query, key  DHV   channels of a head's value
     DH     channels of a head in the sLSTM  C     channels of any other kind
 
-Inside of `shard_map` shapes are local, and a mesh axis stands for its size: `T / tp` tokens.
+Inside `shard_map`, shapes are local, and the name of a mesh axis means its size: `T / tp` tokens.
 
 Arguments and outputs of the mLSTM (M) and sLSTM (S) cells:
 

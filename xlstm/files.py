@@ -199,7 +199,7 @@ class FolderExistsError(ValueError):
 
 @contextlib.contextmanager
 def naming_file(path: str) -> Iterator[None]:
-    """Adds a path to each OSError of a block that has none, as those of writing do not.
+    """Adds a path to each OSError of a block that has none, such as those of writes.
 
     Args:
         path: The file that the block reads or writes.
@@ -240,7 +240,7 @@ def new_folder(path: str, *, one_writer: bool = True) -> Iterator[str]:
     After an error, nothing is left. A process that is killed leaves the temporary folder.
 
     Args:
-        path: The folder to make; missing parents are made too.
+        path: The folder to create; missing parents are created too.
         one_writer: Whether a second writer of the same path fails at once, because both write to
             `<path>.unfinished`. Otherwise each writes to its own `<path>.incomplete-...`, and the
             first to finish wins.
@@ -272,7 +272,7 @@ def new_folder(path: str, *, one_writer: bool = True) -> Iterator[str]:
         except OSError as error:
             if not os.path.lexists(path):
                 raise
-            raise FolderExistsError(f"{path} was made by another process") from error
+            raise FolderExistsError(f"{path} was created by another process") from error
         _sync_folder(os.path.dirname(path))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -238,7 +238,7 @@ def test_a_folder_that_was_not_finished_is_removed(tmp_path):
 
 def test_of_several_writers_the_first_to_finish_wins(tmp_path):
     path = tmp_path / "folder"
-    with pytest.raises(FolderExistsError, match="folder was made by another process$"):
+    with pytest.raises(FolderExistsError, match="folder was created by another process$"):
         with new_folder(str(path), one_writer=False) as slow:
             with new_folder(str(path), one_writer=False) as quick:
                 open(os.path.join(quick, "file"), "w").close()

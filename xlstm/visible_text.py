@@ -4,7 +4,7 @@ import re
 import reprlib
 from typing import Any
 
-# Control characters (C0 and C1) move the cursor, change colours and titles, or send input to the
+# Control characters (C0 and C1) move the cursor, change colors and titles, or send input to the
 # shell. Direction controls make text look like other text. A lone surrogate cannot be written.
 _UNSEEN = "\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_A_LINE = re.compile(f"[{_UNSEEN}\u2028\u2029]")

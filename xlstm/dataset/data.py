@@ -16,7 +16,7 @@ class StoreData:
     Attributes:
         stores: The stores to train on.
         tokenizer: The tokenizer that they were encoded with.
-        checksums: The SHA-256 of each store's tokens, by which a run recognises its data.
+        checksums: The SHA-256 of each store's tokens, by which a run recognizes its data.
     """
 
     def __init__(self, config: DataConfig, stdlib_dir: str):

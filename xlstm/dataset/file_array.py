@@ -45,7 +45,7 @@ class FileArray:
 
     @property
     def stat_signature(self) -> tuple[int, ...]:
-        """What any change of the file changes: size, times in ns, inode and device."""
+        """Size, times in ns, inode and device, which change whenever the file changes."""
         status = os.fstat(self._descriptor)
         return (
             status.st_size,

@@ -30,7 +30,7 @@ _CSV_DELIMITERS = ",\t;|"
 
 
 def foreign_content(head: bytes) -> str | None:
-    """Recognises formats other than UTF-8 text and JSON by the first bytes of a file.
+    """Recognizes formats other than UTF-8 text and JSON by the first bytes of a file.
 
     Args:
         head: The start of the content, ideally a few kilobytes.

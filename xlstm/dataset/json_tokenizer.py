@@ -70,7 +70,7 @@ class JsonTokenizer(Tokenizer):
         """
         self.name, self.definition = name, definition
         inner = parse_tokenizer(definition, name) if parsed is None else parsed
-        # Serialised by the library, the definition has all fields; older files lack some.
+        # Serialized by the library, the definition has all fields; older files lack some.
         self._definition = json.loads(inner.to_str())
         check_added_tokens(inner, self._definition, name)
         self.eod_token, self.eod_id = _find_token(inner, name, "end", eod_token, EOD_TOKENS)

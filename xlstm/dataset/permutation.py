@@ -57,7 +57,7 @@ def shuffled_index(position: Number, length: int, seed: int) -> Number:
         The index of the item, below `length`; an int, or a uint64 array.
 
     References:
-        Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002 (the generalised Feistel
+        Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002 (the generalized Feistel
         network and cycle-walking).
     """
     epoch, index = divmod(position, length)

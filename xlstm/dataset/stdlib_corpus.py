@@ -49,10 +49,10 @@ def build_stdlib_store(path: str) -> TokenStore:
     """Writes the source of the standard library to a new store: bytes, one document per file.
 
     Args:
-        path: The folder to make.
+        path: The folder to create.
 
     Returns:
-        The store, some 10 MB.
+        The store, about 10 MB.
 
     Raises:
         FolderExistsError: `path` exists.

@@ -92,8 +92,8 @@ def test_every_epoch_shows_every_window_once_in_a_new_order(store):
     for epoch in epochs:
         assert sorted(epoch) == expected
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
-    neighbour = take(size, train_batches(config_for(store, batch_size=1, seed=1), [store]))
-    assert [batch.inputs[0].tolist() for batch in neighbour] not in epochs
+    neighbor = take(size, train_batches(config_for(store, batch_size=1, seed=1), [store]))
+    assert [batch.inputs[0].tolist() for batch in neighbor] not in epochs
 
 
 def test_a_length_at_which_grain_leaves_the_last_window_out(tmp_path):

@@ -31,12 +31,12 @@ def test_copies_are_the_same(paths):
     assert _different(*_open(paths)) == set()
 
 
-@pytest.mark.parametrize("place", ["first", "last", "near the middle"])
-def test_other_bytes_are_seen(paths, place):
+@pytest.mark.parametrize("where", ["first", "last", "near the middle"])
+def test_other_bytes_are_seen(paths, where):
     path = paths[1] / "tokens.bin"
     size = os.path.getsize(path)
     # The tenth of 18 blocks starts shortly after the middle.
-    offset = {"first": 0, "last": size - 1, "near the middle": (size - 65536) * 9 // 17 + 5}[place]
+    offset = {"first": 0, "last": size - 1, "near the middle": (size - 65536) * 9 // 17 + 5}[where]
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(b"#")

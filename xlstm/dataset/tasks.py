@@ -90,7 +90,7 @@ def _parity(name: str) -> Task:
 
 
 def _even_pairs(name: str) -> Task:
-    """Returns the task of telling whether neighbours differ an odd number of times (regular)."""
+    """Returns the task of telling whether neighbors differ an odd number of times (regular)."""
     # They do exactly if the first and the last word differ.
     return _answering(name, ["0", "1"], _bits, lambda x: int(x[0] != x[-1]))
 

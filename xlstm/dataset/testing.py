@@ -154,7 +154,7 @@ def write_store(path: str, texts: Sequence[str], tokenizer: Tokenizer | None = N
     """Writes a token store.
 
     Args:
-        path: The folder to make.
+        path: The folder to create.
         texts: The text of each document.
         tokenizer: The tokenizer to encode with; by default, the byte tokenizer.
 
@@ -178,7 +178,7 @@ def write_letter_store(path: str, first: int = 1, documents: int = 60, seed: int
     """Writes a store of bytes whose documents each repeat a byte of their own.
 
     Args:
-        path: The folder to make.
+        path: The folder to create.
         first: The byte of the first document; document `i` repeats the byte `first + i`.
         documents: The number of documents.
         seed: The seed of their lengths.

@@ -1,4 +1,4 @@
-"""The token store: a folder with a tokenised corpus, read on demand.
+"""The token store: a folder with a tokenized corpus, read on demand.
 
     tokens.bin      the ids of all documents, concatenated, little-endian uint8/16/32
     documents.bin   int64: the index in tokens.bin at which each document starts, and the total

@@ -106,12 +106,12 @@ class TokenStoreWriter:
         """Starts a store.
 
         Args:
-            path: The folder to make; missing parents are made too.
+            path: The folder to create; missing parents are created too.
             tokenizer: The tokenizer of the documents.
 
         Raises:
             FolderExistsError: `path` exists; it is never overwritten.
-            OSError: The folder cannot be made.
+            OSError: The folder cannot be created.
         """
         self.path = os.path.abspath(path)
         self._tokenizer = tokenizer

@@ -144,7 +144,7 @@ def test_never_overwrites(tmp_path):
 
 def test_the_first_to_finish_wins(tmp_path):
     path = str(tmp_path / "store")
-    with pytest.raises(FolderExistsError, match="made by another process"):
+    with pytest.raises(FolderExistsError, match="created by another process"):
         with TokenStoreWriter(path, BYTES) as slow:
             slow.add(encode_documents(BYTES, ["slow"]))
             write_store(path, ["quick"])

@@ -102,7 +102,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         devices: Devices of the mesh; None for all devices.
 
     Returns:
-        A mesh in which neighbours in `devices`, or in the torus of TPUs, are neighbours along `tp`.
+        A mesh in which neighbors in `devices`, or in the torus of TPUs, are neighbors along `tp`.
 
     Raises:
         ValueError: If the product of the sizes is not the number of devices.

@@ -64,13 +64,13 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class ConversionSummary:
-    """What a conversion wrote.
+    """Summary of a conversion.
 
     Attributes:
         num_parameters: The number of parameters.
         num_bytes: Their size in bytes.
         num_files: The number of safetensors files; None for an import.
-        notes: What the user should know, one line each.
+        notes: Notes for the user, one line each.
     """
 
     num_parameters: int
@@ -104,7 +104,7 @@ def import_model(
 
     Raises:
         ValueError: If the model, its files or its tokenizer are not supported, a parameter is
-            refused, or the target exists.
+            rejected, or the target exists.
         OSError: If a file cannot be read or written.
     """
     check_storage_path(target)
@@ -150,7 +150,7 @@ class _SourceModel(NamedTuple):
         files: The file of each tensor, by the tensor's name.
         tokenizer: Its tokenizer, if it has one.
         generation: The content of its `generation_config.json`, with all ids of special tokens.
-        notes: What the user should know, one line each.
+        notes: Notes for the user, one line each.
     """
 
     config: RunConfig
@@ -221,7 +221,7 @@ def export_model(
 
     Raises:
         ValueError: If the Hugging Face format does not support the model, the tokenizer cannot be
-            used, a parameter is refused, or the target exists.
+            used, a parameter is rejected, or the target exists.
         CheckpointGone: If the checkpoint has been removed meanwhile.
         OSError: If a file cannot be read or written.
     """
@@ -291,7 +291,7 @@ class _TensorReader:
         return array
 
     def check(self, source: str, refuse: bool) -> tuple[str, ...]:
-        """Returns a note if tensors had infinite or NaN elements; raises ValueError to refuse."""
+        """Returns a note if tensors had infinite or NaN elements; raises ValueError if `refuse`."""
         if not self._nonfinite:
             return ()
         text = nonfinite_text(self._nonfinite)

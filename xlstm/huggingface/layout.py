@@ -158,7 +158,7 @@ def from_hf_config(
 
 
 def describe_ignored_fields(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Describes fields of a `config.json` that `transformers` ignores, and so do we.
+    """Describes fields of a `config.json` that `transformers` and this project ignore.
 
     Args:
         hf_config: The content of `config.json`.

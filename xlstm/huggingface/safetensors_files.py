@@ -58,7 +58,7 @@ def check_tensors(
     Args:
         folder: The model's folder.
         expected: The tensors that the model must have.
-        tensors: What `open_tensors` returned.
+        tensors: Result of `open_tensors`.
 
     Raises:
         ValueError: If tensors are missing or unexpected, or have other shapes or types.

@@ -30,7 +30,7 @@ _TOKENS_PER_CALL = 32
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What to generate.
+    """Options of a generation.
 
     Attributes:
         max_tokens: The largest number of tokens of a completion.
@@ -66,7 +66,7 @@ class TextChunk(NamedTuple):
 
 @dataclasses.dataclass
 class Completion:
-    """What follows a prompt.
+    """Text generated after a prompt.
 
     Attributes:
         ids: The tokens, including what ended the completion.
@@ -131,7 +131,7 @@ def generate_text(
     Args:
         model: The model.
         prompts: Ids of each prompt; only with a state may a prompt be empty.
-        config: What to generate.
+        config: The options.
         state: The state of the texts that the prompts continue; None for new texts.
         is_continued: Whether another call will continue the texts: it then gets the bytes of an
             incomplete last character.
@@ -196,7 +196,7 @@ def _append(
 
     Args:
         completions: The completion of each row; modified.
-        tokens: What `decode` returned, int32 `(B, max_tokens)`.
+        tokens: Result of `decode`, int32 `(B, max_tokens)`.
         ended: Which rows end with the last of their tokens, or ended before, bool `(B,)`.
         tokenizer: The tokenizer, or None.
         detokenizers: The detokenizer of each row; empty without a tokenizer.

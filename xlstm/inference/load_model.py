@@ -133,8 +133,8 @@ def load_run(
     Args:
         folder: The folder of a run, for its last confirmed checkpoint, or of one of its
             checkpoints.
-        mesh: Sizes of mesh axes, such as `{"tp": 8}`; the others are 1, but for `dp`, which takes
-            the remaining devices. None for `dp` alone: each device has all parameters.
+        mesh: Sizes of mesh axes, such as `{"tp": 8}`; the others are 1, except for `dp`, which
+            takes the remaining devices. None for `dp` alone: each device has all parameters.
         devices: The devices of the mesh; None for all.
         report: Called with a line if the newest checkpoint is not confirmed, and so is not used.
 

@@ -54,7 +54,7 @@ def use_checkpoint(path: str, use: Callable[[RunConfig, Workdir, int], _Result])
     """Reads a checkpoint with the mesh that `--mesh` chooses; see `read_run`.
 
     Args:
-        path: What `checkpoint_path` returned.
+        path: Result of `checkpoint_path`.
         use: Reads the checkpoint, given the run's configuration with that mesh, the run's folder
             and the step.
 

@@ -154,7 +154,7 @@ def test_ctrl_c_is_no_error_of_ours():
 
 
 def _shell(command):
-    """Runs a line in which TOOL stands for the tool, as a user does."""
+    """Runs a line of a shell, with the tool in place of TOOL."""
     tool = f"{shlex.quote(sys.executable)} -c {shlex.quote(_TOOL)}"
     return subprocess.run(
         ["bash", "-c", command.replace("TOOL", tool)], capture_output=True, text=True, timeout=60

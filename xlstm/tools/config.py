@@ -1,8 +1,8 @@
 """Config files and the flag `--config`.
 
-A config file is a Python file with a function `get_config()`, or `get_config(argument)`, that takes
-`default_config()`, changes fields, and returns it. ConfigDicts end here: everything below the tools
-takes the frozen dataclasses of `RunConfig`.
+A config file is a Python file with a function `get_config()`, or `get_config(argument)`, that
+changes fields of `default_config()` and returns it. Only tools use ConfigDicts: all other packages
+take the frozen dataclasses of `RunConfig`.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ _FLAG = ("--config", "-config")
 
 
 def default_config() -> ConfigDict:
-    """Returns a configuration with every field at its default; unknown fields are refused."""
+    """Returns a configuration with every field at its default; it rejects unknown fields."""
     config = ConfigDict(dataclasses.asdict(RunConfig()))
     return config.lock()
 
 
 def to_run_config(config: ConfigDict) -> RunConfig:
-    """Converts a configuration, once, to the frozen dataclasses that everything else takes.
+    """Converts a configuration to the frozen dataclasses that all other packages take.
 
     Args:
         config: A configuration made from `default_config`.
@@ -49,7 +49,7 @@ def to_run_config(config: ConfigDict) -> RunConfig:
 
 
 def config_names() -> list[str]:
-    """Names of the configs that come with the project."""
+    """Returns the names of the configs that come with the project."""
     names = [os.path.splitext(name) for name in os.listdir(_CONFIGS_DIR)]
     return sorted(stem for stem, ending in names if ending == ".py")
 
@@ -58,11 +58,11 @@ def config_path(name: str) -> str:
     """Finds a config file.
 
     Args:
-        name: Name of a config that comes with the project, or a path, where a relative one starts
-            where the user called `bazel run`; `:argument` may follow.
+        name: Name of a config that comes with the project, or path of a config file, followed by
+            `:argument` if it takes one. Relative paths start where the user called `bazel run`.
 
     Returns:
-        The absolute path, with the argument.
+        The absolute path, followed by the argument.
 
     Raises:
         ValueError: If there is no such config.
@@ -89,11 +89,11 @@ def load_config(name: str) -> ConfigDict:
         name: See `config_path`.
 
     Returns:
-        What its `get_config` returned.
+        The result of its `get_config`.
 
     Raises:
-        ValueError: If there is no such file, or it or its `get_config` fails; in one sentence, with
-            the place.
+        ValueError: If there is no such file, or if it or its `get_config` fails; the error is one
+            sentence with file and line.
     """
     path, _, argument = config_path(name).partition(":")
     try:
@@ -106,11 +106,11 @@ def load_config(name: str) -> ConfigDict:
     except Exception as error:  # Whatever a user's file may raise.
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        place = f"{path}:{lines[files.index(path)]}" if path in files else path
-        # A locked ConfigDict lists all its fields; the first and the last sentence say enough.
+        location = f"{path}:{lines[files.index(path)]}" if path in files else path
+        # The error of a locked ConfigDict lists all fields; keep its first and last sentence.
         text = re.sub(r" and cannot be added.*?}\"", ";", str(error), flags=re.S)
         text = text.replace("\\n", " ").replace("\\'", "'").strip("'\"")
-        raise ValueError(f"{place}: {type(error).__name__}: {text}") from error
+        raise ValueError(f"{location}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict;"
@@ -120,7 +120,14 @@ def load_config(name: str) -> ConfigDict:
 
 
 def field_comments(section_class: type) -> dict[str, str]:
-    """The comments of a dataclass's fields: what stands behind `#`, until the next field."""
+    """Returns the comment of every field of a dataclass: the text after `#`, up to the next field.
+
+    Args:
+        section_class: The dataclass.
+
+    Returns:
+        Comments by the field's name; those on several lines are joined.
+    """
     source = inspect.getsource(section_class)
     names = {field.name for field in dataclasses.fields(section_class)}
     comments = {name: "" for name in names}
@@ -142,9 +149,9 @@ def field_comments(section_class: type) -> dict[str, str]:
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Reads a tuple from one flag, so that the last of several wins, as with every other field.
+    """Parser of a tuple in one flag: the last of repeated flags wins, as for all other fields.
 
-    `ml_collections` adds up the values of repeated flags wherever it sees its own parser.
+    `ml_collections` would join the values of repeated flags if it saw its own parser.
     """
 
     def parse(self, argument: str | tuple) -> tuple:
@@ -158,17 +165,17 @@ config_flags.register_flag_parser_for_type(tuple, _TupleParser())
 
 
 def define_config_flags(words: list[str]) -> list[str]:
-    """Loads the config that a command line names, and defines a flag for every field in it.
+    """Loads the config that a command line names, and defines a flag for each of its fields.
 
     Args:
-        words: The command line; the config stands as `--config=NAME` or `--config NAME`.
+        words: The command line, with `--config=NAME` or `--config NAME`.
 
     Returns:
-        The other words; `--config.<section>.<field>` is a flag now.
+        The command line without that flag. `--config.<section>.<field>` is now a flag.
 
     Raises:
-        ValueError: If there is no such config, it does not load, or a `--config.<section>.<field>`
-            is no field.
+        ValueError: If there is no such config, if it does not load, or if a
+            `--config.<section>.<field>` names no field.
     """
     name, others = DEFAULT_CONFIG, []
     remaining = iter(words)
@@ -194,7 +201,7 @@ def define_config_flags(words: list[str]) -> list[str]:
 
 
 def run_config() -> RunConfig:
-    """Returns the configuration that the flags choose, after `define_config_flags`.
+    """Returns the configuration that the flags choose; call it after `define_config_flags`.
 
     Its paths are absolute: relative ones start where the user called `bazel run`.
 
@@ -205,16 +212,16 @@ def run_config() -> RunConfig:
 
 
 def config_name() -> str:
-    """Returns the chosen config's name: that of its file, without the ending, and its argument."""
+    """Returns the name of the chosen config: its file's name without `.py`, and its argument."""
     path, _, argument = flags.FLAGS["config"].path.partition(":")
     stem = os.path.splitext(os.path.basename(path))[0]
-    # It becomes the name of a folder, and the argument may be a path.
+    # The name becomes that of a folder, but the argument may be a path.
     argument = argument.strip("./").replace("/", "_")
     return f"{stem}_{argument}" if argument else stem
 
 
 def check_field(name: str) -> None:
-    """Raises ValueError, with the nearest name, if `section.field` is no field of a config."""
+    """Raises ValueError, with the nearest name, if `name` is no `section.field` of a config."""
     known = [
         f"{section}.{field.name}"
         for section, section_class in sections().items()

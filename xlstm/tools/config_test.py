@@ -121,7 +121,7 @@ def test_values_are_brought_to_their_types(section, field, given, expected):
         ("data", "stores", "a", r"data\.stores='a': expected a tuple"),
         ("data", "stores", [3], r"data\.stores\[0\]=3: expected str"),
         ("data", "stores", None, r"data\.stores=None: expected a tuple"),
-        # What a section itself refuses.
+        # Rejected by the section itself.
         ("model", "dtype", "float16", r"model\.dtype='float16'"),
         ("backend", "name", "fw", r"backend\.name='fw' is unknown; expected one of fwbw"),
     ],
@@ -224,7 +224,7 @@ def test_comments():
         one: int = 1  # The first.
         # Over two lines.
         two: tuple[str, ...] = (
-            "a",  # Inside of the value.
+            "a",  # Inside the value.
         )
         three: int = 3
 
@@ -237,7 +237,7 @@ def test_comments():
 
     assert field_comments(Section) == {
         "one": "The first. Over two lines.",
-        "two": "Inside of the value.",
+        "two": "Inside the value.",
         "three": "",
     }
 

@@ -194,10 +194,10 @@ def _traffic_table(description: StepDescription, mesh: Mesh) -> Table:
         justify = "left" if name in ("axes", "kind", "what") else "right"
         table.add_column(name, justify=justify, no_wrap=name != "what")
 
-    def place(key: tuple[tuple[str, ...], str]) -> tuple:
+    def order(key: tuple[tuple[str, ...], str]) -> tuple:
         return [mesh.axis_names.index(axis) for axis in key[0]], key[1]
 
-    for axes, kind in sorted(found.keys() | expected.keys(), key=place):
+    for axes, kind in sorted(found.keys() | expected.keys(), key=order):
         collectives, traffic = (rows.get((axes, kind), []) for rows in (found, expected))
         table.add_row(
             " ".join(axes),

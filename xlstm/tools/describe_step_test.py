@@ -1,4 +1,4 @@
-"""What a step needs falls as it should, and the tool says so."""
+"""Tests of memory and collectives of a step, and of the tool that prints them."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ def test_replicas_hold_everything(replicated):
 def test_parameters_and_optimizer_state_are_divided(replicated, sizes):
     memory = _memory(**sizes)
     for name in ("parameters", "optimizer state"):
-        # All but the scales of norms and, over `fsdp`, gates.
+        # All except the scales of norms and, over `fsdp`, gates.
         assert memory[name] / replicated[name] == pytest.approx(1 / 8, rel=0.02)
     assert memory["temporary"] < replicated["temporary"]
 
@@ -77,21 +77,21 @@ def test_a_step_of_7b_is_divided_and_nothing_is_allocated():
     config = to_run_config(values)
     state, batch, lowered = describe_step.lower_step(config, create_run_mesh(config))
 
-    def here(x):
+    def local_shape(x):
         return x.sharding.shard_shape(x.shape)
 
     params = unboxed(state.params)
     layer, ffn = params["blocks"]["mlstm_layer"], params["blocks"]["ffn"]
-    assert here(params["embeddings"]["embedding"]) == (50304 // 2, 4096 // 4)
-    assert here(params["lm_head"]["kernel"]) == (4096 // 4, 50304 // 2)
-    assert here(layer["q"]["kernel"]) == (32, 4096 // 4, 2048 // 2)
-    assert here(layer["out_proj"]["kernel"]) == (32, 4096 // 2, 4096 // 4)
-    assert here(layer["fgate_preact"]["bias"]) == (32, 8 // 2)
-    assert here(ffn["proj_up"]["kernel"]) == (32, 4096 // 4, 10944 // 2)
-    assert here(batch.inputs) == (512 // 4, 8192)
+    assert local_shape(params["embeddings"]["embedding"]) == (50304 // 2, 4096 // 4)
+    assert local_shape(params["lm_head"]["kernel"]) == (4096 // 4, 50304 // 2)
+    assert local_shape(layer["q"]["kernel"]) == (32, 4096 // 4, 2048 // 2)
+    assert local_shape(layer["out_proj"]["kernel"]) == (32, 4096 // 2, 4096 // 4)
+    assert local_shape(layer["fgate_preact"]["bias"]) == (32, 8 // 2)
+    assert local_shape(ffn["proj_up"]["kernel"]) == (32, 4096 // 4, 10944 // 2)
+    assert local_shape(batch.inputs) == (512 // 4, 8192)
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert total == pytest.approx(3 * 4 * 6_865_424_896, rel=1e-6)  # AdamW's moments too.
-    on_one = sum(math.prod(here(x)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    on_one = sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert on_one == pytest.approx(total / 8, rel=0.01)
 
     # The state comes out as it goes in, and a block's weights and tokens are what a device has.
@@ -144,10 +144,10 @@ def test_the_tool_prints_tables():
     lines = [line.split() for line in process.stdout.splitlines()]
     assert "mesh: dp=2, fsdp=1, pp=2, tp=2 (8 CPU devices)" in process.stdout
     assert "pipeline bubble: 33%" in process.stdout
-    # 42,064 of 42,224 float32 parameters cut over four devices, 128 over two, 32 over none.
+    # 42,064 of 42,224 float32 parameters are sharded over four devices, 128 over two, 32 over none.
     assert [line[1:] for line in lines if line[:1] == ["parameters"]] == [["41.5", "KiB"]]
-    # Two gathers and two scatters a block, their transposes, and what is computed again; in each of
-    # three ticks; and embedding, head.
+    # Two gathers and two scatters per block, their transposes and recomputations, in each of three
+    # ticks; and those of embedding and head.
     assert [line[2:4] for line in lines if line[:2] == ["tp", "all-gather"]] == [["20", "20"]]
     assert [line[2:4] for line in lines if line[:2] == ["tp", "reduce-scatter"]] == [["14", "14"]]
 

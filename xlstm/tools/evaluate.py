@@ -1,11 +1,11 @@
-"""Evaluates a run's parameters, on its own validation sets or on others.
+"""Evaluates a run's parameters on its validation sets or on other token stores.
 
     bazel run //xlstm/tools:evaluate -- --checkpoint=runs/mine
     bazel run //xlstm/tools:evaluate -- --checkpoint=runs/mine/checkpoints/5000 \
         --data=wiki=data/wiki,books=data/books --mesh=fsdp=8
 
-The run may be going on meanwhile; nothing in its folder is changed. If it keeps a moving average of
-the parameters, that is what is evaluated.
+The run may be training meanwhile; its folder is not changed. If it keeps a moving average of the
+parameters, the average is evaluated.
 """
 
 import dataclasses
@@ -56,17 +56,17 @@ from xlstm.visible_text import visible
 _DATA = flags.DEFINE_list(
     "data",
     None,
-    "Token stores, as name=path or path. The default are the run's own validation sets.",
+    "Token stores, as name=path or path. The default is the run's validation sets.",
 )
 _LENGTHS = flags.DEFINE_list(
     "lengths",
     None,
-    "Ranges of lengths of the run's task, such as 41-64,65-256. The default are the run's ranges.",
+    "Ranges of lengths of the run's task, such as 41-64,65-256. The default is the run's ranges.",
 )
 _MAX_BATCHES = flags.DEFINE_integer(
     "max_batches",
     None,
-    "Largest number of batches of each set. By default whole sets are evaluated.",
+    "Largest number of batches of each set. The default is all batches.",
     lower_bound=1,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -79,12 +79,12 @@ _CONTEXT_LENGTH = flags.DEFINE_integer(
     lower_bound=1,
 )
 _VERIFY_DATA = define_verify_data()
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a JSON object.")
-_MOST_PADDED_TOKENS = 2**24
+_JSON = flags.DEFINE_string("json", None, "File to write the results to, as a JSON object.")
+_MAX_PADDED_TOKENS = 2**24
 
 
 def _changed(config: RunConfig) -> RunConfig:
-    """The run's configuration with what the flags change."""
+    """Returns the run's configuration, changed as the flags say."""
     data = config.data
     if _DATA.value is not None and data.task:
         raise ValueError(f"the run is on data.task={data.task!r}: give --lengths, not --data")
@@ -122,7 +122,7 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
         raise ValueError(
             "the run has no validation sets: name token stores by --data, or --lengths"
         )
-    # All sets have the same one.
+    # All sets have the same tokenizer.
     tokenizer = sets[0].tokenizer
     check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
     check_vocabulary(config, tokenizer)
@@ -131,9 +131,9 @@ def _open_sets(config: RunConfig, workdir: Workdir, step: int) -> list[Validatio
 
 
 def _check_batch_size(config: RunConfig, sets: list[ValidationSet]) -> None:
-    """Raises ValueError if a batch would be empty for the most part, and not small."""
+    """Raises ValueError if a batch is large and would consist mostly of padding."""
     data, held = config.data, sum(store.meta.num_tokens for store in stores_of(sets))
-    if data.batch_size * data.context_length > max(held, _MOST_PADDED_TOKENS):
+    if data.batch_size * data.context_length > max(held, _MAX_PADDED_TOKENS):
         raise ValueError(
             f"a batch of {data.batch_size:,} rows of {data.context_length:,} tokens is larger than"
             " the validation sets: give a smaller --batch_size or --context_length"
@@ -143,16 +143,16 @@ def _check_batch_size(config: RunConfig, sets: list[ValidationSet]) -> None:
 def load_checkpoint(
     config: RunConfig, workdir: Workdir, step: int
 ) -> Callable[[], dict[str, float]]:
-    """Loads a checkpoint, and all validation sets.
+    """Loads a checkpoint and opens the validation sets.
 
     Args:
         config: The run's configuration.
-        workdir: Its folder.
+        workdir: The run's folder.
         step: The checkpoint's step.
 
     Returns:
-        What evaluates the checkpoint as the flags say, without its folder; see
-        `create_evaluation` for the figures. The step is among them.
+        A function that evaluates the checkpoint as the flags say, and no longer needs its folder.
+        It returns the step and the results of `create_evaluation`.
     """
     config = _changed(config)
     mesh, sets = create_run_mesh(config), _open_sets(config, workdir, step)
@@ -202,7 +202,7 @@ def _table(row: dict[str, float]) -> Table:
 def _extent() -> str:
     """Returns how much of each validation set is evaluated, in words."""
     if _MAX_BATCHES.value is None:
-        return "whole validation sets"
+        return "complete validation sets"
     return f"at most {_MAX_BATCHES.value:,} batches of each validation set"
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints, evaluated as a user of the tool does."""
+"""Tests of evaluate, started as a user starts it."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from xlstm.trainer.llm.train import train_language_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where token stores lie, and a run with a moving average of its parameters."""
+    """A folder of token stores and of a run with a moving average of its parameters."""
     folder = tmp_path_factory.mktemp("evaluate")
     for name in ("store", "wiki", "flipped"):
         write_store(folder / name, [f"{name}{i} = {i}\n" * 40 for i in range(30)])
@@ -51,7 +51,7 @@ def _start(folder, *flags):
 
 
 def _logged(folder, step):
-    """What the run itself found after a step."""
+    """Returns the run's own evaluation after a step."""
     with open(folder / "run" / "metrics.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     (row,) = [row for row in rows if row["step"] == step and "val_loss" in row]
@@ -66,7 +66,7 @@ def test_it_finds_what_the_run_found(folder):
     assert process.returncode == 0, errors
     assert "held out" in output and "wiki" in output
     found = json.loads((folder / "found.json").read_text())
-    first = f"step 20 of {folder / 'run'}, whole validation sets:"
+    first = f"step 20 of {folder / 'run'}, complete validation sets:"
     assert output.splitlines()[0] == first
     assert f"{found['val_accuracy']:.2%}" in output
     assert found == pytest.approx(_logged(folder, 20), rel=1e-5)

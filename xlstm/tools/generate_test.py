@@ -79,7 +79,7 @@ def test_a_text_goes_on_from_a_saved_state(folder):
         (b"the cat\r\nthe dog", ["the cat", "the dog"]),
         (b"\xef\xbb\xbfthe cat\n", ["the cat"]),
         (b"\xef\xbb\xbf\r\nthe cat", ["", "the cat"]),
-        ("é \ufeff\u2028\n".encode(), ["é \ufeff\u2028"]),  # They stay inside of a prompt.
+        ("é \ufeff\u2028\n".encode(), ["é \ufeff\u2028"]),  # They stay inside a prompt.
         (b" the cat \n\n\n", [" the cat ", "", ""]),
         (b"\n", [""]),
         (b"\r\n", [""]),

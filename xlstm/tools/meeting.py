@@ -39,7 +39,7 @@ def meet(
         num_processes: The number of processes, as this process was told.
         process_id: The index of this process.
         seconds: Seconds that process 0 waits for the others, and they for it.
-        report: Takes a line about what a long wait is for.
+        report: Called with a line about the reason of a long wait.
 
     Raises:
         ValueError: If the address is malformed, or the processes were told different numbers; in

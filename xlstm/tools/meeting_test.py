@@ -21,25 +21,25 @@ def port():
 
 
 def _meet_all(port, *processes, seconds=20.0, report=lambda text: None):
-    """Lets processes, as pairs of their number and how many there are, meet; what each is told."""
-    told = {}
+    """Lets processes, as (process id, number of processes), meet; returns each one's error."""
+    errors = {}
 
-    def run(place, process_id, num_processes):
+    def run(index, process_id, num_processes):
         try:
             meet(f"localhost:{port}", num_processes, process_id, seconds, report)
         except (ValueError, OSError) as error:
-            told[place] = str(error)
+            errors[index] = str(error)
 
     threads = [
-        threading.Thread(target=run, args=(place, *process))
-        for place, process in enumerate(processes)
+        threading.Thread(target=run, args=(index, *process))
+        for index, process in enumerate(processes)
     ]
     for thread in threads:
         thread.start()
         time.sleep(0.05)
     for thread in threads:
         thread.join(timeout=30)
-    return told
+    return errors
 
 
 def test_all_meet_in_any_order(port):
@@ -49,8 +49,8 @@ def test_all_meet_in_any_order(port):
 
 @pytest.mark.parametrize("first, second", [(2, 3), (3, 2)])
 def test_another_number_of_processes_is_told_to_all(port, first, second):
-    told = _meet_all(port, (0, first), (1, second))
-    assert told == dict.fromkeys(
+    errors = _meet_all(port, (0, first), (1, second))
+    assert errors == dict.fromkeys(
         range(2),
         f"process 1 has --num_processes={second}, process 0 has --num_processes={first}: start all"
         " processes with the same number",
@@ -58,19 +58,19 @@ def test_another_number_of_processes_is_told_to_all(port, first, second):
 
 
 def test_a_number_taken_twice_is_told_to_all(port):
-    told = _meet_all(port, (0, 3), (1, 3), (1, 3))
-    assert told == dict.fromkeys(range(3), "two processes have --process_id=1: give each its own")
+    errors = _meet_all(port, (0, 3), (1, 3), (1, 3))
+    assert errors == dict.fromkeys(range(3), "two processes have --process_id=1: give each its own")
 
 
 def test_one_that_comes_just_behind_an_error_hears_of_it(port):
-    told = _meet_all(port, (0, 3), (1, 2), (2, 3))
-    assert len(set(told.values())) == 1 and len(told) == 3
+    errors = _meet_all(port, (0, 3), (1, 2), (2, 3))
+    assert len(set(errors.values())) == 1 and len(errors) == 3
 
 
 def test_those_that_do_not_come_are_named(port):
-    told = _meet_all(port, (0, 4), (2, 4), seconds=0.5)
-    assert told[0] == told[1]
-    assert told[0].startswith("of 4 processes, these have not connected within 0 s: 1, 3;")
+    errors = _meet_all(port, (0, 4), (2, 4), seconds=0.5)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("of 4 processes, these have not connected within 0 s: 1, 3;")
 
 
 def test_a_long_wait_says_what_it_is_for(port, monkeypatch):
@@ -82,8 +82,8 @@ def test_a_long_wait_says_what_it_is_for(port, monkeypatch):
 
 
 def test_a_first_process_that_does_not_come(port):
-    told = _meet_all(port, (1, 2), seconds=0.5)
-    assert told[0].startswith(f"process 0 cannot be reached at localhost:{port} within 0 s (")
+    errors = _meet_all(port, (1, 2), seconds=0.5)
+    assert errors[0].startswith(f"process 0 cannot be reached at localhost:{port} within 0 s (")
 
 
 def test_what_never_answers_is_not_waited_for(monkeypatch):
@@ -95,29 +95,29 @@ def test_what_never_answers_is_not_waited_for(monkeypatch):
 
 
 def test_two_first_processes(port):
-    told = _meet_all(port, (0, 2), (0, 2), (1, 2))
-    assert list(told) == [1]
-    assert f"process 0 cannot listen at port {port} (Address already in use)" in told[1]
+    errors = _meet_all(port, (0, 2), (0, 2), (1, 2))
+    assert list(errors) == [1]
+    assert f"process 0 cannot listen at port {port} (Address already in use)" in errors[1]
 
 
 _GUEST = b'{"xlstm": 1, "num_processes": 3, "process_id": 1}\n'
 
 
 def test_strangers_and_those_that_have_left_do_not_count(port):
-    told = {}
+    errors = {}
 
     def come():
         time.sleep(0.2)
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"xlstm": 1}\n', b"", _GUEST):
             with socket.create_connection(("localhost", port)) as stranger:
                 stranger.sendall(words)
-        told.update(_meet_all(port, (1, 3), (2, 3)))
+        errors.update(_meet_all(port, (1, 3), (2, 3)))
 
     thread = threading.Thread(target=come)
     thread.start()
     meet(f"localhost:{port}", 3, 0, 20)
     thread.join()
-    assert told == {}
+    assert errors == {}
 
 
 @pytest.mark.parametrize("address", ["host", "host:", ":1", "host:x", "host:0", "host:99999"])

@@ -33,9 +33,9 @@ from xlstm.trainer.logger.jsonl import read_rows
 from xlstm.visible_text import visible
 
 _HEIGHT = 16
-# The terminal's colours, of 256, that are closest to those of the picture.
-_COLOURS = (32, 208, 34, 160, 134, 94, 175, 244, 142, 38)
-_MARKERS = "*+xo#@%&=~"  # For terminals without colours.
+# The terminal's colors, of 256, that are closest to those of the picture.
+_COLORS = (32, 208, 34, 160, 134, 94, 175, 244, 142, 38)
+_MARKERS = "*+xo#@%&=~"  # For terminals without colors.
 
 
 def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> None:
@@ -50,7 +50,7 @@ def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> N
         curves: At least one curve with points; curves without points are left out.
     """
     curves = [curve for curve in curves if len(curve.steps)]
-    coloured = console.color_system is not None
+    colored = console.color_system is not None
     figure = plotext.figure
     figure.clear()
     plotext.terminal.limit(False, False)
@@ -61,14 +61,14 @@ def draw_in_terminal(console: Console, title: str, curves: Sequence[Curve]) -> N
     figure.label("step")
     legend = Text()
     for number, curve in enumerate(curves):
-        colour = _COLOURS[number % len(_COLOURS)]
+        color = _COLORS[number % len(_COLORS)]
         symbol = _MARKERS[number % len(_MARKERS)]
-        marker = plotext.marker("braille", plotext.pixel(colour)) if coloured else symbol
+        marker = plotext.marker("braille", plotext.pixel(color)) if colored else symbol
         steps, values = _thinned(curve, 2 * console.width)
         signal = figure.signal(steps.tolist(), values.tolist(), marker=marker)
         signal.lines()
         figure.draw(signal)
-        symbol, style = ("━━", f"color({colour})") if coloured else (symbol, "")
+        symbol, style = ("━━", f"color({color})") if colored else (symbol, "")
         legend.append(f"{symbol} ", style).append(f"{visible(curve.label)}   ")
     steps, values = (
         np.concatenate([getattr(curve, name) for curve in curves]) for name in ("steps", "values")

@@ -22,15 +22,15 @@ def _curve(label, values, steps=None):
     return Curve(label, steps, np.array(values, np.float64))
 
 
-def _draw(*curves, width=60, colours=False):
-    system = "256" if colours else None
-    console = Console(file=io.StringIO(), width=width, force_terminal=colours, color_system=system)
+def _draw(*curves, width=60, colors=False):
+    system = "256" if colors else None
+    console = Console(file=io.StringIO(), width=width, force_terminal=colors, color_system=system)
     draw_in_terminal(console, "loss", curves)
     return console.file.getvalue()
 
 
 def _canvas(text):
-    """What stands between the axes, top row first."""
+    """Returns the rows between the axes, from top to bottom."""
     return [row[1] for line in text.splitlines() if (row := re.search("[│┤](.*)│$", line))]
 
 
@@ -52,8 +52,8 @@ def test_curves_are_where_their_values_are():
     assert "\x1b" not in text
 
 
-def test_a_terminal_has_colours_and_finer_lines():
-    text = _draw(_curve("a", [3.0, 1.0]), _curve("b", [1.0, 3.0]), _curve("c", []), colours=True)
+def test_a_terminal_has_colors_and_finer_lines():
+    text = _draw(_curve("a", [3.0, 1.0]), _curve("b", [1.0, 3.0]), _curve("c", []), colors=True)
     assert "\x1b[38;5;32m" in text and "\x1b[38;5;208m" in text
     assert re.search("[\u2801-\u28ff]", text)
     assert re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()[-1].split() == ["━━", "a", "━━", "b"]
@@ -67,9 +67,9 @@ def test_ticks_are_round_numbers():
 
 def test_long_curves_are_thinned_to_their_means():
     steps = np.arange(0, 100_000, 10)
-    text = _draw(_curve("a", 2 + (steps // 10) % 2, steps))  # In turns 2 and 3.
+    text = _draw(_curve("a", 2 + (steps // 10) % 2, steps))  # Alternates between 2 and 3.
     rows = [number for number, row in enumerate(_canvas(text)) if "*" in row]
-    assert len(rows) <= 3  # In the middle, about 2.5.
+    assert len(rows) <= 3  # The mean is about 2.5.
 
 
 @pytest.mark.parametrize("values", [[2.0], [2.0, 2.0], [0.0]], ids=str)
@@ -84,7 +84,7 @@ def _write(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of two runs, one of them with a torn last line, and of some that are none."""
+    """A folder of two runs, one of them with a torn last line, and of folders that are no runs."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"step": 0, "val_loss": 5.5}]
     for step in range(10, 1010, 10):

@@ -144,7 +144,7 @@ def prepare(
     Args:
         files: Files to read, in this order.
         output: Folder to create.
-        tokenizer: What `load_tokenizer` returned.
+        tokenizer: Result of `load_tokenizer`.
         text_column: The key or column with the text.
         workers: Number of threads that tokenize.
         max_bad_records: Share of malformed records that may be skipped; None if the first one is an
@@ -275,7 +275,7 @@ def _report_characters(
 
 
 def _report(store: TokenStore, left_out: LeftOut) -> None:
-    """Prints what was made, and the command that trains on it."""
+    """Prints a summary of the store, and the command that trains on it."""
     meta = store.meta
     table = Table.grid(padding=(0, 2))
     rows = {

@@ -208,7 +208,7 @@ def test_an_existing_store_stays(corpus):
 
 
 def _wait(condition, seconds=60):
-    """Waits for a condition; returns whether it came true."""
+    """Waits for a condition; returns whether it became true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -218,7 +218,7 @@ def _wait(condition, seconds=60):
 
 
 def test_killed_half_way(corpus):
-    # This tokenizer takes some 10 s for the file, so the tool is surely killed in the middle.
+    # This tokenizer takes about 10 s for the file, so the tool is killed in the middle.
     write_tokenizer_json(corpus / "tokenizer.json")
     write_lines(corpus / "long.jsonl", ["some words " * 1000] * 2000)
     process = subprocess.Popen(
@@ -261,7 +261,7 @@ def test_train_command_quotes_odd_paths(tmp_path):
 
 @pytest.mark.parametrize("name", ["store", "my store, new", "it's $HOME"])
 def test_the_printed_command_works_as_it_is_pasted_into_a_shell(corpus, name):
-    """A script stands for the `bazelw` of the checkout, and the train tool reads its words."""
+    """A script replaces the `bazelw` of the checkout, and passes its arguments to `train`."""
     bazelw = corpus / "bazelw"
     bazelw.write_text(f'#!/bin/sh\nshift 3\nexec "{sys.executable}" -m xlstm.tools.train "$@"\n')
     bazelw.chmod(0o755)
@@ -269,7 +269,7 @@ def test_the_printed_command_works_as_it_is_pasted_into_a_shell(corpus, name):
     assert result.returncode == 0, result.stderr
     command = result.stdout.rstrip().splitlines()[-1].strip()
     assert command.startswith("./bazelw run //xlstm/tools:train -- ")
-    # It stops at the last of its checks, since nothing of a run is tested here.
+    # The tool stops at the last of its checks, before it trains.
     trained = subprocess.run(
         ["bash", "-c", f"{command} --config.model.vocab_size=100"],
         cwd=corpus,

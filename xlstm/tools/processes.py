@@ -158,8 +158,8 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _end(ending: threading.Lock, status: int, message: str) -> None:
     ending.acquire()
-    place = f"process {coordinator.process_id()} of {coordinator.num_processes()}"
-    print_error(f"{place}: {message}")
+    process = f"process {coordinator.process_id()} of {coordinator.num_processes()}"
+    print_error(f"{process}: {message}")
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # The coordinator may be gone.
         coordinator.publish(_END, f"{status} {message}")
     with contextlib.suppress(OSError, ValueError):
@@ -183,7 +183,7 @@ def _end_of_another() -> tuple[int, str] | None:
 
 @contextlib.contextmanager
 def _watching_others(end: Callable[[int, str], None]) -> Iterator[None]:
-    """While inside, a thread ends this process when another one reports that it exits."""
+    """Ends this process during the block, in a thread, when another one reports that it exits."""
     done = threading.Event()
 
     def watch() -> None:

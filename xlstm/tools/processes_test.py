@@ -1,4 +1,4 @@
-"""Processes of a run that differ, or of which one fails at the start, as a user meets them."""
+"""Tests of processes that differ, or of which one fails at the start."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 
-# The same path stands for another store in each process.
+# One path, under which each process finds another store.
 _STORE = "/proc/self/cwd/store"
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="Linux only")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Has the folders that processes start in, with stores of which one byte differs."""
+    """Folders for processes to start in, with stores that differ in one byte."""
     folder = tmp_path_factory.mktemp("processes")
     write_store(folder / "same" / "store", [f"x{i} = {i}\n" * 40 for i in range(50)])
     shutil.copytree(folder / "same", folder / "changed")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def _errors(folder, *flags, start_in="same", **variables):
-    """Starts two processes, the second one with flags and so on; returns what each says."""
+    """Starts two processes, the second with these options; returns their errors."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]

@@ -61,7 +61,7 @@ def print_fields(console: Console, title: str, rows: Iterator[FieldRow]) -> None
     Args:
         console: Where to print. Unless it is a terminal, each field is one line of any width.
         title: The first line.
-        rows: What `field_rows` returned.
+        rows: Result of `field_rows`.
     """
     console.print(title)
     if console.is_terminal and console.width < _WIDTH_OF_TABLE:

@@ -41,14 +41,22 @@ _VERIFY_DATA = define_verify_data()
 
 
 def sample_text(run: TrainingRun, state: TrainState) -> str:
-    """Writes text with a trained model, as `config.logger` says, up to the end of the document."""
+    """Generates a text with a trained model, up to the end of a document.
+
+    Args:
+        run: The run; the `sample_...` fields of `config.logger` decide prompt and sampling.
+        state: The state with the trained parameters.
+
+    Returns:
+        The prompt and its completion.
+    """
     logger, tokenizer = run.config.logger, run.data.tokenizer
     params = reshard_for_inference(evaluated_params(state), run.mesh)
     model = LoadedModel(run.config.language_model, params, run.mesh, tokenizer)
     sampling = SamplingConfig(logger.sample_temperature, vocab_size=tokenizer.vocab_size)
     options = GenerationConfig(logger.sample_tokens, sampling, seed=run.config.trainer.seed)
-    (written,), _ = generate_text(model, [encode_prompt(model, logger.sample_prompt)], options)
-    return logger.sample_prompt + written.text
+    (completion,), _ = generate_text(model, [encode_prompt(model, logger.sample_prompt)], options)
+    return logger.sample_prompt + completion.text
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The same run on one device, on several, in several processes, and when one of them is killed."""
+"""Tests of the same run on one device, on several, in processes, and with a process killed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from xlstm.tools.testing.start_tool import start_tool
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the runs and their data lie."""
+    """A folder for the runs and their data."""
     folder = tmp_path_factory.mktemp("devices")
     write_store(folder / "store", [f"x{i} = {i}\n" * 40 for i in range(50)])
     return folder
@@ -35,7 +35,7 @@ def _start(folder, workdir, *flags, tool=train):
         "--config.schedule.decay_steps=20",
         *flags,
     ]
-    # Compile quickly. No devices but those that the flags ask for.
+    # Compile quickly, and simulate only the devices that the flags ask for.
     env = {"XLA_FLAGS": QUICK_XLA_FLAGS}
     return start_tool(tool, *words, env=env)
 
@@ -61,7 +61,7 @@ def _losses(workdir):
 
 @pytest.fixture(scope="module")
 def one_device(folder):
-    """What a run on one device measured."""
+    """The metrics of a run on one device."""
     _finish(_start(folder, "one"))
     losses = _losses(folder / "one")
     assert len(losses) == 20 * 2 + 3
@@ -102,7 +102,7 @@ def _start_together(folder, workdir, num_processes, *flags, devices_each=2, tool
 
 
 def _wait_for_step(workdir, step):
-    # Look often: the next checkpoint, in which processes wait for each other longer, is not far.
+    # Look often: soon comes a checkpoint, in which processes wait for each other longer.
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if os.path.exists(workdir / "metrics.jsonl") and any(
@@ -115,8 +115,8 @@ def _wait_for_step(workdir, step):
 
 def _kill_one(folder, workdir, victim):
     """Trains in two processes, kills one of them after step 13, and waits for the other."""
-    # Weights are cut over the processes. A second device of the one that is left could wait for its
-    # first until a timeout.
+    # Weights are sharded over the processes. A second device of the other process could wait for
+    # the first until a timeout.
     flags = ["--config.mesh.fsdp=2", "--config.trainer.num_steps=100000"]
     processes = _start_together(folder, workdir, 2, *flags, devices_each=1)
     try:
@@ -138,11 +138,11 @@ def test_processes_train_the_same_and_when_one_is_killed_others_go_on(folder, on
     assert before[-1][0] >= 13
     _assert_same(before, one_device[: len(before)])
 
-    # Twice as many processes, of two devices; stages and replicas over them.
+    # Resume with twice as many processes, of two devices each, as stages and replicas.
     sizes = ["--config.mesh.pp=2", "--config.mesh.tp=2"]
     first, *others = _finish(*_start_together(folder, "some", 4, *sizes))
     assert re.search("resuming from step [12]0", first)
-    assert not any("loss" in output for output in others)  # One process speaks for all.
+    assert not any("loss" in output for output in others)  # Only process 0 prints.
     after = [loss for loss in _losses(folder / "some") if loss[0] <= 20]
     _assert_same(after, one_device)
 
@@ -157,7 +157,7 @@ def test_a_process_that_is_asked_to_stop_stops_all(folder, one_device):
     finally:
         for process in processes:
             process.kill()
-    assert "stopped" not in second  # One process speaks for all.
+    assert "stopped" not in second  # Only process 0 prints.
     step = int(re.search(r"stopped after step ([\d,]+), which is saved", first)[1].replace(",", ""))
     losses = _losses(folder / "stopped")
     assert losses[-1][0] == step and (folder / "stopped" / "checkpoints" / str(step)).is_dir()
@@ -185,14 +185,14 @@ def test_processes_roll_back_together(folder):
         returns = {x["step"]: x["rolled_back_to"] for x in rows if "rolled_back_to" in x}
         assert returns == {13: 10, 17: 15}
         assert rows[-1]["step"] == 20
-        assert os.listdir(folder / name / "checkpoints") == ["20"]  # The last is the best.
+        assert os.listdir(folder / name / "checkpoints") == ["20"]  # The last is also the best.
     _assert_same(_losses(folder / "both"), _losses(folder / "alone"))
 
 
 def test_when_the_first_process_is_killed_the_other_ends_and_one_goes_on(folder, one_device):
     output, errors = _kill_one(folder, "first", victim=0)
     assert "loss" not in output
-    # It may say so itself, or JAX, which has lost its coordinator, is quicker.
+    # Either the process reports it, or JAX first notices that the coordinator is gone.
     assert re.search(
         "error: process 1 of 2: the computation with the other processes failed"
         "|Terminating process because the JAX distributed service detected fatal errors",

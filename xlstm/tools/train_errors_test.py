@@ -1,4 +1,4 @@
-"""Bad input and a full disk, as a user of the tool meets them."""
+"""Tests of bad input and a full disk, as a user of the tool meets them."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from xlstm.trainer.checkpoints.folder import CheckpointFolder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where everything of this module lies: stores, good and bad, and a run of ten steps."""
+    """A folder with good and bad token stores, and a run of ten steps."""
     folder = tmp_path_factory.mktemp("errors")
     for name in ("store", "truncated", "unreadable", "flipped", "rewritten", "shrunk"):
         write_store(folder / name, [f"x{i} = {i}\n" * 40 for i in range(50)])
@@ -52,7 +52,7 @@ def _start(folder, workdir, *flags, num_steps=10, **kwargs):
         *flags,
     ]
     env = {
-        # The numbers do not matter here, so compile quickly, and but once.
+        # The numbers do not matter here, so compile quickly, and only once.
         "XLA_FLAGS": QUICK_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -84,7 +84,7 @@ _BAD_INPUT = {
     "mesh": (["--config.mesh.tp=3"], "tp=3 needs a multiple of 3 devices; found 1"),
     "batch": (
         ["--simulate_devices=3"],
-        "data.batch_size=8 does not divide into 3 shares",
+        "data.batch_size=8 does not divide into 3 shards",
     ),
     "no store": (["--config.data.stores=/no/store"], "no token store at /no/store"),
     "no validation store": (
@@ -106,13 +106,13 @@ _BAD_INPUT = {
 def _start_with(folder, workdir, name):
     flags, _ = _BAD_INPUT[name]
     flags = [flag.replace("FOLDER", str(folder)) for flag in flags]
-    # Another store or vocabulary would else be refused as another configuration.
+    # Otherwise another store or vocabulary would be rejected as another configuration.
     return _start(folder, workdir, "--allow_config_change", *flags)
 
 
 @pytest.fixture(scope="module")
 def errors_of_bad_input(folder):
-    """What a start in the folder of a run says to each bad input."""
+    """The error of a start in the folder of a run, by the name of the bad input."""
     before, names, lines = _contents(folder / "run"), list(_BAD_INPUT), {}
     while names:  # Two at a time: most of it is importing.
         processes = {name: _start_with(folder, "run", name) for name in names[:2]}
@@ -183,7 +183,7 @@ def test_a_run_that_diverges_keeps_what_is_good(folder):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(folder):
-    """A limit to the size of files stands for the disk: a checkpoint is the largest file."""
+    """A limit on the size of files replaces the full disk; only checkpoints exceed it."""
     shutil.copytree(folder / "run", folder / "full")
     before = _contents(folder / "full" / "checkpoints")
     rows = (folder / "full" / "metrics.jsonl").read_text()
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder):
     after = _contents(folder / "full" / "checkpoints")
     assert {path: after.get(path) for path in before} == before
     assert (folder / "full" / "metrics.jsonl").read_text().startswith(rows)
-    # With room again it goes on from the checkpoint that was whole.
+    # Without the limit, the run resumes from the complete checkpoint.
     process = _start(folder, "full", num_steps=20)
     output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
@@ -207,7 +207,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder):
 
 
 def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
-    # Far enough apart that the folder is moved while nothing is being written to it.
+    # Checkpoints are far apart, so that the folder moves while nothing is written to it.
     process = _start(
         folder, "blocked", "--config.trainer.checkpoint_interval=50", num_steps=100_000
     )
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
     checkpoints.write_text("in the way")
     line = _error(process)
     assert "a checkpoint cannot be written" in line and "Not a directory" in line
-    # What was whole still is.
+    # The complete checkpoints still are.
     checkpoints.unlink()
     (folder / "blocked" / "good").rename(checkpoints)
     step = CheckpointFolder(str(checkpoints)).complete_steps()[-1]
@@ -243,7 +243,7 @@ def test_a_store_that_is_changed_under_a_run(folder, name, named):
     while not checkpoints.complete_steps():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.utime(folder / name / "tokens.bin")  # This alone is no reason to stop.
+    os.utime(folder / name / "tokens.bin")  # A new date alone does not stop the run.
     time.sleep(2)
     assert process.poll() is None
     if name == "rewritten":

@@ -1,4 +1,4 @@
-"""Runs whose output goes nowhere, or whose terminal closes."""
+"""Tests of runs whose output cannot be written, or whose terminal closes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from xlstm.tools.testing.start_tool import start_tool
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the runs and their data lie."""
+    """A folder for the runs and their data."""
     folder = tmp_path_factory.mktemp("output")
     write_store(folder / "store", [f"x{i} = {i}\n" * 40 for i in range(50)])
     return folder
@@ -33,7 +33,7 @@ def _start(folder, workdir, *flags, **options):
         *flags,
     ]
     env = {
-        # The numbers do not matter here, so compile quickly, and but once.
+        # The numbers do not matter here, so compile quickly, and only once.
         "XLA_FLAGS": QUICK_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,4 +1,4 @@
-"""Runs of the tool as a user starts it, in processes of their own."""
+"""Tests of runs, started as a user starts them."""
 
 import json
 import random
@@ -18,17 +18,17 @@ _NUM_STEPS = 100
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where everything of this module lies."""
+    """A folder for the runs and their data."""
     return tmp_path_factory.mktemp("train")
 
 
 @pytest.fixture(scope="module")
 def start(folder):
-    """A function that starts a run in the folder of the given name, and returns the process."""
+    """A function that starts a run in a folder of the given name, and returns its process."""
     rng = random.Random(0)
     words = ["def", "return", "self", "x", "=", "(", ")\n"]
     write_store(folder / "store", [" ".join(rng.choices(words, k=200)) for _ in range(50)])
-    # Most of a run's time is compiling: the runs share what does not differ.
+    # Most of a run's time is compilation, so the runs share compiled programs.
     env = {
         "XLA_FLAGS": QUICK_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -65,12 +65,12 @@ def _rows(workdir):
 
 
 def _repeatable(rows):
-    """Rows without the fields that say how fast the machine was."""
+    """Returns the rows without the fields that depend on the speed of the machine."""
     return [{name: value for name, value in row.items() if name not in SPEEDS} for row in rows]
 
 
 def _contents(workdir):
-    """Every file but the event files, of which each start makes one."""
+    """Returns the content of every file except event files, of which each start writes one."""
     paths = [path for path in workdir.rglob("*") if path.is_file()]
     return {
         str(path): path.read_bytes() for path in paths if path.parent != workdir / "tensorboard"
@@ -79,14 +79,14 @@ def _contents(workdir):
 
 @pytest.fixture(scope="module")
 def straight(folder, start):
-    """An unbroken run: its folder and what it printed."""
+    """The folder and the output of an uninterrupted run."""
     output = _finish(start("straight"))
     return folder / "straight", output
 
 
 @pytest.fixture(scope="module")
 def repeated(folder, start, straight):
-    """Runs with the same seed and with another."""
+    """Folders of a run with the same seed and of one with another seed."""
     processes = [start("same"), start("other", "--config.trainer.seed=1")]
     for process in processes:
         _finish(process)

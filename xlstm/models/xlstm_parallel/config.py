@@ -257,8 +257,9 @@ def check_sizes(fields: Mapping[str, Any], num_numbers: int) -> None:
     most |= {name: num_numbers / width for name in fields if name.endswith("_factor")}
     for name, limit in most.items():
         if type(fields[name]) in (int, float) and fields[name] > limit:
-            beside = f" with embedding_dim={short_repr(width)}" if name != "embedding_dim" else ""
+            is_width = name == "embedding_dim"
+            with_width = "" if is_width else f" with embedding_dim={short_repr(width)}"
             raise ValueError(
-                f"{name}={short_repr(fields[name])}{beside} is too large: the files of the"
+                f"{name}={short_repr(fields[name])}{with_width} is too large: the files of the"
                 f" model hold {num_numbers:,} numbers at most"
             )

@@ -10,7 +10,7 @@ SHAPE = Shape(1, 2, 8, 4, 6)
 
 
 def _recorded(name, runs):
-    """A candidate that notes its runs."""
+    """Returns a candidate that records its runs."""
 
     def note(factor):
         runs.append(name)

@@ -47,7 +47,7 @@ from xlstm.trainer.llm.config import RunConfig
 _REPEATS = flags.DEFINE_integer(
     "repeats", 10, "Number of timed runs of each candidate.", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a list of objects.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to, as a list of objects.")
 _TRAIN_STEP = flags.DEFINE_bool(
     "train_step", False, "Times the training step of the config instead of backends."
 )
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     """Times what the flags choose, and prints or writes the figures."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-    _refuse_flags_of_the_other_mode()
+    _reject_flags_of_the_other_mode()
     config = run_config()
     json_path = output_path("json", _JSON.value)
     if _TRAIN_STEP.value:
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         print_table(table)
 
 
-def _refuse_flags_of_the_other_mode() -> None:
+def _reject_flags_of_the_other_mode() -> None:
     if _TRAIN_STEP.value:
         others, reason = _FOR_BACKENDS, "is for backends and has no effect with --train_step"
     else:

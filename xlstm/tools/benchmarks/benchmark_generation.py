@@ -49,7 +49,7 @@ _PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", ["512"], "Numbers of token
 _REPEATS = flags.DEFINE_integer(
     "repeats", 10, "Number of timed repeats of each measurement.", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as a list of objects.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to, as a list of objects.")
 
 _NUM_TOKENS = 32  # Decoded per repeat.
 _PREFILL_SECONDS = 5.0  # No further repeats of prefilling after this time: long prompts are slow.
@@ -158,7 +158,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str]) -> None:
-    """Times what the flags select, prints a table, and writes the figures to a file."""
+    """Times what the flags select, prints a table, and writes the results to a file."""
     if argv[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = run_config().language_model

@@ -35,7 +35,7 @@ _HEADS = flags.DEFINE_integer("num_heads", 4, "Number of heads.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer(
     "repeats", 20, "Number of timed runs of each candidate.", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as an object.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to, as an object.")
 
 
 def _candidates(batch: int, time: int, dim: int, num_heads: int) -> dict[str, tuple]:

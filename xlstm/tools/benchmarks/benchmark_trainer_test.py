@@ -19,7 +19,7 @@ def test_stretches_of_a_whole_run_are_timed(tmp_path):
         bare, trained = measure(opened, config.trainer.num_steps)
     assert bare.shape == trained.shape == (2,)
     assert (bare > 0).all() and (trained > 0).all()
-    # Everything was done that is said to be measured, and the bare loops left no trace.
+    # All measured steps were taken, and the bare loops had no effect.
     with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     assert [row["step"] for row in rows] == list(range(1, 51))

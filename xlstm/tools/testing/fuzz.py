@@ -37,7 +37,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfi
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.tools.command_line import run
 from xlstm.tools.testing import mutations
-from xlstm.tools.testing.tool_worker import ACCEPTED, FAILED, REFUSED, Answer, Worker
+from xlstm.tools.testing.tool_worker import ACCEPTED, FAILED, REJECTED, Answer, Worker
 from xlstm.trainer.checkpoints.checksums import write_checksums
 
 _CASES = flags.DEFINE_integer("cases", 200, "Number of changed inputs.", lower_bound=1)
@@ -287,9 +287,9 @@ class Fuzz:
             return answer.text
         if answer.seconds > _SECONDS or answer.num_bytes > _BYTES:
             return f"it took {answer.seconds:.1f} s and {answer.num_bytes:,} bytes"
-        if answer.ending == REFUSED:
+        if answer.ending == REJECTED:
             if case.is_same:
-                return f"it is refused: {answer.text}"
+                return f"it is rejected: {answer.text}"
             if not 0 < len(answer.text) < 2000:
                 return f"a message of {len(answer.text):,} characters: {answer.text[:200]}"
             return None if dict(_files(case.folder)) == before else "something was left behind"
@@ -340,7 +340,7 @@ class Fuzz:
             shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
         before = dict(_files(case.folder))
         process = self._command(KINDS[case.kind].tool, case.words, check=False)
-        status = 2 if answer.ending == REFUSED else 0
+        status = 2 if answer.ending == REJECTED else 0
         if process.returncode != status:
             return f"the command's status is {process.returncode}: {process.stderr}"
         if status == 0:
@@ -389,7 +389,7 @@ def _same(one: object, other: object) -> bool:
 
 def _table(answers: list[tuple[Case, Answer]]) -> Table:
     table = Table(box=None)
-    for column in ("input", "cases", "accepted", "refused", "slowest (s)", "memory (MB)"):
+    for column in ("input", "cases", "accepted", "rejected", "slowest (s)", "memory (MB)"):
         table.add_column(column, justify="left" if column == "input" else "right")
     for kind in KINDS:
         found = [answer for case, answer in answers if case.kind == kind]
@@ -397,7 +397,7 @@ def _table(answers: list[tuple[Case, Answer]]) -> Table:
             endings = collections.Counter(answer.ending for answer in found)
             table.add_row(
                 kind,
-                *(str(x) for x in (len(found), endings[ACCEPTED], endings[REFUSED])),
+                *(str(x) for x in (len(found), endings[ACCEPTED], endings[REJECTED])),
                 f"{max(answer.seconds for answer in found):.1f}",
                 f"{max(answer.num_bytes for answer in found) / 1e6:,.0f}",
             )

@@ -1,4 +1,4 @@
-"""A few changed inputs; `bazel run //xlstm/tools:fuzz` is the whole."""
+"""A short fuzzing; `bazel run //xlstm/tools:fuzz` runs all of it."""
 
 import dataclasses
 import os
@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 from xlstm.tools.testing.fuzz import KINDS, Fuzz
-from xlstm.tools.testing.tool_worker import ACCEPTED, REFUSED, Answer
+from xlstm.tools.testing.tool_worker import ACCEPTED, REJECTED, Answer
 
 _CASES = 20
-# The others read a checkpoint, and start a process of their own for that.
+# The other tools read a checkpoint, for which they start another process.
 _KINDS = [kind for kind in KINDS if KINDS[kind].tool == KINDS["index"].tool]
 
 
@@ -29,7 +29,7 @@ def test_changed_inputs_are_accepted_rightly_or_refused(fuzz):
         answer, fault = fuzz.run(case)
         assert fault is None, f"{case.kind}: {case.what}: {fault}"
         endings.add(answer.ending)
-    assert endings == {ACCEPTED, REFUSED}
+    assert endings == {ACCEPTED, REJECTED}
 
 
 def test_a_refusal_is_one_line_of_the_command(fuzz):
@@ -37,7 +37,7 @@ def test_a_refusal_is_one_line_of_the_command(fuzz):
     os.truncate(os.path.join(case.folder, "model", "model.safetensors.index.json"), 9)
     case = dataclasses.replace(case, is_same=False)
     answer, fault = fuzz.run(case)
-    assert (answer.ending, fault) == (REFUSED, None)
+    assert (answer.ending, fault) == (REJECTED, None)
     assert fuzz.run_command(case, answer) is None
     wrong = Answer(ACCEPTED, "", 0.0, 0)
     assert fuzz.run_command(case, wrong).startswith("the command's status is 2: error: ")
@@ -51,9 +51,9 @@ def test_it_notices_what_is_wrong(fuzz):
     shutil.rmtree(os.path.join(plain.folder, "back"))
     wrong = dataclasses.replace(plain, is_same=False, is_wrong=True)
     assert fuzz.run(wrong)[1] == "it is accepted"
-    # Its output is there already: it is refused now.
-    assert fuzz.run(plain)[1].startswith("it is refused: ")
+    # Its output exists already, so it is rejected now.
+    assert fuzz.run(plain)[1].startswith("it is rejected: ")
     case = fuzz.make_case("index", unchanged=True)
     path = os.path.join(case.folder, "model")
     os.replace(os.path.join(path, "b.safetensors"), os.path.join(path, "a.safetensors"))
-    assert fuzz.run(case)[1].startswith("it is refused: ")
+    assert fuzz.run(case)[1].startswith("it is rejected: ")

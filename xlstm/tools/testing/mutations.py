@@ -44,9 +44,9 @@ def mutate_json(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:
     if operation == "mark":
         return b"\xef\xbb\xbf" + content, "a byte order mark", False
     if operation == "bytes":
-        place = rng.randrange(len(content))
-        return content[:place] + b"\xff" + content[place:], f"no UTF-8 at {place}", False
-    holder, key, path = rng.choice(list(_places(fields)))
+        offset = rng.randrange(len(content))
+        return content[:offset] + b"\xff" + content[offset:], f"no UTF-8 at {offset}", False
+    holder, key, path = rng.choice(list(_entries(fields)))
     if operation == "removed":
         del holder[key]
         return json.dumps(fields).encode(), f"without {path}", False
@@ -54,7 +54,7 @@ def mutate_json(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:
         first = next(iter(fields))
         text = json.dumps({first: rng.choice(_STRANGE)})[:-1] + ", " + json.dumps(fields)[1:]
         return text.encode(), f"{first} twice", False
-    marker = "what stands for the value"
+    marker = "placeholder of the value"
     value = rng.choice(_STRANGE) if operation == "value" else marker
     holder[key] = value
     text = json.dumps(fields)
@@ -66,24 +66,24 @@ def mutate_json(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:
     return text.encode(), f"{path}={shown}", False
 
 
-def _places(value: Any, path: str = "") -> Iterator[tuple[Any, Any, str]]:
+def _entries(value: Any, path: str = "") -> Iterator[tuple[Any, Any, str]]:
     """Yields every value in nested objects and lists as its container, key and path."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in list(pairs):
         name = f"{path}.{key}" if path else str(key)
         yield value, key, name
         if isinstance(inner, dict | list):
-            yield from _places(inner, name)
+            yield from _entries(inner, name)
 
 
 def mutate_bytes(rng: random.Random, content: bytes, operation: str) -> tuple[bytes, str]:
     """Truncates a file (`cut`) or flips a bit of it (`flip`); returns it with a description."""
-    place = rng.randrange(len(content))
+    offset = rng.randrange(len(content))
     if operation == "cut":
-        return content[:place], f"cut off at {place}"
+        return content[:offset], f"cut off at {offset}"
     changed = bytearray(content)
-    changed[place] ^= 1 << rng.randrange(8)
-    return bytes(changed), f"a bit flipped at {place}"
+    changed[offset] ^= 1 << rng.randrange(8)
+    return bytes(changed), f"a bit flipped at {offset}"
 
 
 def mutate_header(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:

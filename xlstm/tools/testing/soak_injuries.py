@@ -119,11 +119,11 @@ def _damage(run: HurtRun, how: str) -> str:
 
 
 def _flip_bit(run: HurtRun, path: str) -> None:
-    place = run.rng.randrange(os.path.getsize(path))
+    offset = run.rng.randrange(os.path.getsize(path))
     with open(path, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ (1 << run.rng.randrange(8))]))
 
 

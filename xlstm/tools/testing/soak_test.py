@@ -1,4 +1,4 @@
-"""A small part of the soak; `bazel run //xlstm/tools:soak` is the whole."""
+"""A short soak; `bazel run //xlstm/tools:soak` runs all of it."""
 
 import json
 import pathlib

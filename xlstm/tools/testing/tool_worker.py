@@ -24,7 +24,7 @@ from absl import flags, logging
 from absl.testing import flagsaver
 
 # How `main` ended: it returned, it rejected its input, or it failed in another way.
-ACCEPTED, REFUSED, FAILED = "accepted", "refused", "failed"
+ACCEPTED, REJECTED, FAILED = "accepted", "rejected", "failed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Answer:
     """The result of running a tool.
 
     Attributes:
-        ending: `ACCEPTED`, `REFUSED` or `FAILED`.
+        ending: `ACCEPTED`, `REJECTED` or `FAILED`.
         text: The tool's output, the message of its error, or its traceback.
         seconds: How long it ran.
         num_bytes: By how much the process's peak memory has grown.
@@ -62,7 +62,7 @@ def run_main(tool: ModuleType, words: list[str]) -> Answer:
             tool.main([tool.__name__])
         ending, text = ACCEPTED, output.getvalue()
     except (ValueError, OSError) as error:
-        ending, text = REFUSED, str(error)
+        ending, text = REJECTED, str(error)
     except BaseException:
         ending, text = FAILED, traceback.format_exc()
     return Answer(ending, text, time.perf_counter() - begin, _most_memory() - before)

@@ -109,14 +109,14 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 @contextlib.contextmanager
 def report_waits(clock: Clock, report: Callable[[str], None]) -> Iterator[None]:
-    """While inside, a thread reports what the run waits for, so that it does not look hung.
+    """Reports during the block what the run waits for, so that it does not look hung.
 
-    It reports compilations, checkpoints and the preparation of the run when they take long, and
-    how long they have taken so far.
+    A thread reports compilations, checkpoints and the preparation of the run when they take long,
+    and how long they have taken so far.
 
     Args:
         clock: The run's clock.
-        report: Takes each line.
+        report: Called with each line, in the thread.
     """
     done = threading.Event()
 
@@ -145,7 +145,7 @@ def _report_time(after: tuple[float, ...], number: int) -> float:
 
 @contextlib.contextmanager
 def _in_thread(name: str, watch: Callable[[], None], done: threading.Event) -> Iterator[None]:
-    """While inside, runs `watch` in a thread, which ends when `done` is set."""
+    """Runs `watch` in a thread during the block; it must return when `done` is set."""
     thread = threading.Thread(target=watch, name=name, daemon=True)
     thread.start()
     try:
@@ -160,15 +160,15 @@ _LOOKS_PER_STALL = 20
 
 @contextlib.contextmanager
 def watchdog(clock: Clock, stall_seconds: float, report: Callable[[str], None]) -> Iterator[None]:
-    """While inside, a thread reports when the run's clock has not moved for a while.
+    """Reports during the block when the run's clock has not moved for a while.
 
-    It reports each stall once, with the phase and the stack of the calling thread. It does not end
-    the run, because storage and networks may recover.
+    A thread reports each stall once, with the phase and the stack of the calling thread. It does
+    not end the run, because storage and networks may recover.
 
     Args:
         clock: The run's clock.
         stall_seconds: Seconds without progress that count as a stall; 0 disables the watchdog.
-        report: Takes the text.
+        report: Called with the text, in the thread.
     """
     if not stall_seconds:
         yield

@@ -187,7 +187,7 @@ def _appears(file: str) -> bool:
 
 
 class Request(enum.IntEnum):
-    """What a process can ask the run for; a larger value includes the smaller ones."""
+    """A request of a process to the run; a larger value includes the smaller ones."""
 
     NONE = 0
     CHECKPOINT = 1

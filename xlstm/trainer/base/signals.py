@@ -14,7 +14,7 @@ _SIGNALS = (*_URGENT, signal.SIGHUP)
 
 @contextlib.contextmanager
 def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
-    """While inside, calls a function at the first SIGTERM, SIGINT or SIGHUP.
+    """Calls a function at the first SIGTERM, SIGINT or SIGHUP during the block.
 
     Later ones do nothing, except that a second SIGTERM or SIGINT ends the process at once. Signals
     that are ignored, as under `nohup`, stay ignored.
@@ -23,7 +23,7 @@ def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
     be waiting for a device that hangs.
 
     Args:
-        ask: Takes the name of the first signal; called in the thread.
+        ask: Called with the name of the first signal, in the thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread may install handlers.

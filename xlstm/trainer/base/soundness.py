@@ -155,6 +155,6 @@ def _mean(values: collections.deque[float], default: float) -> float:
 
 
 def _deviation(values: collections.deque[float]) -> float:
-    """Returns the standard deviation, from differences of neighbours so that a trend adds none."""
+    """Returns the standard deviation, from differences of neighbors so that a trend adds none."""
     squares = [(after - before) ** 2 for before, after in itertools.pairwise(values)]
     return math.sqrt(math.fsum(squares) / (2 * len(squares))) if squares else 0.0

@@ -83,7 +83,7 @@ def make_steady(stream: TextIO, on_loss: Callable[[str], None] = lambda reason: 
 
     Args:
         stream: A stream on a file descriptor; write to the new stream only from now on.
-        on_loss: Takes the reason each time the stream can no longer be written.
+        on_loss: Called with the reason each time the stream can no longer be written.
 
     Returns:
         A stream on the same descriptor. Characters that its encoding lacks are written as escapes.

@@ -60,9 +60,9 @@ def arrays_to_read(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[
     if not ema:
         saved = {name: x for name, x in saved.items() if not _is_ema(name)}
     for name in sorted(wanted.keys() | saved.keys(), key=_params_first):
-        here, there = (_shape(arrays.get(name)) for arrays in (wanted, saved))
-        if here != there:
-            what = f"{name} is {there} there, {here} in this configuration"
+        expected, found = (_shape(arrays.get(name)) for arrays in (wanted, saved))
+        if found != expected:
+            what = f"{name} is {found} in the checkpoint, {expected} in this configuration"
             is_optimizer = name.startswith("opt_state.")
             raise ValueError(f"it has another optimizer: {what}" if is_optimizer else what)
     return dict(wanted)
@@ -100,7 +100,7 @@ def _params_first(name: str) -> tuple[bool, str]:
 def _shape(x: Any) -> str:
     if x is None:
         return "missing"
-    return f"of the shape {tuple(x.shape)}" if x.shape else "a scalar"
+    return f"of shape {tuple(x.shape)}" if x.shape else "a scalar"
 
 
 def read_array_metadata(
@@ -162,8 +162,8 @@ def _check_chunk_shape(name: str, array: Any, num_stored: int) -> None:
     count = math.prod(-(-size // chunk) for size, chunk in pairs)
     if count > num_stored or math.prod(chunk_shape) > max(math.prod(array.shape), 1):
         raise ValueError(
-            f"the array {name} of the shape {tuple(array.shape)} cannot consist of {num_stored}"
-            f" chunks of the shape {tuple(chunk_shape)}"
+            f"the array {name} of shape {tuple(array.shape)} cannot consist of {num_stored}"
+            f" chunks of shape {tuple(chunk_shape)}"
         )
 
 

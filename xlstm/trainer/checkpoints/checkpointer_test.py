@@ -377,13 +377,13 @@ def test_checkpoints_of_other_models_and_optimizers_are_refused(tmp_path, like):
     _write(tmp_path, 1)
     kernel = like.params["kernel"].replace(value=jnp.zeros((_SIZE, 2)))
     others = {
-        r"params.kernel is of the shape \(256, 256\) there, of the shape \(256, 2\) in this .*": (
+        r"params.kernel is of shape \(256, 256\) in the checkpoint, .* \(256, 2\) in this .*": (
             like.replace(params=like.params | {"kernel": kernel})
         ),
-        "params.bias is of the shape .* there, missing in this configuration": (
+        "params.bias is of shape .* in the checkpoint, missing in this configuration": (
             like.replace(params={"kernel": kernel})
         ),
-        r"it has another optimizer: opt_state.0.\S* is .* there, missing in .*": (
+        r"it has another optimizer: opt_state.0.\S* is .* in the checkpoint, missing in .*": (
             _create(optimizer=optax.sgd(1e-2, momentum=0.9))
         ),
     }

@@ -25,7 +25,7 @@ class StreamedArray:
     Attributes:
         shape: The shape of the array.
         num_chunks: The number of chunks; it divides `shape[0]`.
-        chunks: The chunks in order, each of the shape `(shape[0] / num_chunks, *shape[1:])`.
+        chunks: The chunks in order, each of shape `(shape[0] / num_chunks, *shape[1:])`.
     """
 
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The callbacks of a run, made from its configuration."""
+"""The callbacks of a run, created from its configuration."""
 
 import functools
 
@@ -32,10 +32,13 @@ def create_callbacks(
 
     Args:
         run: The run.
-        state: Its state; only `apply_fn` is used.
-        specs: The partition specs of the state.
-        logger: Where metrics go.
+        state: The train state; only `apply_fn` is used.
+        specs: Partition specs of the state.
+        logger: Logger of the metrics.
         checkpointer: The run's checkpoints.
+
+    Returns:
+        The callbacks.
     """
     trainer = run.config.trainer
     bad_steps = BadStepsCallback(
@@ -75,7 +78,7 @@ def create_callbacks(
         evaluate_state, logger, run.clock, trainer.eval_interval, checkpoint.set_val_loss
     )
     profile = ProfileCallback(run.workdir.profile, run.config.logger.profile_steps)
-    # A checkpoint comes last: what a step has to say is written before the step counts as done.
+    # Checkpoints come after everything that logs, so that a saved step has all its metrics.
     evaluations = [evaluation] if run.validation_sets else []
     return [_metrics_callback(run, logger), bad_steps, *evaluations, checkpoint, profile]
 
@@ -95,17 +98,17 @@ def _metrics_callback(run: PreparedRun, logger: Logger) -> MetricsCallback:
 
 
 def _confirmed_step(checkpointer: Checkpointer) -> int | None:
-    """The last confirmed checkpoint, once what is being written is whole."""
+    """Returns the step of the last confirmed checkpoint, after pending writes are complete."""
     checkpointer.wait_until_finished()
     return checkpointer.confirmed_step()
 
 
 def evaluated_params(state: TrainState) -> PyTree:
-    """Returns the parameters to judge a model by: their moving average, if there is one."""
+    """Returns the parameters to evaluate: their moving average, if there is one."""
     return state.params if state.params_ema is None else state.params_ema
 
 
 def metrics_to_scalars(metrics: Metrics) -> dict[str, float]:
-    """Converts a step's metrics to numbers; see `to_scalars` and, for gates, `gate_scalars`."""
+    """Converts a step's metrics to numbers, see `to_scalars` and, for gates, `gate_scalars`."""
     numbers = {name: value for name, value in metrics.items() if name != "gates"}
     return to_scalars(numbers) | gate_scalars(metrics.get("gates", {}))

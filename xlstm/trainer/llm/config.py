@@ -19,7 +19,7 @@ from xlstm.visible_text import short_repr
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run does, a section for each subsystem."""
+    """Everything that decides what a run does: one section for each subsystem."""
 
     model: ModelConfig = ModelConfig()
     backend: BackendConfig = BackendConfig()
@@ -43,8 +43,8 @@ class RunConfig:
         """Makes a configuration from nested dictionaries, such as those of a `config.json`.
 
         Args:
-            values: The fields of every section, by the section's name. A list may stand for a
-                tuple, and an int for a float.
+            values: The fields of every section, by the section's name. Lists are accepted as
+                tuples, and ints as floats.
 
         Returns:
             The checked configuration.
@@ -53,7 +53,7 @@ class RunConfig:
             ValueError: If a section or field is unknown or missing, or a value is invalid.
         """
         _check_names("the config", values, sections())
-        made = {}
+        configs = {}
         for section, section_class in sections().items():
             fields = {field.name for field in dataclasses.fields(section_class)}
             _check_names(f"config.{section}", values[section], fields)
@@ -62,16 +62,16 @@ class RunConfig:
                 name: _typed(f"{section}.{name}", value, hints[name])
                 for name, value in values[section].items()
             }
-            made[section] = section_class(**typed)
-        return cls(**made)
+            configs[section] = section_class(**typed)
+        return cls(**configs)
 
     @property
     def language_model(self) -> LanguageModelConfig:
-        """The part that the model is made from."""
+        """The sections that define the model."""
         return LanguageModelConfig(self.model, self.backend, self.mesh)
 
     def with_fields(self, fields: Mapping[str, Any]) -> Self:
-        """Returns a copy with other values of some fields, named `section.field`."""
+        """Returns a copy with new values of the given fields, named `section.field`."""
         config = self
         for name, value in fields.items():
             section, field = name.split(".")
@@ -80,11 +80,11 @@ class RunConfig:
         return config
 
     def with_decay_steps(self) -> Self:
-        """Returns a copy whose schedule is complete: without `decay_steps` it ends with the run."""
+        """Returns a copy with `schedule.decay_steps`: by default the decay ends with the run."""
         if self.schedule.decay_steps:
             return self
         end = self.trainer.num_steps - self.schedule.cooldown_steps
-        # A run that ends within the warm-up is no error: it never comes to the decay.
+        # A run may end within the warm-up: it never reaches the decay.
         steps = max(end, self.schedule.warmup_steps + 1)
         return self.with_fields({"schedule.decay_steps": steps})
 

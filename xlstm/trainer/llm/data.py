@@ -1,4 +1,4 @@
-"""Brings batches from the token stores to the mesh."""
+"""Batches on the mesh: whether model and data divide over it, and which rows a process reads."""
 
 import dataclasses
 import io
@@ -25,16 +25,16 @@ def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     minibatches = config.trainer.num_minibatches
     microbatches = config.mesh.count_microbatches(mesh.shape["pp"])
-    of_microbatches = f" of {microbatches} micro-batches (mesh.num_microbatches)"
+    of_microbatches = f", of {microbatches} micro-batches (mesh.num_microbatches) each"
     parts = shards * minibatches * microbatches
     ramp = [("ramp_batch_sizes", size) for size in config.data.ramp_batch_sizes]
     for name, size in [("batch_size", config.data.batch_size), *ramp]:
         if size % parts:
             raise ValueError(
-                f"data.{name}={size} does not divide into {shards} shares"
+                f"data.{name}={size} does not divide into {shards} shards"
                 f" ({' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}) of {minibatches}"
                 f" minibatches (trainer.num_minibatches)"
-                f"{of_microbatches if microbatches > 1 else ''}: a multiple of {parts} would"
+                f"{of_microbatches if microbatches > 1 else ''}: expected a multiple of {parts}"
             )
 
 
@@ -47,15 +47,19 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     pattern, stages = model.pattern, mesh.shape["pp"]
     if not pattern.is_uniform and pattern.repeats % stages:
         raise ValueError(
-            f"the blocks of mesh.pp={stages} stages cannot be alike: the pattern of"
+            f"mesh.pp={stages} stages cannot hold the same blocks: the pattern of"
             f" {pattern.length()} mLSTM and sLSTM blocks repeats {pattern.repeats} times"
-            f" (model.num_blocks={model.num_blocks}); {stages} would have to divide that"
+            f" (model.num_blocks={model.num_blocks}), which is not a multiple of {stages}"
         )
     for name, size, axes in [
         ("model.num_blocks", model.num_blocks, ("pp",)),
         ("model.num_heads", model.num_heads, ("tp",)),
-        ("the hidden size of the feed-forward layer, model.ffn_dim", model.ffn_dim, ("tp",)),
-        ("that of sLSTM blocks, model.slstm_ffn_dim", model.slstm_ffn_dim, ("tp",)),
+        ("the hidden size of feed-forward layers, model.ffn_dim", model.ffn_dim, ("tp",)),
+        (
+            "the hidden size of feed-forward layers in sLSTM blocks, model.slstm_ffn_dim",
+            model.slstm_ffn_dim,
+            ("tp",),
+        ),
         ("model.vocab_size", model.vocab_size, ("pp", "tp")),
     ]:
         _check_divides(name, size, axes, mesh)
@@ -67,8 +71,8 @@ def _check_divides(name: str, size: int, axes: Sequence[str], mesh: Mesh) -> Non
     if size % parts:
         raise ValueError(
             f"{name}={size} does not divide over"
-            f" {' x '.join(f'{axis}={value}' for axis, value in sizes.items())}: a multiple of"
-            f" {parts} would"
+            f" {' x '.join(f'{axis}={value}' for axis, value in sizes.items())}: expected a"
+            f" multiple of {parts}"
         )
 
 
@@ -81,32 +85,33 @@ def create_run_mesh(config: RunConfig) -> Mesh:
     return mesh
 
 
-def batch_share(mesh: Mesh) -> dict[str, int]:
-    """The share of every global batch that this process reads: the rows of its own devices.
+def process_shard(mesh: Mesh) -> dict[str, int]:
+    """Returns the shard of every global batch that this process reads: the rows of its devices.
 
-    Processes whose devices lie at the same places along the axes of the batch, since `tp` or `pp`
-    goes on from one to the other, read the same rows.
+    Processes read the same rows if their devices have the same positions along the batch axes, as
+    when the `tp` or `pp` axis spans several processes.
 
     Args:
         mesh: The mesh.
 
     Returns:
-        `shard_index` and `shard_count`, for `xlstm.dataset.pipeline`.
+        `shard_index` and `shard_count`, for the batches of `xlstm.dataset`.
 
     Raises:
-        ValueError: If the rows of a process are not one of several equal pieces of the batch.
+        ValueError: If the rows of this process are not one of several equal shards of the batch.
     """
     num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(num_shards, -1)
-    (places,) = np.nonzero((owners == jax.process_index()).any(axis=1))
-    first, size = int(places[0]), len(places)
-    if places[-1] - first + 1 != size or first % size or num_shards % size:
+    (positions,) = np.nonzero((owners == jax.process_index()).any(axis=1))
+    first, size = int(positions[0]), len(positions)
+    if positions[-1] - first + 1 != size or first % size or num_shards % size:
         raise ValueError(
-            f"the devices of process {jax.process_index()} lie at the places {places.tolist()} of"
-            f" {num_shards} along {' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}, not at one"
-            " of several equal pieces; choose sizes that divide the devices of a process, or are"
-            " multiples of them"
+            f"the devices of process {jax.process_index()} have the positions"
+            f" {positions.tolist()} of {num_shards} along"
+            f" {' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)}, which are not one of several"
+            " equal shards: choose mesh sizes that divide the number of devices of a process, or"
+            " are multiples of it"
         )
     return {"shard_index": first // size, "shard_count": num_shards // size}
 
@@ -115,17 +120,25 @@ def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the data has more token ids than the model."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer {tokenizer.name} of the data has {tokenizer.vocab_size} token ids, the"
-            f" model only model.vocab_size={config.model.vocab_size}"
+            f"the tokenizer {tokenizer.name} of the data has {tokenizer.vocab_size} token ids, but"
+            f" the model only model.vocab_size={config.model.vocab_size}"
         )
 
 
 def global_batches(local_batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch]:
-    """Places each process's rows on its devices, as its part of a global batch."""
-    sharding, num_shares = NamedSharding(mesh, BATCH_SPEC), batch_share(mesh)["shard_count"]
+    """Makes global batches: puts the rows of each process on its devices.
+
+    Args:
+        local_batches: The process shard of every global batch, see `process_shard`.
+        mesh: The mesh.
+
+    Yields:
+        The batches, as arrays that are sharded over the batch axes.
+    """
+    sharding, num_shards = NamedSharding(mesh, BATCH_SPEC), process_shard(mesh)["shard_count"]
 
     for batch in local_batches:
-        shapes = jax.tree.map(lambda rows: (num_shares * len(rows), *rows.shape[1:]), batch)
+        shapes = jax.tree.map(lambda rows: (num_shards * len(rows), *rows.shape[1:]), batch)
         yield jax.make_array_from_process_local_data(sharding, batch, shapes)
 
 
@@ -133,13 +146,13 @@ def dump_batch(data: Data, directory: str, step: int) -> str:
     """Writes the global batch of a step, and where its rows come from.
 
     Args:
-        data: What the run reads.
-        directory: Where `step_<step>.npz` (the arrays of the batch) and `step_<step>.json` (for
-            each row, its store and its documents) go.
+        data: Training data of the run.
+        directory: Folder for `step_<step>.npz`, the arrays of the batch, and `step_<step>.json`,
+            the store and the documents of each row.
         step: The step, counted from 1.
 
     Returns:
-        A clause that names documents and file.
+        A clause for messages that names the documents and the file.
     """
     origins = data.batch_origins(step - 1)
     path = os.path.join(directory, f"step_{step}")

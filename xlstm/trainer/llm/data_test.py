@@ -18,11 +18,11 @@ from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
-    batch_share,
     check_vocabulary,
     create_run_mesh,
     dump_batch,
     global_batches,
+    process_shard,
 )
 
 
@@ -49,7 +49,7 @@ def test_the_batch_divides(batch_size, num_minibatches, sizes):
 
 
 @pytest.mark.parametrize(
-    "batch_size, num_minibatches, sizes, shares, multiple",
+    "batch_size, num_minibatches, sizes, shards, multiple",
     [
         (12, 1, {"dp": 8}, 8, 8),
         (12, 1, {"dp": 4, "fsdp": 2}, 8, 8),
@@ -60,7 +60,7 @@ def test_the_batch_divides(batch_size, num_minibatches, sizes):
     ],
     ids=str,
 )
-def test_a_batch_that_does_not_divide(batch_size, num_minibatches, sizes, shares, multiple):
+def test_a_batch_that_does_not_divide(batch_size, num_minibatches, sizes, shards, multiple):
     config = RunConfig(
         mesh=MeshConfig(**sizes),
         data=DataConfig(batch_size=batch_size),
@@ -69,14 +69,14 @@ def test_a_batch_that_does_not_divide(batch_size, num_minibatches, sizes, shares
     with pytest.raises(ValueError) as caught:
         create_run_mesh(config)
     message = str(caught.value)
-    assert f"data.batch_size={batch_size} does not divide into {shares} shares" in message
-    assert message.endswith(f"a multiple of {multiple} would")
+    assert f"data.batch_size={batch_size} does not divide into {shards} shards" in message
+    assert message.endswith(f"expected a multiple of {multiple}")
     assert ("micro-batches" in message) == ("pp" in sizes)
 
 
 def test_every_batch_size_of_a_ramp_divides():
     data = DataConfig(batch_size=16, ramp_batch_sizes=(8, 12), ramp_steps=(1, 1))
-    with pytest.raises(ValueError, match="data.ramp_batch_sizes=12 does not divide into 8 shares"):
+    with pytest.raises(ValueError, match="data.ramp_batch_sizes=12 does not divide into 8 shards"):
         create_run_mesh(RunConfig(data=data))
     fitting = dataclasses.replace(data, ramp_batch_sizes=(8, 16))
     assert create_run_mesh(RunConfig(data=fitting)).size == 8
@@ -85,13 +85,17 @@ def test_every_batch_size_of_a_ramp_divides():
 @pytest.mark.parametrize(
     "sizes, model, message",
     [
-        ({"pp": 8}, {}, "model.num_blocks=4 does not divide over mesh.pp=8: a multiple of 8 would"),
+        (
+            {"pp": 8},
+            {},
+            "model.num_blocks=4 does not divide over mesh.pp=8: expected a multiple of 8",
+        ),
         ({"tp": 8}, {}, "model.num_heads=4 does not divide over mesh.tp=8"),
         ({"tp": 4}, {"ffn_round_up_to_multiple_of": 1}, "model.ffn_dim=341 does not divide"),
         (
             {"pp": 2, "tp": 4},
             {"vocab_size": 260},
-            "model.vocab_size=260 does not divide over mesh.pp=2 x mesh.tp=4: a multiple of 8",
+            "model.vocab_size=260 does not divide over mesh.pp=2 x mesh.tp=4: expected a multiple",
         ),
     ],
     ids=str,
@@ -109,14 +113,14 @@ def test_a_context_that_does_not_fit_the_mesh():
 
 
 class _Device:
-    """What a mesh needs to know about a device of another process."""
+    """A device of any process, as far as a mesh looks at it."""
 
-    def __init__(self, number, devices_per_process):
-        self.id, self.process_index = number, number // devices_per_process
+    def __init__(self, index, devices_per_process):
+        self.id, self.process_index = index, index // devices_per_process
 
 
 @pytest.mark.parametrize(
-    "shape, devices_per_process, process, share",
+    "shape, devices_per_process, process, shard",
     [
         ((4, 2, 1, 1), 2, 1, (1, 4)),  # A process has two rows of its own.
         ((2, 1, 1, 4), 2, 1, (0, 2)),  # Two processes share a `tp` group, and so the rows.
@@ -126,12 +130,12 @@ class _Device:
     ],
 )
 def test_a_process_reads_the_rows_of_its_devices(
-    monkeypatch, shape, devices_per_process, process, share
+    monkeypatch, shape, devices_per_process, process, shard
 ):
     devices = np.array([_Device(i, devices_per_process) for i in range(8)]).reshape(shape)
     mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(MESH_AXES, shape, strict=True)))
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    assert tuple(batch_share(mesh).values()) == share
+    assert tuple(process_shard(mesh).values()) == shard
 
 
 def test_rows_that_are_no_equal_piece_of_the_batch():
@@ -139,8 +143,8 @@ def test_rows_that_are_no_equal_piece_of_the_batch():
     mesh = types.SimpleNamespace(
         devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True))
     )
-    with pytest.raises(ValueError, match=r"process 0 lie at the places \[0, 1\] of 3 along"):
-        batch_share(mesh)
+    with pytest.raises(ValueError, match=r"process 0 have the positions \[0, 1\] of 3 along"):
+        process_shard(mesh)
 
 
 def test_the_vocabulary_must_hold_the_store_s(tmp_path):
@@ -163,8 +167,8 @@ def test_stages_repeat_the_pattern_of_a_mixed_stack():
     create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=4, pp=2)))
     with pytest.raises(ValueError) as caught:
         create_run_mesh(RunConfig(model=model, mesh=MeshConfig(dp=2, pp=4)))
-    assert "mesh.pp=4 stages cannot be alike: the pattern of 4 mLSTM" in str(caught.value)
-    assert "repeats 2 times (model.num_blocks=8); 4 would have to divide" in str(caught.value)
+    assert "mesh.pp=4 stages cannot hold the same blocks: the pattern of 4" in str(caught.value)
+    assert "repeats 2 times (model.num_blocks=8), which is not a multiple of 4" in str(caught.value)
 
 
 def test_rows_are_placed_on_the_mesh():
@@ -203,7 +207,7 @@ def _config(**fields):
     return DataConfig(**{"context_length": 16, "validation_fraction": 0.0} | fields)
 
 
-# Two batches of 2 rows come before those of 4.
+# The first two batches have 2 rows, the others 4.
 @pytest.mark.parametrize("step, num_rows", [(1, 2), (3, 4)])
 def test_a_step_s_batch_is_kept_with_its_documents(tmp_path, store, step, num_rows):
     config = _config(stores=(store.path,), batch_size=4, ramp_batch_sizes=(2,), ramp_steps=(2,))

@@ -1,4 +1,4 @@
-"""Evaluates parameters on validation sets."""
+"""Evaluation of parameters on validation sets."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from xlstm.common_types import Metrics, PyTree
 from xlstm.dataset.task_data import TaskValidationSet
 from xlstm.dataset.validation import ValidationSet
 from xlstm.trainer.base.train_step import create_eval_step
-from xlstm.trainer.llm.data import batch_share, global_batches
+from xlstm.trainer.llm.data import global_batches, process_shard
 from xlstm.trainer.llm.loss import eval_sums
 
 
 class DivergedError(ValueError):
-    """A validation loss is not finite."""
+    """Error for a validation loss that is not finite."""
 
 
 def create_evaluation(
@@ -27,33 +27,33 @@ def create_evaluation(
     max_batches: int | None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Callable[[PyTree], dict[str, float]]:
-    """Makes a function that evaluates parameters.
+    """Creates a function that evaluates parameters.
 
     Args:
         mesh: The mesh.
         params_specs: Partition specs of the parameters.
         apply_fn: The model's `apply`.
-        sets: What to evaluate on.
+        sets: Validation sets.
         max_batches: Largest number of batches of each set; None for all.
         on_batch: Called after each batch.
 
     Returns:
-        A function of boxed parameters. For each set it returns `val_loss` (nats a token),
-        `val_perplexity`, `val_accuracy` (the share of tokens that have the largest logit) and, for
-        text, `val_bits_per_byte`, with `_<name>` behind if the set has a name. It raises ValueError
-        if a loss is not finite.
+        A function of boxed parameters. For each set it returns `val_loss` (nats per token),
+        `val_perplexity`, `val_accuracy` (the share of targets that have the largest logit) and, for
+        text, `val_bits_per_byte`. If the set has a name, the keys end in `_<name>`. The function
+        raises DivergedError if a loss is not finite.
     """
-    share = batch_share(mesh)
+    shard = process_shard(mesh)
     eval_step = create_eval_step(
         mesh, params_specs, lambda params, batch: eval_sums(params, apply_fn, batch)
     )
 
     def sum_up(params: PyTree, validation_set: ValidationSet | TaskValidationSet) -> np.ndarray:
-        """The negative log-likelihood, the right predictions, and the number of targets."""
+        """Returns the sums of negative log-likelihood, correct predictions and targets."""
         total, last = np.zeros(3), None
-        batches = validation_set.batches(max_batches=max_batches, **share)
+        batches = validation_set.batches(max_batches=max_batches, **shard)
         for batch in global_batches(batches, mesh):
-            # One batch waits its turn while the devices compute the one before.
+            # The next batch is enqueued while the devices compute the previous one.
             last, done = eval_step(params, batch), last
             total += _fetch(done)
             on_batch()
@@ -63,17 +63,17 @@ def create_evaluation(
         row = {}
         for validation_set in sets:
             suffix = f"_{validation_set.name}" if validation_set.name else ""
-            nll, num_right, count = sum_up(params, validation_set)
+            nll, num_correct, count = sum_up(params, validation_set)
             if not math.isfinite(nll):
                 raise DivergedError(f"val_loss{suffix} is {nll}: the model has diverged")
             loss, num_bytes = nll / count, validation_set.num_bytes(max_batches)
             row |= {
                 f"val_loss{suffix}": loss,
                 f"val_perplexity{suffix}": math.exp(min(loss, 700)),
-                f"val_accuracy{suffix}": num_right / count,
+                f"val_accuracy{suffix}": num_correct / count,
             }
             if num_bytes is not None:
-                # Of very little text all targets may be markers of documents.
+                # In a very short text all targets may be markers, which have no bytes.
                 row[f"val_bits_per_byte{suffix}"] = nll / math.log(2) / max(num_bytes, 1)
         return row
 

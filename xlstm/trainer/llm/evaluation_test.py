@@ -14,18 +14,18 @@ _VOCAB_SIZE = 257
 
 
 def _apply(variables, inputs, targets, targets_mask, reset, method):
-    """A model that knows how frequent each token is, and nothing of the one before."""
+    """Applies a model whose logits do not depend on the inputs."""
     assert method == "eval_sums"
     logits = variables["params"]["logits"]
     nll = -jax.nn.log_softmax(logits)[targets]
-    is_right = (targets == jnp.argmax(logits)) & targets_mask
-    sums = jnp.where(targets_mask, nll, 0.0), is_right, targets_mask
+    is_correct = (targets == jnp.argmax(logits)) & targets_mask
+    sums = jnp.where(targets_mask, nll, 0.0), is_correct, targets_mask
     return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two sets: what is held out of a store, and another store."""
+    """Two sets: the held-out part of a store, and another store."""
     folder = tmp_path_factory.mktemp("stores")
     store = write_letter_store(folder / "store")
     other = write_letter_store(folder / "other", first=61, seed=1)
@@ -58,7 +58,7 @@ def _expected(validation_set, params, max_batches):
     batches = list(validation_set.batches(max_batches=max_batches))
     targets = np.concatenate([batch.targets[batch.targets_mask] for batch in batches])
     nll = nll_of[targets].sum()
-    num_bytes = (targets != 0).sum()  # The marker of a document's end is no text.
+    num_bytes = (targets != 0).sum()  # The marker has no bytes.
     accuracy = (targets == logits.argmax()).mean()
     bits = nll / np.log(2) / num_bytes
     return nll / targets.size, np.exp(nll / targets.size), accuracy, bits, len(batches)

@@ -1,6 +1,6 @@
 """The collectives that a training step should execute, derived from its configuration.
 
-`xlstm.distributed.hlo_collectives` finds those of a compiled step.
+`xlstm.distributed.hlo_collectives` finds the actual ones in a compiled step.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class ExpectedCollective:
         kind: XLA operation, such as `all-gather`.
         axes: Mesh axes along which devices communicate.
         count: Number of executions in a step.
-        num_bytes: Total size, over all executions, of the whole arrays that a group of devices
+        num_bytes: Total size, over all executions, of the complete arrays that a group of devices
             gathers, sums or permutes.
         purpose: Data that is sent.
     """
@@ -71,7 +71,7 @@ def expected_collectives(config: RunConfig, mesh: Mesh, params: PyTree) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """The division of a step: what is executed how often, on how many tokens."""
+    """Numbers of executions in a step, and of tokens in each."""
 
     minibatches: int
     ticks: int  # Executions of a stage for each minibatch.
@@ -102,7 +102,7 @@ def _work(config: RunConfig, mesh: Mesh) -> _Work:
 
 
 def _tensor_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
-    """Tokens between the layers: a gather and a scatter for each layer, and their transposes."""
+    """Yields the gathers and scatters of tokens between the layers, and their transposes."""
     work = _work(config, mesh)
     for kind, count in config.model.pattern.counts.items():
         yield from _layer_collectives(
@@ -125,7 +125,7 @@ _GATHERING_LAYERS = {"xlstm_7b": 2, "xlstm_2024": 1, "slstm": 1}
 def _layer_collectives(
     config: RunConfig, mesh: Mesh, layers: int, executions: int
 ) -> Iterator[ExpectedCollective]:
-    """Tokens of layers that gather and scatter, for the given executions of their block."""
+    """Yields the gathers and scatters of a block's layers, for its given executions."""
     work, size = _work(config, mesh), mesh.shape["tp"]
     num_bytes = work.tokens_per_tick * work.embedding_bytes
     # A backward pass that recomputes the block gathers its inputs again. If nothing was kept, it
@@ -146,7 +146,7 @@ def _layer_collectives(
 
 
 def _exchange_collectives(config: RunConfig, mesh: Mesh, executions: int) -> ExpectedCollective:
-    """Tokens for channels and back in sLSTM layers, and the transposes."""
+    """Returns the exchanges of tokens for channels and back in sLSTM layers, and the transposes."""
     work = _work(config, mesh)
     repeated = {"none": 0, "dots": 1, "block": 2}[config.model.remat]
     count = executions * (4 + repeated)
@@ -157,7 +157,7 @@ def _exchange_collectives(config: RunConfig, mesh: Mesh, executions: int) -> Exp
 def _gate_collectives(
     config: RunConfig, work: _Work, executions: int
 ) -> Iterator[ExpectedCollective]:
-    """Gates that depend on all heads: two sums for each block, and their transposes."""
+    """Yields the sums of gates that depend on all heads, two per block, and their transposes."""
     num_bytes = work.tokens_per_tick * config.model.num_heads * _FLOAT_BYTES
     sums = 4 if config.model.remat == "block" else 2
     for kind, each in (("reduce-scatter", sums), ("all-gather", 2)):
@@ -166,7 +166,7 @@ def _gate_collectives(
 
 
 def _vocabulary_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
-    """Three numbers per token for the loss, and, over `pp`, the tokens that the stages share."""
+    """Yields three numbers per token for the loss, and the tokens that stages share over `pp`."""
     work = _work(config, mesh)
     numbers = work.minibatches * work.tokens * _FLOAT_BYTES
     purpose = "loss"
@@ -179,7 +179,7 @@ def _vocabulary_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedC
 
 
 def _pipeline_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
-    """A micro-batch from stage to stage at every tick, and its gradient back."""
+    """Yields what stages send at every tick: a micro-batch, and its gradient back."""
     work, size = _work(config, mesh), mesh.shape["tp"]
     ticks = work.minibatches * work.ticks
     vectors = work.tokens_per_tick * work.embedding_bytes // size
@@ -201,7 +201,7 @@ def _boxes(params: PyTree) -> list[tuple[str, nn.Partitioned]]:
 def _parameter_collectives(
     config: RunConfig, mesh: Mesh, params: PyTree
 ) -> Iterator[ExpectedCollective]:
-    """Sharded weights: gathered for use, with gradients scattered once for each minibatch."""
+    """Yields the gathers of sharded weights, and the scatters of their gradients."""
     work = _work(config, mesh)
     gather_size = np.dtype(config.mesh.gather_dtype).itemsize
     scatter_size = np.dtype(config.mesh.scatter_dtype).itemsize
@@ -226,7 +226,7 @@ def _parameter_collectives(
 
 
 def _gradient_collectives(mesh: Mesh, params: PyTree) -> Iterator[ExpectedCollective]:
-    """Gradients of replicated parameters, summed once per step, together for the same axes."""
+    """Yields the sums of the gradients of replicated parameters, one per step and set of axes."""
     sums = {}
     for _, box in _boxes(params):
         sharded = axes_of(box.names)

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a path stands for, of a run that may be going on."""
+"""Finding and reading a checkpoint by a path, even while its run is training."""
 
 import os
 from collections.abc import Callable
@@ -19,15 +19,15 @@ _Read = TypeVar("_Read")
 
 
 def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
-    """The run and the step that the folder of a run, or of one of its checkpoints, stands for.
+    """Splits the path of a run's folder, or of one of its checkpoints, into folder and step.
 
     Args:
-        path: The folder; it need not be there.
+        path: The path; it need not exist.
 
     Returns:
-        The run's folder, and the step; None if it is not that of a checkpoint.
+        The run's folder, and the step; None if the path is not that of a checkpoint.
     """
-    if os.path.isdir(Workdir(path).checkpoints):  # A run, whatever its name.
+    if os.path.isdir(Workdir(path).checkpoints):  # A run's folder, even if named like a checkpoint.
         return Workdir(path), None
     parent, name = os.path.split(os.path.normpath(path))
     step = parse_step(name)
@@ -39,18 +39,18 @@ def split_checkpoint_path(path: str) -> tuple[Workdir, int | None]:
 def find_checkpoint(
     path: str, report: Callable[[str], None] = lambda text: None
 ) -> tuple[Workdir, int]:
-    """Finds a checkpoint by the folder of its run, or its own.
+    """Finds the checkpoint that a path names.
 
     Args:
-        path: The folder. For that of a run it is the last checkpoint that is confirmed.
-        report: Takes a line about a newer one that is not.
+        path: The folder of a run, for its last confirmed checkpoint, or of a checkpoint.
+        report: Called with a line about a newer checkpoint that is not confirmed.
 
     Returns:
         The run's folder and the step.
 
     Raises:
-        ValueError: If the folder does not exist, or has no checkpoint, or one that is a link that
-            leads out of the run's folder.
+        ValueError: If the folder does not exist, has no complete or no confirmed checkpoint, or if
+            a file to read is a link that leads out of the run's folder.
     """
     workdir, wanted = split_checkpoint_path(path)
     folder = CheckpointFolder(workdir.checkpoints)
@@ -59,7 +59,7 @@ def find_checkpoint(
         saved = folder.metadata()
         return list(saved), confirmed_step(saved)
 
-    # The run may be going on: all processes must choose the same.
+    # The run may be training: all processes must choose the same checkpoint.
     steps, confirmed = broadcast_from_process_0(find)
     if wanted is None and steps:
         newest, wanted = max(steps), confirmed
@@ -79,7 +79,7 @@ def find_checkpoint(
 
 
 def _describe_missing(path: str, step: int | None, steps: list[int]) -> str:
-    """Returns the message that a path is no checkpoint, and which ones its run has."""
+    """Returns the message that a path is no checkpoint, with those that its run has."""
     expected = "expected the folder of a run or of one of its checkpoints"
     if steps:
         expected = f"the run has the checkpoints {', '.join(map(str, sorted(steps)))}"
@@ -95,22 +95,22 @@ def read_checkpoint(
     read: Callable[[Workdir, int], _Read],
     report: Callable[[str], None] = lambda text: None,
 ) -> _Read:
-    """Reads the checkpoint that a path stands for, the same in all processes.
+    """Reads the checkpoint that a path names, the same in all processes.
 
-    If that of a run's folder is removed meanwhile, since the run goes on, the one that is the
-    newest then is read; one that was named itself is not replaced.
+    If a run that is training removes its checkpoint meanwhile, the one that is the last confirmed
+    checkpoint then is read. A checkpoint that the path itself names is not replaced.
 
     Args:
         path: The folder of a run, or of one of its checkpoints.
         read: Reads the checkpoint, given the run's folder and the step.
-        report: Takes a line about a newer checkpoint that is not confirmed.
+        report: Called with a line about a newer checkpoint that is not confirmed.
 
     Returns:
-        What `read` returned.
+        The result of `read`.
 
     Raises:
-        ValueError: If there is none.
-        OSError: If it cannot be read, or the run removes one after the other.
+        ValueError: If there is no such checkpoint.
+        OSError: If the checkpoint cannot be read, or the run has removed several in a row.
     """
     for _ in range(_TRIES):
         workdir, step = find_checkpoint(path, report)
@@ -121,6 +121,6 @@ def read_checkpoint(
                 raise
             last_error = error
     raise OSError(
-        f"{path}: {_TRIES} checkpoints were removed while they were read: let the run keep more of"
-        " them (trainer.max_checkpoints), or read a copy"
+        f"{path}: {_TRIES} checkpoints were removed while they were read: let the run keep more"
+        " checkpoints (trainer.max_checkpoints), or read a copy of its folder"
     ) from last_error

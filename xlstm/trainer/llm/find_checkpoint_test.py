@@ -43,12 +43,12 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path):
-    """A copy of it that may be changed."""
+    """A copy of that run that a test may change."""
     return shutil.copytree(saved, tmp_path / "run")
 
 
 def _read(workdir, step):
-    """Reads all that the tools read of a checkpoint."""
+    """Reads everything that the tools read from a checkpoint."""
     assert read_params.read_run_info(workdir.checkpoints, step) == {"who": "mine"}
     params = read_params.read_params(workdir.checkpoints, step, _state(0.0).params)
     opened = read_params.open_params(workdir.checkpoints, step, {"kernel": (_SIZE, _SIZE)})
@@ -69,7 +69,7 @@ _MOMENTS = {
 
 
 def _disturb(monkeypatch, owner, name, disturb):
-    """Lets something happen whenever a function is called."""
+    """Calls `disturb` before every call of a function."""
     function = getattr(owner, name)
 
     def disturbed(*args, **kwargs):
@@ -80,7 +80,7 @@ def _disturb(monkeypatch, owner, name, disturb):
 
 
 def _remove_newest(run, times):
-    """Makes what removes the newest checkpoint as a run does, at its first calls."""
+    """Returns a function whose first calls remove the newest checkpoint, as a run does."""
     folder, calls = CheckpointFolder(str(run / "checkpoints")), itertools.count()
 
     def remove():
@@ -111,7 +111,7 @@ def test_when_the_only_checkpoint_is_replaced_while_it_is_looked_for(run, monkey
 
 
 def test_another_checkpoint_of_the_same_step_is_not_the_one_that_was_chosen(run, monkeypatch):
-    """The run went back, and came to the step again."""
+    """The run was rolled back, and has reached the step again."""
     checkpoint, done = run / "checkpoints" / "6", []
 
     def replace():

@@ -1,4 +1,4 @@
-"""What the gates of every block do: means and standard deviations over the tokens of a step."""
+"""Statistics of the gates of every block: means and standard deviations over a step's tokens."""
 
 import functools
 
@@ -13,48 +13,50 @@ from xlstm.models.xlstm_parallel.pattern import BlockPattern
 
 
 def gate_moments(variables: PyTree, pattern: BlockPattern) -> dict[str, Moments]:
-    """Takes the gates' moments from what the model has sown, inside of `shard_map`.
+    """Returns the gates' moments that the model has sown, inside `shard_map`.
 
-    Every token counts, with a target or without. Each device has its own heads, and the blocks of
-    its stage: so the sums over all devices, and over minibatches, are those of the global batch.
+    Every token counts, with or without a target. Each device has its own tokens, heads and stage,
+    so summing the moments over devices and minibatches gives those of the global batch.
 
     Args:
         variables: The model's mutable variables, with the collection `intermediates`.
         pattern: The model's pattern of blocks.
 
     Returns:
-        Moments of the gates `igate`, `fgate` and `ogate`, see `sow_gate_moments`; each leaf has
+        Moments of the gates `igate`, `fgate` and `ogate`, see `sow_gate_moments`. Each leaf has
         shape `(num_blocks,)`, with zeros for the blocks of other stages.
     """
     sown = variables["intermediates"]["blocks"]
     if pattern.is_uniform:
         sown = {name: sown for name in block_groups(pattern)}
 
-    def place(numbers: jax.Array, sown: jax.Array) -> jax.Array:
-        # Before the blocks a pipeline has an axis of micro-batches.
-        here = jnp.sum(sown.reshape(-1, numbers.size), axis=0)
-        blocks = jnp.zeros(pattern.length() * pattern.repeats, here.dtype)
-        return blocks.at[numbers].set(here)
+    def scatter_to_blocks(indices: jax.Array, sown: jax.Array) -> jax.Array:
+        # A pipeline adds a leading axis of micro-batches.
+        local = jnp.sum(sown.reshape(-1, indices.size), axis=0)
+        blocks = jnp.zeros(pattern.length() * pattern.repeats, local.dtype)
+        return blocks.at[indices].set(local)
 
-    placed = []
+    moments_of_groups = []
     for name, group in block_groups(pattern).items():
         (layer,) = sown[name].values()
         (moments,) = layer["gate_moments"]
-        numbers = group_indices(pattern, group, local_repeats(pattern)).in_model.ravel()
-        placed.append(jax.tree.map(functools.partial(place, numbers), moments))
-    return jax.tree.map(lambda *groups: sum(groups), *placed)
+        indices = group_indices(pattern, group, local_repeats(pattern)).in_model.ravel()
+        moments_of_groups.append(
+            jax.tree.map(functools.partial(scatter_to_blocks, indices), moments)
+        )
+    return jax.tree.map(lambda *groups: sum(groups), *moments_of_groups)
 
 
 def gate_scalars(moments: dict[str, Moments]) -> dict[str, float]:
-    """Makes numbers to log of the moments of a step, on the host.
+    """Converts the moments of a step to numbers to log, on the host.
 
-    Means and deviations are over tokens and heads, of `ogate` over tokens and features: of the
-    input and forget gates' soft-capped pre-activations, and of how far the output gates are open,
-    0 to 1 (in the block `xlstm_2024`, of the SiLU in their place). Sums are in float32: a deviation
-    below a thousandth of its mean is rounding.
+    For input and forget gates these are the mean and the standard deviation of the soft-capped
+    pre-activations, over tokens and heads. For output gates they are those of the sigmoid, from 0
+    to 1, over tokens and features (in the block `xlstm_2024`, of the SiLU that replaces it). Sums
+    are in float32: a deviation below a thousandth of its mean is rounding.
 
     Args:
-        moments: What `gate_moments` returned, summed over the devices.
+        moments: Result of `gate_moments`, summed over the devices.
 
     Returns:
         For each block, counted from 0, `igate_mean/0`, `igate_std/0`, and so on for every gate.

@@ -1,4 +1,4 @@
-"""The model of a run: its parameters, the training step, and parameters to begin with."""
+"""The model of a run: its parameters, its training step, and parameters from another run."""
 
 import functools
 from collections.abc import Callable
@@ -25,15 +25,15 @@ from xlstm.trainer.optimizer.schedule import create_schedule
 
 
 def init_params(config: RunConfig, mesh: Mesh, rng: PRNGKeyArray) -> PyTree:
-    """Initialises the parameters of a run's model; their values do not depend on the mesh.
+    """Initializes the parameters of a run's model; their values do not depend on the mesh.
 
     Args:
         config: The run's configuration.
-        mesh: The mesh, which decides their partition names.
+        mesh: The mesh, which decides the partition names.
         rng: Random key.
 
     Returns:
-        Boxed parameters of global shapes.
+        Boxed parameters with global shapes.
     """
     model = xLSTMLMModel(config.language_model)
     return shard_parameters(
@@ -44,7 +44,7 @@ def init_params(config: RunConfig, mesh: Mesh, rng: PRNGKeyArray) -> PyTree:
 
 
 def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[PyTree, PyTree]:
-    """Returns the shapes and shardings of a model's parameters; nothing is computed.
+    """Returns the shapes and shardings of a model's parameters, without computing them.
 
     Args:
         config: The run's configuration.
@@ -61,15 +61,16 @@ def abstract_params(config: RunConfig, mesh: Mesh) -> tuple[PyTree, PyTree]:
 def create_training(
     config: RunConfig, mesh: Mesh, abstract: bool = False
 ) -> tuple[TrainState, PyTree, Callable[..., tuple[TrainState, Metrics]]]:
-    """Creates what a run computes with.
+    """Creates the train state and the training step of a run.
 
     Args:
         config: The run's configuration.
         mesh: The mesh.
-        abstract: Whether shapes and shardings of the state are enough, see `create_train_state`.
+        abstract: Whether to return only shapes and shardings of the state, see
+            `create_train_state`.
 
     Returns:
-        The initial train state, its partition specs and the compiled training step, see
+        The initial train state, its partition specs and the training step, see
         `create_train_step`.
     """
     optimizer, schedule = config.optimizer, config.with_decay_steps().schedule
@@ -104,38 +105,39 @@ def create_training(
 
 
 def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
-    """Checks that data is of the tokenizer that parameters were trained with.
+    """Checks that the data has the tokenizer that a checkpoint was trained with.
 
     Args:
-        workdir: The folder of the run that has the parameters.
-        step: The step of its checkpoint.
-        tokenizer: That of the data.
+        workdir: The folder of the checkpoint's run.
+        step: The checkpoint's step.
+        tokenizer: The tokenizer of the data.
 
     Raises:
-        ValueError: If the tokenizer of the parameters is known and another one.
+        ValueError: If the checkpoint's tokenizer is known and differs.
         CheckpointGone: If the checkpoint has been removed meanwhile.
         OSError: If the checkpoint cannot be read.
     """
     check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
 
 
-def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
-    """Replaces the parameters of a state that has not taken a step.
+def init_from_checkpoint(workdir: Workdir, step: int, state: TrainState) -> TrainState:
+    """Replaces the parameters of a new train state by those of a checkpoint.
 
     Args:
-        workdir: The folder of the run that has the parameters.
-        step: The step of its checkpoint.
-        state: The state. It is consumed, so that two sets of parameters never need room at once;
-            after a CheckpointGone it serves for another checkpoint.
+        workdir: The folder of the checkpoint's run.
+        step: The checkpoint's step.
+        state: The state, before its first step. It is consumed before the checkpoint is read, so
+            that two sets of parameters are never in memory at once. After a CheckpointGone it can
+            be passed again, for another checkpoint.
 
     Returns:
-        The state with those parameters, or their moving average if there is one; its own moving
-        average begins from the same. The optimizer's state is as it was.
+        The state with the checkpoint's parameters, or with their moving average if there is one.
+        The state's own moving average starts from the same values. The optimizer's state is kept.
 
     Raises:
         ValueError: If a parameter is not finite.
         CheckpointGone: If the checkpoint has been removed meanwhile.
-        OSError: If the checkpoint is damaged, or of another model.
+        OSError: If the checkpoint is damaged, or belongs to another model.
     """
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
@@ -146,10 +148,10 @@ def start_from(workdir: Workdir, step: int, state: TrainState) -> TrainState:
     nonfinite = count_nonfinite(params)
     if nonfinite:
         raise ValueError(
-            f"no run can begin with the checkpoint of step {step} in {workdir.checkpoints}:"
+            f"no run can start from the checkpoint of step {step} in {workdir.checkpoints}:"
             f" {nonfinite_text(nonfinite)}"
         )
-    # A true copy: a training step gives both buffers away.
+    # A copy, since a training step donates both buffers.
     average = None if state.params_ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, params_ema=average)
 

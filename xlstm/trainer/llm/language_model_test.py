@@ -1,4 +1,4 @@
-"""The state of a run that begins with the parameters of another one."""
+"""Tests of runs that start from the parameters of another run."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.find_checkpoint import find_checkpoint
-from xlstm.trainer.llm.language_model import start_from
+from xlstm.trainer.llm.language_model import init_from_checkpoint
 from xlstm.trainer.llm.prepare_run import prepare_run
 from xlstm.trainer.llm.workdir import Workdir, write_config
 
@@ -30,7 +30,7 @@ _SHAPES = {"head": (4, 8), "stack": (4, 8)}
 
 
 def _state(value, average=None, shapes=_SHAPES, **sizes):
-    """A state whose parameters begin with a value."""
+    """Returns a new state whose parameters start at a value."""
     mesh = create_mesh(MeshConfig(**sizes), None if sizes else jax.devices()[:1])
 
     def params(value):
@@ -57,7 +57,7 @@ def _state(value, average=None, shapes=_SHAPES, **sizes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs, of two checkpoints each; the tokenizer of one is known."""
+    """Two runs with two checkpoints each; the tokenizer of one is known."""
     folder = tmp_path_factory.mktemp("runs")
     for name, tokenizer in (("plain", "byte"), ("averaged", None)):
         info = {"tokenizer": tokenizer}
@@ -78,7 +78,7 @@ def test_only_the_parameters_are_taken(runs, path, value, average, sizes):
     expected = jax.device_get(unboxed(_state(value).params))
     before = _state(7, average, **sizes)
     shardings = jax.tree.map(lambda x: x.sharding, before.params)
-    state = start_from(*find_checkpoint(str(runs / path)), before)
+    state = init_from_checkpoint(*find_checkpoint(str(runs / path)), before)
     assert jax.tree.map(lambda x: x.sharding, state.params) == shardings
     trees = [state.params] if average is None else [state.params, state.params_ema]
     for tree in trees:
@@ -87,22 +87,22 @@ def test_only_the_parameters_are_taken(runs, path, value, average, sizes):
     np.testing.assert_array_equal(state.opt_state["momentum"], np.full(3, 7))
     np.testing.assert_array_equal(state.rng, jax.random.PRNGKey(7))
     if average is not None:
-        # Each has its own memory: a training step gives both away.
+        # Each has its own buffer, since a training step donates both.
         jax.tree.map(lambda x: x.delete(), state.params)
         jax.tree.map(np.asarray, state.params_ema)
-    # Nor was there room for what was there before.
+    # The previous parameters were freed.
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
 
 
 def test_another_model(runs):
-    message = r"step 3 in .*plain.*: params.head is of the shape \(4, 8\) there, .* \(4, 16\)"
+    message = r"step 3 in .*plain.*: params.head is of shape \(4, 8\) in .* \(4, 16\)"
     with pytest.raises(OSError, match=message):
         wider = _state(7, shapes=_SHAPES | {"head": (4, 16)})
-        start_from(*find_checkpoint(str(runs / "plain")), wider)
+        init_from_checkpoint(*find_checkpoint(str(runs / "plain")), wider)
 
 
 def _prepare(store, workdir, init_from):
-    """What is known of a run before anything is made."""
+    """Prepares a run; returns its configuration and the run."""
     data = DataConfig(stores=(store.path,), validation_fraction=0.0)
     config = RunConfig(
         model=ModelConfig(vocab_size=300), data=data, trainer=TrainerConfig(init_from=init_from)
@@ -172,6 +172,6 @@ def test_parameters_that_are_not_finite(runs):
         state = _state(1)
         ruined = jax.tree.map(lambda x: x * math.nan, state.params)
         checkpointer.save(1, state.replace(params=ruined))
-    message = r"no run can begin with the checkpoint of step 1 .* NaN: 32 in head, "
+    message = r"no run can start from the checkpoint of step 1 .* NaN: 32 in head, "
     with pytest.raises(ValueError, match=message):
-        start_from(*find_checkpoint(str(folder)), _state(7))
+        init_from_checkpoint(*find_checkpoint(str(folder)), _state(7))

@@ -1,4 +1,4 @@
-"""The loggers of a run, made from its configuration."""
+"""The loggers of a run, created from its configuration."""
 
 import os
 
@@ -15,16 +15,19 @@ from xlstm.trainer.logger.wandb_logger import WandbLogger
 
 
 def create_loggers(run: PreparedRun, start_step: int) -> Loggers:
-    """Creates the loggers of a run; only the first process writes and shows anything.
+    """Creates the loggers of a run; only process 0 has any.
 
     Args:
         run: The run.
-        start_step: Steps done before.
+        start_step: Number of steps already done.
+
+    Returns:
+        The loggers, as one.
     """
     if jax.process_index() != 0:
         return Loggers([])
     workdir, config = run.workdir, run.config
-    first_step = start_step + 1 if start_step else 0  # A new run begins with an evaluation.
+    first_step = start_step + 1 if start_step else 0  # A new run is evaluated before step 1.
     loggers = [
         JsonLinesLogger(workdir.metrics, first_step),
         LossPlotLogger(workdir.metrics, workdir.loss_plot),

@@ -15,7 +15,7 @@ from xlstm.trainer.llm.gate_statistics import gate_moments
 def next_token_nll(
     params: PyTree, apply_fn: Callable, batch: Batch, dropout_keys: PRNGKeyArray | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of a batch's targets.
+    """Returns the negative log-likelihood of a batch's targets.
 
     Args:
         params: Parameters of the model.
@@ -24,7 +24,8 @@ def next_token_nll(
         dropout_keys: A random key for each example, `(B, ...)`; None for no dropout.
 
     Returns:
-        The sum over this device's targets that count, in nats, and their number; float32 scalars.
+        The sum over the targets of this device that count, in nats, and their number; float32
+        scalars.
     """
     return _apply(params, apply_fn, batch, dropout_keys)
 
@@ -32,7 +33,7 @@ def next_token_nll(
 def eval_sums(
     params: PyTree, apply_fn: Callable, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Judges a model's predictions of a batch's targets, see `xLSTMLMModel.eval_sums`."""
+    """Returns the sums for an evaluation of a batch, see `xLSTMLMModel.eval_sums`."""
     tokens = batch.inputs, batch.targets, batch.targets_mask, batch.reset
     return apply_fn({"params": params}, *tokens, method="eval_sums")
 
@@ -55,16 +56,16 @@ def _apply(
 def create_loss_fn(
     num_minibatches: int, num_targets: jax.Array, *, gate_pattern: BlockPattern | None = None
 ) -> LossFn:
-    """Makes the loss of a minibatch.
+    """Creates the loss function of a minibatch.
 
-    The loss is `nll * num_minibatches / num_targets`, so that its mean over the minibatches, summed
-    over the devices, is the loss per target of the whole global batch, however it was divided.
+    The loss is `nll * num_minibatches / num_targets`. So its mean over the minibatches, summed over
+    the devices, is the loss per target of the global batch, however that is divided.
 
     Args:
         num_minibatches: Number of minibatches that gradients are accumulated over.
-        num_targets: Number of targets that count in the whole global batch.
-        gate_pattern: The model's pattern of blocks if there is to be a metric `gates` too, see
-            `gate_moments`.
+        num_targets: Number of targets that count in the global batch.
+        gate_pattern: The model's pattern of blocks, to add the metric `gates`, see `gate_moments`;
+            None for no such metric.
 
     Returns:
         A loss function for `xlstm.distributed.single_gpu`; its metric `loss` is (nll, targets).
@@ -76,7 +77,7 @@ def create_loss_fn(
         batch: tuple[Batch, PRNGKeyArray],
         rng: PRNGKeyArray,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        del rng  # Every example has a key of its own, which the mesh has no part in.
+        del rng  # Every example has its own key, which does not depend on the mesh.
         if gate_pattern:
             sums, variables = _apply(params, apply_fn, *batch, mutable=["intermediates"])
             metrics = {"loss": sums, "gates": gate_moments(variables, gate_pattern)}

@@ -22,7 +22,7 @@ def _batch(mask=None):
 
 
 def _apply(variables, inputs, targets, targets_mask, reset, dropout_keys, *, method):
-    """A model whose logits depend on the parameters, the tokens and the resets."""
+    """Applies a model whose logits depend on the parameters, the tokens and the resets."""
     assert method == "next_token_nll" and dropout_keys is None
     logits = variables["params"]["table"][inputs]
     logits += jnp.where(reset, 1.0, 0.0)[..., None] * jnp.arange(_V)
@@ -35,7 +35,7 @@ def _params():
 
 
 def _expected(params, batch):
-    """The definition, token by token in float64."""
+    """Computes the definition, token by token in float64."""
     table = np.asarray(params["table"], np.float64)
     nll, count = 0.0, 0
     for b in range(_B):

@@ -1,8 +1,9 @@
-"""Prepares a run: checks everything that can be checked before anything is made."""
+"""The inputs of a run, opened and checked before anything is created."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,30 +26,30 @@ from xlstm.trainer.llm.find_checkpoint import find_checkpoint, read_checkpoint
 from xlstm.trainer.llm.language_model import check_source
 from xlstm.trainer.llm.run_facts import code_version, config_facts, data_facts
 from xlstm.trainer.llm.run_tokenizer import choose_tokenizer
-from xlstm.trainer.llm.workdir import Workdir, check_workdir, kept_fields
+from xlstm.trainer.llm.workdir import Workdir, check_workdir, inherited_fields
 from xlstm.trainer.logger.wandb_logger import check_wandb
 from xlstm.visible_text import visible_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRun:
-    """What is known of a run before its first step.
+    """A run whose inputs are open and checked.
 
     Attributes:
-        config: The configuration.
-        mesh: The mesh.
-        workdir: The run's folder.
-        data: What it reads.
-        tokenizer: What lies in the folder: that of the data, in the files that the model has.
-        validation_sets: What it validates on.
-        stores: All that both lie in.
-        code: The version of the code that runs.
-        console: Where the first process speaks.
-        clock: What the time is spent on.
-        requests: What this process asks of all.
-        soundness: Judges the steps.
-        source: The run and the step whose parameters it begins with, if they are still there then;
-            None for random ones, and for a run that has begun.
+        config: Configuration, with inherited fields and `decay_steps` filled in.
+        mesh: Device mesh.
+        workdir: Folder of the run.
+        data: Training data.
+        tokenizer: Tokenizer to write into the folder, see `choose_tokenizer`.
+        validation_sets: Validation sets.
+        stores: Token stores of the training data and of the validation sets.
+        code: Version of the code, see `code_version`.
+        console: Output of process 0; that of the other processes is quiet.
+        clock: Clock of the phases of the run.
+        requests: Requests of this process to all processes, such as to stop.
+        soundness: Judge of whether steps are sound.
+        source: Folder and step of the checkpoint to take parameters from, unless it is removed
+            before it is read; None for a run with random parameters or with own checkpoints.
     """
 
     config: RunConfig
@@ -66,47 +67,51 @@ class PreparedRun:
     source: tuple[Workdir, int] | None
 
     def say(self, text: str) -> None:
-        """Shows a text as it is, but for characters that a terminal would obey."""
+        """Prints a text in process 0; characters that control a terminal are made visible."""
         self.console.print(visible_lines(text), soft_wrap=True)
 
     def stop(self, signal_name: str) -> None:
-        """Asks all processes to stop."""
+        """Asks all processes to stop after the step, and says so."""
         self.requests.ask(Request.STOP)
         self.say(stop_message(signal_name, *self.clock.activity()))
 
     @property
     def bubble(self) -> float:
-        """The share of time for which pipeline stages are idle."""
+        """The share of the time of the blocks for which pipeline stages are idle."""
         stages = self.mesh.shape["pp"]
         return bubble_fraction(stages, self.config.mesh.count_microbatches(stages))
 
 
 def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool) -> PreparedRun:
-    """Checks everything that can be checked before anything is made.
+    """Opens and checks the inputs of a run, before anything is created.
 
     Args:
-        config: What to do; a run that goes on keeps the defaults that it began with.
-        workdir_path: The run's folder; it need not be there.
-        allow_config_change: Whether to go on with a run that began with another configuration.
+        config: The run's configuration. A run that resumes keeps the defaults that it began with.
+        workdir_path: The run's folder; it need not exist.
+        allow_config_change: Whether the run may resume with another configuration.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: If the configuration does not fit itself, the devices, the data, the folder or
-            that of another process.
+        ValueError: If the configuration is invalid, differs between processes, or does not fit the
+            devices, the data or the folder.
         OSError: If something cannot be read.
     """
+    # Configuration and folder.
     check_agreement("config", lambda: config_facts(config))
     clock, mesh, workdir = Clock(), create_run_mesh(config), Workdir(workdir_path)
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
-    kept = kept_fields(workdir, config)
-    new_run, config = config.with_decay_steps(), config.with_fields(kept).with_decay_steps()
+    inherited = inherited_fields(workdir, config)
+    new_run = config.with_decay_steps()
+    config = config.with_fields(inherited).with_decay_steps()
     check_workdir(workdir, config, allow_config_change=allow_config_change)
-    has_begun = broadcast_from_process_0(CheckpointFolder(workdir.checkpoints).steps)
-    init_from = "" if has_begun else config.trainer.init_from
+    has_checkpoints = broadcast_from_process_0(CheckpointFolder(workdir.checkpoints).steps)
+    init_from = "" if has_checkpoints else config.trainer.init_from
     source = find_checkpoint(init_from) if init_from else None
+
+    # Data.
     data = open_data(config.data, workdir.stdlib_store)
     validation_sets = data.validation_sets()
     stores = [*data.stores, *stores_of(validation_sets)]
@@ -115,8 +120,8 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     if source:
         read_checkpoint(init_from, functools.partial(check_source, tokenizer=data.tokenizer))
     check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
-    options = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(quiet=jax.process_index() != 0, **options)
+
+    plain = {"highlight": False, "markup": False, "emoji": False}
     run = PreparedRun(
         config=config,
         mesh=mesh,
@@ -126,7 +131,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
         validation_sets=validation_sets,
         stores=stores,
         code=code_version(),
-        console=console,
+        console=Console(quiet=jax.process_index() != 0, **plain),
         clock=clock,
         requests=Requests(mesh),
         soundness=Soundness(
@@ -136,14 +141,22 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
         ),
         source=source,
     )
-    decay_steps = kept.pop("schedule.decay_steps", None)
-    if kept:
-        fields = ", ".join(f"{name}={value!r}" for name, value in kept.items())
+    _report_inherited(run, inherited, new_run.schedule.decay_steps)
+    return run
+
+
+def _report_inherited(
+    run: PreparedRun, inherited: dict[str, Any], decay_steps_of_new_run: int
+) -> None:
+    """Says which fields of its first configuration a run keeps."""
+    defaults = dict(inherited)
+    decay_steps = defaults.pop("schedule.decay_steps", None)
+    if defaults:
+        fields = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
         run.say(f"keeping the defaults that the run began with: {fields}")
-    if decay_steps not in (None, new_run.schedule.decay_steps):
+    if decay_steps not in (None, decay_steps_of_new_run):
         run.say(
             f"keeping schedule.decay_steps={decay_steps} that the run began with; a new run of"
-            f" trainer.num_steps={config.trainer.num_steps} would have"
-            f" {new_run.schedule.decay_steps}"
+            f" trainer.num_steps={run.config.trainer.num_steps} would have"
+            f" {decay_steps_of_new_run}"
         )
-    return run

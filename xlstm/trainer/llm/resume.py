@@ -1,4 +1,4 @@
-"""How a run resumes from its checkpoints, after a restart and after a step that is not finite."""
+"""Restoring a run from its checkpoints: at a start, and after a step that is not finite."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from xlstm.trainer.logger.base_logger import Logger
 
 
 def open_checkpointer(run: PreparedRun) -> Checkpointer:
-    """Opens the folder of a run's checkpoints; the caller closes what is returned."""
+    """Opens the checkpoints of a run; the caller closes what is returned."""
     trainer = run.config.trainer
     return Checkpointer(
         run.workdir.checkpoints,
@@ -32,23 +32,25 @@ def resume(
 ) -> tuple[TrainState, int]:
     """Restores the last confirmed checkpoint, if there is one, and writes the run's own files.
 
+    Those are its configuration and its tokenizer.
+
     Args:
         run: The run.
-        checkpointer: Its checkpoints.
+        checkpointer: The run's checkpoints.
         state: The state of a new run; it is consumed if there is a checkpoint.
 
     Returns:
         The state to train from, and the number of steps that it has taken.
 
     Raises:
-        OSError: If there are checkpoints, but none that is confirmed and whole.
+        OSError: If there are checkpoints, but none is both confirmed and complete.
     """
     with run.clock.phase("checkpoint"):
         step = checkpointer.discard_unusable() or 0
         if step:
             state = checkpointer.restore(state)
             info = read_run_info(run.workdir.checkpoints, step)
-            run.soundness.from_dict(_soundness(run, checkpointer, step, info))
+            run.soundness.from_dict(_saved_soundness(run, checkpointer, step, info))
     if step:
         run.say(f"resuming from step {step:,}, the last checkpoint in {run.workdir.path}")
         changes = [
@@ -57,7 +59,7 @@ def resume(
             if info["code"].get(name) != version
         ]
         if changes:
-            run.say(f"other code wrote it: {'; '.join(changes)}")
+            run.say(f"another version of the code wrote it: {'; '.join(changes)}")
     if jax.process_index() == 0:
         write_config(run.workdir, run.config, run.data.checksums)
         write_tokenizer(run.workdir, run.tokenizer, run.source and run.source[0])
@@ -67,17 +69,17 @@ def resume(
 def roll_back(
     run: PreparedRun, logger: Logger, checkpointer: Checkpointer, step: int, state: TrainState
 ) -> TrainState:
-    """Restores the last confirmed checkpoint, as if the steps since had changed nothing.
+    """Restores the last confirmed checkpoint, and counts the steps since as skipped.
 
     Args:
         run: The run.
-        logger: Where the row that tells of it goes.
+        logger: Logger of `rolled_back_to`, the step of the checkpoint.
         checkpointer: The run's checkpoints.
         step: The step that is not finite.
-        state: The state after it; it is consumed.
+        state: The state after that step; it is consumed.
 
     Returns:
-        The checkpoint's parameters and optimizer state, with the count of steps of `state`.
+        The checkpoint's parameters and optimizer state, with the step of `state`.
 
     Raises:
         ValueError: If there is no checkpoint yet.
@@ -91,14 +93,14 @@ def roll_back(
             )
         state = checkpointer.restore(state)
         info = read_run_info(run.workdir.checkpoints, saved_step)
-        run.soundness.from_dict(_soundness(run, checkpointer, saved_step, info))
+        run.soundness.from_dict(_saved_soundness(run, checkpointer, saved_step, info))
     logger.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
     return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
 
 
-def _soundness(
+def _saved_soundness(
     run: PreparedRun, checkpointer: Checkpointer, step: int, info: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """What a checkpoint knows of the steps before it; other text has other losses."""
+    """Returns the statistics of the steps before a checkpoint; None if the data has changed."""
     return checkpointer.soundness(step) if info["corpora"] == run.data.checksums else None

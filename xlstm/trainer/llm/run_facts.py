@@ -1,4 +1,4 @@
-"""What is known of a run: its code, configuration and data."""
+"""Facts about a run that its processes compare and its checkpoints save: code, config, data."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import plain_config
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
-# Further ones that decide numbers or the order of data; not every one is there everywhere.
+# Further packages that affect results or the order of the data; not all are always installed.
 _OTHER_PACKAGES = (
     "jaxlib",
     "jax-cuda12-plugin",
@@ -33,18 +33,18 @@ _OTHER_PACKAGES = (
 
 
 def code_version() -> dict[str, str]:
-    """The git commit of this code, and the versions of Python and of the packages it rests on.
+    """Returns the git commit of this code, and the versions of Python and the main packages.
 
     Returns:
-        Versions by name; `commit` ends in `+changes` if files differ from it, and is `unknown`
-        outside of a git checkout.
+        Versions by name. `commit` ends in `+changes` if files differ from it, and is `unknown`
+        outside a git checkout.
     """
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"commit": _commit(), "python": platform.python_version(), **packages}
 
 
 def package_versions() -> dict[str, str | None]:
-    """The versions of Python and of every package that decides numbers; None: it is not there."""
+    """Returns the versions of Python and of all packages that affect results; None if missing."""
     versions = {}
     for name in (*_PACKAGES, *_OTHER_PACKAGES):
         try:
@@ -55,9 +55,10 @@ def package_versions() -> dict[str, str | None]:
 
 
 def source_digests() -> dict[str, str]:
-    """Digests of our own modules that this process has loaded, by their path in the repository.
+    """Returns digests of the modules of `xlstm` that this process has loaded, by their path.
 
-    Unlike the commit, they need no git and name the file that differs.
+    Unlike the commit, they do not need git, and they show which file differs. Paths are relative to
+    the root of the repository.
     """
     folder = os.path.dirname(os.path.abspath(__file__))
     root = os.path.dirname(os.path.dirname(os.path.dirname(folder)))
@@ -70,7 +71,7 @@ def source_digests() -> dict[str, str]:
 
 
 def _commit() -> str:
-    # Bazel runs links to the files of the checkout.
+    # Under Bazel, this file is a link into the checkout.
     folder = os.path.dirname(os.path.realpath(__file__))
     command = [
         "git",
@@ -91,7 +92,7 @@ def _commit() -> str:
 
 SAME_COMMAND = "start all processes with the same command"
 
-# What changes numbers and is no flag of ours.
+# Options and variables that affect results, but are not flags of `train`.
 _JAX_OPTIONS = (
     "jax_platforms",
     "jax_num_cpu_devices",
@@ -106,8 +107,8 @@ _VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 
 
 def environment_facts() -> Facts:
-    """What a process runs on and with; no device is looked at."""
-    # Where each process writes its dumps is its own business.
+    """Returns the packages, code and environment of this process, without looking at devices."""
+    # Processes may dump to different folders.
     xla_flags = [x for x in os.environ.get("XLA_FLAGS", "").split() if "xla_dump" not in x]
     options = {name: getattr(jax.config, name) for name in _JAX_OPTIONS}
     variables = {name: os.environ.get(name) for name in _VARIABLES}
@@ -124,7 +125,7 @@ def environment_facts() -> Facts:
 
 
 def device_facts() -> Facts:
-    """Which devices a process has."""
+    """Returns the number and kind of this process's devices."""
     devices = jax.local_devices()
     return {
         "give all processes as many devices of the same kind": {
@@ -134,7 +135,7 @@ def device_facts() -> Facts:
 
 
 def config_facts(config: RunConfig) -> Facts:
-    """Every field of a configuration."""
+    """Returns every field of a configuration."""
     fields: dict[str, Any] = {
         f"{section}.{name}": value
         for section, values in plain_config(config).items()
@@ -144,11 +145,11 @@ def config_facts(config: RunConfig) -> Facts:
 
 
 def data_facts(data: Data, stores: Sequence[TokenStore]) -> Facts:
-    """What a run reads.
+    """Returns samples of the files that a run reads, its tokenizer, and checksums of its data.
 
     Args:
-        data: What it trains on.
-        stores: All stores that it reads.
+        data: Training data of the run.
+        stores: All token stores that the run reads.
     """
     files = {
         os.path.join(store.path, name): description

@@ -1,4 +1,4 @@
-"""Tests of what is known of a run."""
+"""Tests of the facts about a run."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ def _git(folder, *arguments):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder in which the code seems to lie."""
+    """A folder that seems to hold the code."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")

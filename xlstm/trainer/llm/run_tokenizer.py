@@ -1,4 +1,4 @@
-"""The tokenizer in a run's folder, so that a model can be used without its data."""
+"""The tokenizer in a run's folder, with which a model can be used without its data."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from xlstm.files import find_file, read_file, read_json, write_atomically
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.visible_text import short_repr
 
-# Files and folders that public models have for their tokenizers.
+# Files and folders of tokenizers in the Hugging Face format.
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -39,13 +39,13 @@ TOKENIZER_FILES = (
 
 
 def write_tokenizer(workdir: Workdir, tokenizer: Tokenizer, source: Workdir | None) -> None:
-    """Writes a tokenizer into a run's folder, in files as public models have them.
+    """Writes a tokenizer into a run's folder, in the Hugging Face format.
 
     Args:
         workdir: The run's folder.
-        tokenizer: What `choose_tokenizer` returned.
-        source: The folder of the model that the run begins with, if any. Its files come along: its
-            tokenizer's, its ids of special tokens and its sampling defaults.
+        tokenizer: Result of `choose_tokenizer`.
+        source: Folder of the run that the parameters come from, if any. The files of its tokenizer,
+            its ids of special tokens and its sampling defaults are copied.
     """
     if source:
         copy_files(source.path, workdir.path, (*TOKENIZER_FILES, GENERATION_CONFIG_FILE))
@@ -58,21 +58,22 @@ def write_tokenizer(workdir: Workdir, tokenizer: Tokenizer, source: Workdir | No
 
 
 def _holds(workdir: Workdir, tokenizer: Tokenizer) -> bool:
-    """Whether the folder has a tokenizer's file already."""
+    """Returns whether a run's folder has this tokenizer's file already."""
     path = workdir.tokenizer
     return os.path.exists(path) and read_definition(path) == tokenizer.definition
 
 
 def copy_files(source: str, target: str, names: tuple[str, ...]) -> None:
-    """Copies those of some files and folders that there are from one folder to another.
+    """Copies files and folders from one folder to another; missing ones are left out.
 
     Args:
-        source: The folder.
-        target: The other one.
-        names: Plain names in it.
+        source: The folder to copy from.
+        target: The folder to copy to.
+        names: Names of the files and folders in `source`, without directories.
 
     Raises:
-        ValueError: If one leads out of the folder, or is no file, or too large for one.
+        ValueError: If a name leads out of `source`, is a link to a folder or no regular file, or is
+            too large.
         OSError: If something cannot be read or written.
     """
     for name in names:
@@ -81,21 +82,21 @@ def copy_files(source: str, target: str, names: tuple[str, ...]) -> None:
             continue
         if not os.path.isdir(path):
             write_atomically(copy, read_file(path))
-        elif os.path.islink(path):  # There would be no end if it were that of a folder around it.
-            raise ValueError(f"{path} is a link to a folder: put the folder itself there")
+        elif os.path.islink(path):  # Copying a link to a parent folder would never end.
+            raise ValueError(f"{path} is a link to a folder: expected the folder itself")
         else:
             os.makedirs(copy, exist_ok=True)
             copy_files(path, copy, tuple(os.listdir(path)))
 
 
 def write_markers(workdir: Workdir, tokenizer: Tokenizer) -> None:
-    """Writes the markers that a run's documents have, whatever other files name."""
+    """Writes the markers of a run's documents; they override those in other files."""
     markers = {"bos_token": tokenizer.bos_token, "eod_token": tokenizer.eod_token}
     write_atomically(workdir.markers, json.dumps(markers, indent=2) + "\n")
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> str:
-    """The content of the file beside a tokenizer's definition: how to load it, and its markers."""
+    """Returns the content of `tokenizer_config.json`: how to load a tokenizer, and its markers."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.bos_token,
@@ -105,15 +106,17 @@ def tokenizer_config(tokenizer: Tokenizer) -> str:
 
 
 def choose_tokenizer(workdir: Workdir, tokenizer: Tokenizer) -> Tokenizer:
-    """Chooses the file that a run has of its tokenizer, where several say the same.
+    """Chooses between the files of the data's and the run's tokenizer, if both say the same.
+
+    A run keeps its file, byte for byte, even if the data has the same tokenizer in another layout.
 
     Args:
-        workdir: The run's folder, or that of the model that it begins with.
-        tokenizer: That of the data.
+        workdir: The run's folder, or that of the run that the parameters come from.
+        tokenizer: The tokenizer of the data.
 
     Returns:
-        The tokenizer in the folder if it is the same but for the layout of its file, or else that
-        of the data.
+        The tokenizer in the folder if it equals that of the data, except for the layout of its
+        file; otherwise the tokenizer of the data.
     """
     if tokenizer.definition is None or not os.path.exists(workdir.tokenizer):
         return tokenizer
@@ -121,21 +124,21 @@ def choose_tokenizer(workdir: Workdir, tokenizer: Tokenizer) -> Tokenizer:
     tokens = (tokenizer.eod_token, tokenizer.bos_token)
     try:
         known = JsonTokenizer(definition, workdir.tokenizer, *tokens)
-    except ValueError:  # It lacks the markers.
+    except ValueError:  # It has no such markers.
         return tokenizer
     return known if same_tokenizer(known, tokenizer) else tokenizer
 
 
 def check_tokenizer(workdir: Workdir, info: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Checks that data is of the tokenizer that a model was trained with.
+    """Checks that data has the tokenizer that a model was trained with.
 
     Args:
-        workdir: The model's folder.
+        workdir: The folder of the model's run.
         info: The `run_info` of its checkpoint.
-        tokenizer: That of the data.
+        tokenizer: The tokenizer of the data.
 
     Raises:
-        ValueError: If the model's is known and another one.
+        ValueError: If the model's tokenizer is known and differs.
     """
     known = read_tokenizer(workdir, info)
     if known and not same_tokenizer(known, tokenizer):
@@ -157,10 +160,10 @@ def read_tokenizer(workdir: Workdir, info: Mapping[str, Any]) -> Tokenizer | Non
         info: The `run_info` of its checkpoint.
 
     Returns:
-        The tokenizer; None for a model that came without one.
+        The tokenizer; None for a converted model that came without one.
 
     Raises:
-        ValueError: If it is missing, or another one.
+        ValueError: If it is missing, or is not the tokenizer of the checkpoint.
     """
     fingerprint = info.get("tokenizer", "")
     if fingerprint is None:
@@ -168,13 +171,13 @@ def read_tokenizer(workdir: Workdir, info: Mapping[str, Any]) -> Tokenizer | Non
     if not isinstance(fingerprint, str):
         raise ValueError(
             f"a checkpoint in {workdir.checkpoints} has tokenizer={short_repr(fingerprint)}:"
-            " expected a fingerprint"
+            " expected a fingerprint, as a string"
         )
     if fingerprint == ByteTokenizer.fingerprint:
         return ByteTokenizer()
     if os.path.exists(workdir.markers):
         tokenizer = load_tokenizer(workdir.tokenizer)
-    else:  # A run made when there was one marker only.
+    else:  # A run from before there were two markers.
         definition = read_definition(workdir.tokenizer)
         eod_token = tokenizer_token(workdir.tokenizer, TOKENIZER_CONFIG_FILE, "eos_token")
         tokenizer = JsonTokenizer(definition, workdir.tokenizer, eod_token)
@@ -187,35 +190,35 @@ def read_tokenizer(workdir: Workdir, info: Mapping[str, Any]) -> Tokenizer | Non
 
 
 def read_eos_ids(workdir: Workdir, vocab_size: int) -> tuple[int, ...]:
-    """Reads which ids end the texts of a model that came from elsewhere.
+    """Reads the ids that end the texts of a converted model.
 
     Args:
         workdir: The model's folder.
-        vocab_size: The ids that the model knows are below it.
+        vocab_size: Vocabulary size of the model; ids from it on are left out.
 
     Returns:
-        The ids, ascending; none if the folder does not say.
+        The ids in ascending order; none if the folder has no `generation_config.json`.
 
     Raises:
-        ValueError: If what it says are no ids.
+        ValueError: If `eos_token_id` in that file is neither an id nor a list of ids.
     """
     path = find_file(workdir.path, GENERATION_CONFIG_FILE)
     return eos_ids(path, read_json(path), vocab_size) if path else ()
 
 
 def eos_ids(name: str, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Returns which ids end texts, as a configuration of generation says.
+    """Returns the ids that end texts, from the content of a `generation_config.json`.
 
     Args:
-        name: What to call it in an error.
-        config: What it says.
-        vocab_size: The ids that the model knows are below it.
+        name: Name of the file in errors.
+        config: Content of the file.
+        vocab_size: Vocabulary size of the model; ids from it on are left out.
 
     Returns:
-        The ids, ascending; none if it does not say.
+        The ids in ascending order; none without `eos_token_id`.
 
     Raises:
-        ValueError: If what it says are no ids.
+        ValueError: If `eos_token_id` is neither an id nor a list of ids.
     """
     ids = config.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -17,7 +17,7 @@ from xlstm.trainer.llm.workdir import Workdir
 
 
 def info_of(tokenizer):
-    """The part of a checkpoint's `run_info` that is about tokenizers."""
+    """Returns the part of a checkpoint's `run_info` that is about tokenizers."""
     return {"tokenizer": tokenizer and tokenizer.fingerprint}
 
 
@@ -49,7 +49,7 @@ def test_no_tokenizer_or_another_one(tmp_path):
 
 
 def write_llama(folder):
-    """Writes a tokenizer that puts `<s>` in front of texts."""
+    """Writes a tokenizer that starts texts with `<s>`."""
     inner = tokenizers.Tokenizer.from_str(tokenizer_families()["byte_fallback_bpe"].decode())
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
@@ -77,7 +77,7 @@ def test_a_file_saved_again_is_the_same_tokenizer(tmp_path):
     os.mkdir(workdir.path)
     assert choose_tokenizer(workdir, words) is words
     write_tokenizer(workdir, words, None)
-    # The run keeps its file, so that its checkpoints know it again.
+    # The run keeps its file, whose fingerprint its checkpoints have.
     chosen = choose_tokenizer(workdir, again)
     assert chosen.fingerprint == words.fingerprint != again.fingerprint
     write_tokenizer(workdir, chosen, None)

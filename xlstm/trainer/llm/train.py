@@ -1,4 +1,7 @@
-"""Trains a language model; from top to bottom as a run goes."""
+"""Trains a language model: data, model, checkpoints, callbacks, and the loop over the steps.
+
+Read `open_training` first, which sets a run up, and then `train_language_model`, which runs it.
+"""
 
 import contextlib
 import dataclasses
@@ -19,13 +22,13 @@ from xlstm.trainer.base.trainer import Callback, fit
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.callbacks import create_callbacks, metrics_to_scalars
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.data import batch_share, global_batches
+from xlstm.trainer.llm.data import global_batches, process_shard
 from xlstm.trainer.llm.find_checkpoint import read_checkpoint
-from xlstm.trainer.llm.language_model import create_training, start_from
+from xlstm.trainer.llm.language_model import create_training, init_from_checkpoint
 from xlstm.trainer.llm.loggers import create_loggers
 from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
 from xlstm.trainer.llm.resume import open_checkpointer, resume
-from xlstm.trainer.llm.workdir import Workdir, own_workdir
+from xlstm.trainer.llm.workdir import Workdir, lock_workdir
 from xlstm.trainer.logger.base_logger import Loggers
 from xlstm.trainer.logger.terminal import mesh_line
 
@@ -35,11 +38,11 @@ class TrainingRun(PreparedRun):
     """A run that is ready for its next step.
 
     Attributes:
-        state: The state after `start_step` steps; training consumes it.
-        start_step: Steps done before.
-        compiled_step: The training step, of state, batch and the requests of the processes.
-        checkpointer: Writes the checkpoints.
-        callbacks: What happens beside the steps.
+        state: Train state after `start_step` steps; training consumes it.
+        start_step: Number of steps already done.
+        compiled_step: Training step as a function of state, batch and the processes' requests.
+        checkpointer: Writer of the checkpoints.
+        callbacks: Callbacks of the loop, in the order in which they are called.
     """
 
     state: TrainState
@@ -49,12 +52,12 @@ class TrainingRun(PreparedRun):
     callbacks: Sequence[Callback]
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Takes a training step; the state is consumed."""
+        """Takes a training step, which consumes the state."""
         return self.compiled_step(state, batch, self.requests.current())
 
     def batches_from(self, step: int) -> Iterator[Batch]:
-        """Yields the global batches that follow a number of steps."""
-        batches = self.data.train_batches(start_step=step, **batch_share(self.mesh))
+        """Yields the global batches of the steps after the first `step` steps."""
+        batches = self.data.train_batches(start_step=step, **process_shard(self.mesh))
         return global_batches(batches, self.mesh)
 
 
@@ -66,20 +69,21 @@ def train_language_model(
     verify_data: bool = False,
     sample: Callable[[TrainingRun, TrainState], str] | None = None,
 ) -> None:
-    """Trains a new run, or resumes from the last checkpoint in the run's folder.
+    """Trains a new run, or resumes from the last confirmed checkpoint in the run's folder.
 
-    SIGTERM and SIGINT end it early, after a checkpoint.
+    SIGTERM and SIGINT stop the run early, after it has written a checkpoint.
 
     Args:
-        config: What to do.
+        config: The run's configuration.
         workdir_path: The run's folder; it is created if it does not exist.
-        allow_config_change: Whether to resume a run that began with another configuration.
-        verify_data: Whether to verify token stores first that are large, or were verified before.
-        sample: Writes text with the trained model, to be shown at the end; None for no text.
+        allow_config_change: Whether the run may resume with another configuration.
+        verify_data: Whether to verify before the first step also those token stores that are large
+            or were verified before.
+        sample: Generates a text with the trained model, which is shown at the end; None for none.
 
     Raises:
-        ValueError: If the configuration does not fit itself, the devices, the data or the folder,
-            or if training diverges, or ends in steps that are not sound.
+        ValueError: If the configuration is invalid or does not fit the devices, the data or the
+            folder; if training diverges, or if its last steps are not sound.
         OSError: If something cannot be read or written.
     """
     with open_training(
@@ -95,7 +99,7 @@ def train_language_model(
             clock=run.clock,
             to_scalars=metrics_to_scalars,
         )
-    if _is_done(run, int(state.step)):
+    if _check_end(run, int(state.step)):
         if sample:
             run.say(f"{' a sample ':─^80}")
             run.say(f"{sample(run, state)}\n{'':─^80}")
@@ -110,26 +114,27 @@ def open_training(
     allow_config_change: bool = False,
     verify_data: bool = False,
 ) -> Iterator[TrainingRun]:
-    """Opens a run's folder, and brings everything to where the run was.
+    """Sets up a new run, or restores one to its last confirmed checkpoint.
 
-    Inside, the folder belongs to this process alone, and SIGTERM and SIGINT ask for a stop. At the
-    end everything is written.
+    Inside the block, this run owns the folder, and SIGTERM and SIGINT request a stop. When the
+    block ends, all files are complete.
 
     Args:
-        config: See `train_language_model`, as for the other arguments.
-        workdir_path: The run's folder.
-        allow_config_change: Whether to resume with another configuration.
-        verify_data: Whether to verify token stores first.
+        config: The run's configuration.
+        workdir_path: The run's folder; it is created if it does not exist.
+        allow_config_change: Whether the run may resume with another configuration.
+        verify_data: See `train_language_model`.
 
     Yields:
         The run.
 
     Raises:
-        ValueError: If the configuration does not fit itself, the devices, the data or the folder.
+        ValueError: If the configuration is invalid or does not fit the devices, the data or the
+            folder.
         OSError: If something cannot be read or written.
     """
     with contextlib.ExitStack() as stack:
-        # Data. Whatever can be checked is checked before anything is made.
+        # Data. All inputs are checked before anything is created.
         run = prepare_run(config, workdir_path, allow_config_change)
         run.say(mesh_line(run.mesh))
         stack.enter_context(report_waits(run.clock, run.say))
@@ -140,12 +145,12 @@ def open_training(
         # Model: new parameters, or those of another run.
         state, specs, compiled_step = create_training(run.config, run.mesh)
         if run.source:
-            begin = functools.partial(_start_from, run, state)
-            state = read_checkpoint(run.config.trainer.init_from, begin, run.say)
+            load = functools.partial(_init_from_checkpoint, run, state)
+            state = read_checkpoint(run.config.trainer.init_from, load, run.say)
         run.say(_describe(run, state))
 
-        # Resume. From here on the folder and its files are this run's.
-        stack.enter_context(own_workdir(run.workdir))
+        # Resume. From here on this run owns the folder and the files in it.
+        stack.enter_context(lock_workdir(run.workdir))
         stack.enter_context(watchdog(run.clock, run.config.trainer.stall_seconds, _warn))
         stack.enter_context(on_stop_signal(run.stop))
         stack.enter_context(guard)
@@ -159,7 +164,7 @@ def open_training(
         for callback in callbacks:
             stack.enter_context(_closing(callback))
 
-        # The loop is the caller's. What follows it closes files, which can take long.
+        # The caller runs the loop. Closing the files after it can take long, so the clock says so.
         stack.callback(run.clock.finish)
         yield TrainingRun(
             **vars(run),
@@ -171,12 +176,15 @@ def open_training(
         )
 
 
-def _start_from(run: PreparedRun, state: TrainState, source: Workdir, step: int) -> TrainState:
+def _init_from_checkpoint(
+    run: PreparedRun, state: TrainState, source: Workdir, step: int
+) -> TrainState:
     run.say(f"starting with the parameters of step {step:,} in {source.path}")
-    return start_from(source, step, state)
+    return init_from_checkpoint(source, step, state)
 
 
 def _describe(run: PreparedRun, state: TrainState) -> str:
+    """Returns the table of the parameters, and the idle time of the pipeline stages."""
     excluded = run.config.optimizer.weight_decay_exclude
     text = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
     if run.bubble:
@@ -185,34 +193,34 @@ def _describe(run: PreparedRun, state: TrainState) -> str:
 
 
 def _warn(text: str) -> None:
-    """Shows what is the matter with this process, which need not be the first."""
-    place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"{place}: {text}", file=sys.stderr, flush=True)
+    """Prints a warning about this process; `say` would print it in the first process only."""
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"{process}: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _closing(thing: Callback | Loggers) -> Iterator[None]:
+def _closing(resource: Callback | Loggers) -> Iterator[None]:
     """Closes a callback or logger at the end; an exception raised in the block takes precedence."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(Exception):
-            thing.close()
+            resource.close()
         raise
-    thing.close()
+    resource.close()
 
 
-def _is_done(run: TrainingRun, step: int) -> bool:
-    """Whether a run has come to its end; says from where it would resume if not.
+def _check_end(run: TrainingRun, step: int) -> bool:
+    """Returns whether a run has done all of its steps; if not, says from where it resumes.
 
     Raises:
-        ValueError: If its last checkpoint is not confirmed.
+        ValueError: If all steps are done, but the last checkpoint is not confirmed.
     """
     num_steps, confirmed = run.config.trainer.num_steps, run.checkpointer.confirmed_step()
     is_confirmed = confirmed == step or not run.config.trainer.confirm_steps
-    good = "none is yet" if confirmed is None else f"the last one is that of step {confirmed:,}"
+    last = "none is yet" if confirmed is None else f"the last one is that of step {confirmed:,}"
     if step < num_steps:
-        where = "there" if is_confirmed else f"the last confirmed checkpoint ({good})"
+        where = "there" if is_confirmed else f"the last confirmed checkpoint ({last})"
         run.say(
             f"stopped after step {step:,}, which is saved in {run.workdir.path}: the same command"
             f" resumes from {where}"
@@ -221,7 +229,7 @@ def _is_done(run: TrainingRun, step: int) -> bool:
     if not is_confirmed:
         raise ValueError(
             f"{step:,} steps are done, but the last ones were not sound, and their checkpoint is"
-            f" not confirmed ({good}): lower schedule.peak_lr or optimizer.grad_clip_norm, or name"
+            f" not confirmed ({last}): lower schedule.peak_lr or optimizer.grad_clip_norm, or name"
             " the checkpoint itself to use it as it is"
         )
     return True

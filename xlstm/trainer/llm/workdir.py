@@ -26,7 +26,7 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
 from xlstm.visible_text import short_repr
 
-# What may differ when a run goes on: sections, or fields as `section.field`.
+# Sections, and fields as `section.field`, that may differ when a run resumes.
 _FREE_TO_CHANGE = {
     "mesh",
     "logger",
@@ -34,21 +34,21 @@ _FREE_TO_CHANGE = {
     *(f"trainer.{field.name}" for field in dataclasses.fields(TrainerConfig)),
 } - {"trainer.seed", "trainer.init_from"}
 
-# Fields whose default is another one than it was, or than what there was before the field. A run
-# keeps those that it began with, and goes on with the same command.
+# Former values of fields whose default has changed, or whose behavior was another one before the
+# field existed. A run keeps the defaults that it began with, so the same command resumes it.
 _FORMER_DEFAULTS = {
     "data.shuffle": "grain",
     "model.matmul_precision": "default",
     "optimizer.weight_decay_exclude": ("bias", "norm", "embeddings"),
 }
 
-# Of so many steps the learning rates can be compared one by one.
-_MOST_COMPARED_STEPS = 10**8
+# Schedules are compared step by step up to this number of steps.
+_MAX_COMPARED_STEPS = 10**8
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """Where everything of a run lies."""
+    """Paths of the files and folders of a run."""
 
     path: str
 
@@ -59,27 +59,27 @@ class Workdir:
 
     @property
     def tokenizer(self) -> str:
-        """The tokenizer's definition, unless it is that of bytes."""
+        """The tokenizer's definition; the byte tokenizer has none."""
         return os.path.join(self.path, TOKENIZER_FILE)
 
     @property
     def tokenizer_config(self) -> str:
-        """How other programs load it."""
+        """How `transformers` loads the tokenizer."""
         return os.path.join(self.path, TOKENIZER_CONFIG_FILE)
 
     @property
     def markers(self) -> str:
-        """The markers around documents, for tokenizers that are files."""
+        """The markers of documents, for tokenizers with a definition."""
         return os.path.join(self.path, MARKERS_FILE)
 
     @property
     def generation_config(self) -> str:
-        """Ids of special tokens and sampling defaults of a model that came from elsewhere."""
+        """Ids of special tokens and sampling defaults of a converted model."""
         return os.path.join(self.path, GENERATION_CONFIG_FILE)
 
     @property
     def metrics(self) -> str:
-        """The metrics, one JSON object a line."""
+        """The metrics, one JSON object per line."""
         return os.path.join(self.path, "metrics.jsonl")
 
     @property
@@ -99,7 +99,7 @@ class Workdir:
 
     @property
     def bad_batches(self) -> str:
-        """The folder of the batches whose gradients were not finite."""
+        """The folder of batches whose gradients were not finite."""
         return os.path.join(self.path, "bad_batches")
 
     @property
@@ -114,7 +114,7 @@ class Workdir:
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back: with lists for tuples."""
+    """Returns a configuration as JSON represents it, with lists instead of tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -125,17 +125,17 @@ def run_info(
     code: dict[str, str],
     mesh: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it.
+    """Returns what a checkpoint saves about the run that wrote it.
 
     Args:
         config: The run's configuration.
-        corpora: Checksums of what it trains on; none for a model that came from elsewhere.
+        corpora: Checksums of the training data; empty for a converted model.
         tokenizer: The tokenizer; None if it is not known.
-        code: The version of the code.
-        mesh: The sizes of the mesh's axes.
+        code: The version of the code, see `code_version`.
+        mesh: The sizes of the mesh axes.
 
     Returns:
-        What JSON can hold.
+        A JSON object.
     """
     return {
         "config": plain_config(config),
@@ -147,7 +147,7 @@ def run_info(
 
 
 def load_run_config(workdir: Workdir) -> RunConfig:
-    """Reads the configuration of a run, which anyone may have made.
+    """Reads the configuration of a run, without trusting it.
 
     Args:
         workdir: The run's folder.
@@ -156,28 +156,35 @@ def load_run_config(workdir: Workdir) -> RunConfig:
         The configuration.
 
     Raises:
-        ValueError: If there is none, or its model is larger than the run's checkpoints are.
+        ValueError: If there is no valid configuration or no checkpoint, or if the model would be
+            larger than the checkpoints.
     """
     check_inside(workdir.path, workdir.config)
     saved = read_json(workdir.config).get("config")
     try:
         if not isinstance(saved, dict):
-            raise ValueError(f"config={short_repr(saved)}: expected its sections")
+            raise ValueError(f"config={short_repr(saved)}: expected an object with its sections")
         values = with_new_fields(saved)
         num_bytes = CheckpointFolder(workdir.checkpoints).num_bytes()
         if not num_bytes:
-            raise ValueError("there is no checkpoint beside it")
+            raise ValueError("there is no checkpoint next to it")
         if isinstance(values["model"], dict):
-            check_sizes(values["model"], num_bytes)  # Every number has a byte, or several.
+            check_sizes(values["model"], num_bytes)  # Every parameter takes at least one byte.
         return RunConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
 
 
 def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a saved configuration the fields that are newer than it, with what there was before.
+    """Adds the fields that a saved configuration lacks, with the values that it implied.
 
-    That is their default, unless `_FORMER_DEFAULTS` says otherwise.
+    Those are their defaults, or the values in `_FORMER_DEFAULTS`.
+
+    Args:
+        saved: Fields by section, of this or an earlier version.
+
+    Returns:
+        The same with all fields of this version.
     """
     defaults = plain_config(RunConfig().with_fields(_FORMER_DEFAULTS))
     found = {section: saved.get(section, {}) for section in defaults}
@@ -187,50 +194,53 @@ def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def kept_fields(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
-    """Finds which fields of a configuration a run that resumes replaces by what it began with.
+def inherited_fields(workdir: Workdir, config: RunConfig) -> dict[str, Any]:
+    """Returns the fields that a run inherits from the configuration that it began with.
 
     Args:
         workdir: The run's folder; it need not exist.
-        config: The configuration that it is to resume with.
+        config: The configuration to resume with.
 
     Returns:
         Values by `section.field`, the same in all processes: the former default of every field that
-        has it in the folder and today's in `config`; and the end of the decay, if `config` leaves
-        it to the length of the run.
+        has it in the folder, but today's default in `config`; and `schedule.decay_steps`, if
+        `config` derives it from the length of the run.
     """
 
     def find() -> dict[str, Any]:
         try:
             saved, _ = _read_config(workdir)
         except (OSError, ValueError):
-            return {}  # There is no run, or `check_workdir` says what is wrong.
+            return {}  # There is no run, or `check_workdir` reports what is wrong.
         default = RunConfig()
         configs = config, default, default.with_fields(_FORMER_DEFAULTS)
         before, (now, today, former) = _flatten(saved), map(_flatten, map(plain_config, configs))
-        kept = {
+        fields = {
             name: before[name]
             for name in _FORMER_DEFAULTS
             if before[name] == former[name] and now[name] == today[name]
         }
         decay_steps = before["schedule.decay_steps"]
         if not now["schedule.decay_steps"] and isinstance(decay_steps, int) and decay_steps > 0:
-            kept["schedule.decay_steps"] = decay_steps
-        return kept
+            fields["schedule.decay_steps"] = decay_steps
+        return fields
 
-    kept = broadcast_from_process_0(find)
-    return kept | {name: _FORMER_DEFAULTS[name] for name in kept.keys() & _FORMER_DEFAULTS.keys()}
+    fields = broadcast_from_process_0(find)
+    # Restores the tuples that JSON has turned into lists.
+    return fields | {
+        name: _FORMER_DEFAULTS[name] for name in fields.keys() & _FORMER_DEFAULTS.keys()
+    }
 
 
 def _read_config(workdir: Workdir) -> tuple[dict[str, Any], list[str]]:
-    """Reads the configuration, with new fields, and the checksums of a run that has begun."""
+    """Returns a run's saved configuration, with new fields, and the checksums of its data."""
     saved = read_json(workdir.config)
     try:
         config = with_new_fields(saved["config"])
         _flatten(config)
         return config, saved["corpora"]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{workdir.config} is not a configuration of ours") from None
+        raise ValueError(f"{workdir.config} is not the configuration of a run") from None
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -248,24 +258,25 @@ def check_workdir(
     *,
     allow_config_change: bool = False,
 ) -> None:
-    """Checks that a folder is new or belongs to this very run.
+    """Checks that a folder is new, or belongs to a run that this configuration can resume.
+
+    `_FREE_TO_CHANGE` may differ, and a schedule with the same learning rates for the steps done.
 
     Args:
         workdir: The folder.
         config: The run's configuration.
-        corpora: Checksums of what it trains on; None leaves them unchecked.
-        allow_config_change: Whether the configuration and the corpora there may be others.
+        corpora: Checksums of the training data; None leaves them unchecked.
+        allow_config_change: Whether configuration and training data may differ.
 
     Raises:
-        ValueError: If the folder belongs to a run whose configuration or corpus differs in more
-            than what may differ (`_FREE_TO_CHANGE`, and a schedule whose learning rates are the
-            same for the steps done), holds a run without a configuration, or a model without
-            a run, or if its checkpoints are a link to elsewhere.
+        ValueError: If the folder belongs to a run with another configuration or other data, holds a
+            run without a configuration or a model without a run, or if its checkpoints are a link
+            that leads out of it.
     """
-    # Tools would refuse to read elsewhere; a link to the whole folder of a run is none in it.
+    # Tools reject a link that leads out of the folder. The folder itself may be a link.
     check_inside(workdir.path, workdir.checkpoints)
     if not os.path.exists(workdir.config):
-        # The folder of checkpoints may be there, if the first start was killed early.
+        # An empty folder of checkpoints remains if the first start was killed early.
         if CheckpointFolder(workdir.checkpoints).steps() or os.path.exists(workdir.metrics):
             raise ValueError(
                 f"{workdir.path} holds a run without its config.json: choose another --workdir"
@@ -275,8 +286,8 @@ def check_workdir(
     before, now = _flatten(saved), _flatten(plain_config(config))
     if not saved_corpora:
         raise ValueError(
-            f"{workdir.path} holds a model that came from elsewhere, and no run that could go on:"
-            " begin one in another --workdir with trainer.init_from set to that folder"
+            f"{workdir.path} holds a converted model, and no run to resume: start one in another"
+            " --workdir, with trainer.init_from set to that folder"
         )
     free = _FREE_TO_CHANGE
     if _same_so_far(workdir, saved, config):
@@ -292,12 +303,12 @@ def check_workdir(
         raise ValueError(
             f"{workdir.path} belongs to a run with another configuration"
             f" ({'; '.join(differences)}): choose another --workdir,"
-            " or go on with --allow_config_change"
+            " or resume with --allow_config_change"
         )
 
 
 def _same_so_far(workdir: Workdir, saved: dict[str, Any], config: RunConfig) -> bool:
-    """Whether the steps done had the learning rates that they would have now."""
+    """Returns whether the steps done had the learning rates of the new configuration."""
     try:
         before = ScheduleConfig(**saved["schedule"])
     except (TypeError, KeyError, ValueError):
@@ -305,7 +316,7 @@ def _same_so_far(workdir: Workdir, saved: dict[str, Any], config: RunConfig) -> 
     if before == config.schedule:
         return True
     num_steps = max(CheckpointFolder(workdir.checkpoints).steps(), default=0)
-    if num_steps > _MOST_COMPARED_STEPS:
+    if num_steps > _MAX_COMPARED_STEPS:
         return False
     steps = np.arange(num_steps)
     rates = [create_schedule(schedule)(steps) for schedule in (before, config.schedule)]
@@ -313,25 +324,25 @@ def _same_so_far(workdir: Workdir, saved: dict[str, Any], config: RunConfig) -> 
 
 
 def write_config(workdir: Workdir, config: RunConfig, corpora: list[str]) -> None:
-    """Writes a run's configuration, and checksums of what it trains on, into its folder."""
+    """Writes a run's configuration, and the checksums of its training data, into its folder."""
     content = {"config": plain_config(config), "corpora": corpora}
     write_atomically(workdir.config, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def own_workdir(workdir: Workdir) -> Iterator[None]:
-    """Makes a run's folder, and keeps other runs out of it; the end of the process frees it too.
+def lock_workdir(workdir: Workdir) -> Iterator[None]:
+    """Creates a run's folder, and locks it against other runs until the block or process ends.
 
     Args:
         workdir: The folder.
 
     Raises:
-        OSError: In every process, if another run has it, it cannot be made, or not all processes
-            of this run see it.
+        OSError: In every process, if another run holds the lock, the folder cannot be created, or
+            not all processes of this run see it.
     """
     with contextlib.ExitStack() as stack:
 
-        def own() -> None:
+        def lock() -> None:
             os.makedirs(workdir.path, exist_ok=True)
             folder = os.open(workdir.path, os.O_RDONLY)
             stack.callback(os.close, folder)
@@ -340,6 +351,6 @@ def own_workdir(workdir: Workdir) -> Iterator[None]:
             except BlockingIOError:
                 raise OSError(f"another process is training in {workdir.path}") from None
 
-        broadcast_from_process_0(own)
+        broadcast_from_process_0(lock)
         check_shared_folder(workdir.path)
         yield

@@ -10,15 +10,15 @@ from xlstm.trainer.llm.find_checkpoint import find_checkpoint, split_checkpoint_
 from xlstm.trainer.llm.workdir import (
     Workdir,
     check_workdir,
-    kept_fields,
-    own_workdir,
+    inherited_fields,
+    lock_workdir,
     with_new_fields,
     write_config,
 )
 
 
 def _changed(**sections):
-    """The default configuration with other values, given as `section={field: value}`."""
+    """Returns the default configuration with other values, given as `section={field: value}`."""
     config = RunConfig()
     for section, fields in sections.items():
         section_config = dataclasses.replace(getattr(config, section), **fields)
@@ -35,12 +35,12 @@ def claimed(tmp_path):
 
 
 def _claim(workdir, config, corpora=("abc",), allow=False):
-    """What a run does to its folder before the first step."""
-    decay_steps = kept_fields(workdir, config).get("schedule.decay_steps", 0)
+    """Does what a run does with its folder before the first step."""
+    decay_steps = inherited_fields(workdir, config).get("schedule.decay_steps", 0)
     config = config.with_fields({"schedule.decay_steps": decay_steps} if decay_steps else {})
     config = config.with_decay_steps()
     check_workdir(workdir, config, list(corpora), allow_config_change=allow)
-    with own_workdir(workdir):
+    with lock_workdir(workdir):
         write_config(workdir, config, list(corpora))
 
 
@@ -115,7 +115,7 @@ def test_what_may_not_differ_is_named(claimed, sections, named):
     assert _saved(claimed) == before
     _claim(claimed, config, allow=True)
     assert _saved(claimed) != before
-    _claim(claimed, config)  # From now on it is the run's own.
+    _claim(claimed, config)  # The run now has this configuration.
 
 
 def test_all_differences_are_named_and_only_those(claimed):
@@ -125,12 +125,12 @@ def test_all_differences_are_named_and_only_those(claimed):
     assert "(model.num_blocks was 4, is 2; optimizer.beta1 was 0.9, is 0.8)" in str(caught.value)
 
 
-# The schedule of `claimed` rises for 100 steps to 0.001, and falls from there on.
+# The schedule of `claimed` rises to 0.001 in 100 steps, and then falls.
 @pytest.mark.parametrize(
     "steps_done, schedule, is_alike",
     [
         (0, {"peak_lr": 0.5}, True),
-        (1, {"peak_lr": 0.5}, True),  # The first is made with 0.
+        (1, {"peak_lr": 0.5}, True),  # The learning rate of the first step is 0.
         (2, {"peak_lr": 0.5}, False),
         (100, {"decay_steps": 5000, "decay": "exponential"}, True),
         (101, {"decay_steps": 5000, "decay": "exponential"}, True),
@@ -193,16 +193,16 @@ def begun_before(claimed):
 
 
 def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
-    kept = kept_fields(begun_before, RunConfig())
+    kept = inherited_fields(begun_before, RunConfig())
     assert kept == _FORMER | {"schedule.decay_steps": 1000}
     config = RunConfig().with_fields(kept)
     assert (config.data.shuffle, config.model.matmul_precision) == ("grain", "default")
     assert config.optimizer.weight_decay_exclude == _FORMER_EXCLUDE
     _claim(begun_before, config)
-    # Now its folder has both, and the same command goes on again.
+    # The folder now has all fields, and the same command resumes again.
     saved = _saved(begun_before)["config"]
     assert saved["data"]["shuffle"] == "grain"
-    assert kept_fields(begun_before, RunConfig()) == kept
+    assert inherited_fields(begun_before, RunConfig()) == kept
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_run_keeps_the_defaults_that_it_began_with(begun_before):
 )
 def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, value, named):
     config = _changed(**{section: {field: value}})
-    kept = kept_fields(begun_before, config)
+    kept = inherited_fields(begun_before, config)
     assert kept.keys() - {"schedule.decay_steps"} == _FORMER.keys() - {f"{section}.{field}"}
     config = config.with_fields(kept)
     if named is None:
@@ -233,21 +233,21 @@ def test_what_the_user_says_otherwise_is_as_ever(begun_before, section, field, v
 
 
 def test_a_run_of_today_keeps_nothing(claimed, tmp_path):
-    assert kept_fields(claimed, RunConfig().with_decay_steps()) == {}
-    assert kept_fields(Workdir(str(tmp_path / "new")), RunConfig()) == {}
+    assert inherited_fields(claimed, RunConfig().with_decay_steps()) == {}
+    assert inherited_fields(Workdir(str(tmp_path / "new")), RunConfig()) == {}
     with open(claimed.config, "w", encoding="utf-8") as file:
         file.write("{")
-    assert kept_fields(claimed, RunConfig()) == {}
+    assert inherited_fields(claimed, RunConfig()) == {}
 
 
 def test_a_decay_that_follows_the_run_stays_where_it_was_when_the_run_resumes(claimed):
     longer = _changed(trainer={"num_steps": 3000})
     assert longer.with_decay_steps().schedule.decay_steps == 3000
-    kept = kept_fields(claimed, longer)
+    kept = inherited_fields(claimed, longer)
     assert kept == {"schedule.decay_steps": 1000}
     _claim(claimed, longer.with_fields(kept))
     explicit = longer.with_fields({"schedule.decay_steps": 2000})
-    assert kept_fields(claimed, explicit) == {}
+    assert inherited_fields(claimed, explicit) == {}
 
 
 def test_what_the_absence_of_a_field_meant(claimed):
@@ -263,7 +263,7 @@ def test_a_field_that_there_is_no_more_is_named(claimed):
         _claim(claimed, RunConfig())
 
 
-_GARBAGE = r"config\.json (is not a configuration of ours|cannot be read|holds no JSON object)"
+_GARBAGE = r"config\.json (is not the configuration of a|cannot be read|holds no JSON object)"
 
 
 @pytest.mark.parametrize(
@@ -307,14 +307,14 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 
 
 def test_a_folder_has_one_owner_at_a_time(claimed):
-    with own_workdir(claimed):
+    with lock_workdir(claimed):
         other_name = claimed.path + "-too"
         os.symlink(claimed.path, other_name)
         for path in (claimed.path, other_name):
             with pytest.raises(OSError, match="another process is training in"):
-                with own_workdir(Workdir(path)):
+                with lock_workdir(Workdir(path)):
                     pass
-    with own_workdir(claimed):
+    with lock_workdir(claimed):
         pass
     assert os.listdir(claimed.path) == ["config.json"]
 
@@ -324,7 +324,7 @@ def test_a_model_without_a_run_is_left_alone(tmp_path, allow):
     workdir = Workdir(str(tmp_path))
     write_config(workdir, RunConfig(), [])
     before = _saved(workdir)
-    with pytest.raises(ValueError, match="no run that could go on: begin one in another --workdir"):
+    with pytest.raises(ValueError, match="no run to resume: start one in another --workdir"):
         _claim(workdir, RunConfig(), allow=allow)
     assert _saved(workdir) == before
 

@@ -9,7 +9,7 @@ from xlstm.finite import check_finite
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
-    """What a run logs, besides its checkpoints."""
+    """Logging of a run."""
 
     interval: int = 10  # Log metrics at multiples of this step.
     tensorboard: bool = True  # Write TensorBoard event files.

@@ -137,13 +137,13 @@ def plot_curves(
         for number, curve in enumerate(curves):
             if not len(curve.steps):
                 continue
-            colour = f"C{number % 10}"
+            color = f"C{number % 10}"
             if smooth_steps is not None:
-                axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.25)
+                axes.plot(curve.steps, curve.values, color=color, linewidth=0.8, alpha=0.25)
                 curve = smooth(curve, smooth_steps)
             marker = "o" if len(curve.steps) <= _MAX_MARKED else None
             style = {"linewidth": 1.2, "marker": marker, "markersize": 3}
-            axes.plot(curve.steps, curve.values, color=colour, label=visible(curve.label), **style)
+            axes.plot(curve.steps, curve.values, color=color, label=visible(curve.label), **style)
         height = (chance or {}).get(name)
         if height is not None:
             axes.axhline(height, color="0.4", linestyle="--", linewidth=1.0, label="chance")

@@ -54,12 +54,12 @@ def test_smoothing_forgets_a_spike():
     assert (smooth(_curve(values), 5).values[15:] == 2.0).all()
 
 
-def _pixels(path, colour):
+def _pixels(path, color):
     picture = matplotlib.image.imread(path)[..., :3]
-    return np.sum(np.abs(picture - np.array(colour) / 255).max(-1) < 0.02), picture.shape
+    return np.sum(np.abs(picture - np.array(color) / 255).max(-1) < 0.02), picture.shape
 
 
-def test_every_metric_has_a_panel_and_every_curve_a_colour(tmp_path):
+def test_every_metric_has_a_panel_and_every_curve_a_color(tmp_path):
     curves = [_curve([3.0, 2.0]), _curve([2.0, 3.0])]
     one, two, fewer = (str(tmp_path / name) for name in ("one.png", "two.png", "fewer.png"))
     plot_curves({"loss": curves}, one)

@@ -15,21 +15,21 @@ _ROWS = [
 ]
 
 
-def _colours(path):
+def _colors(path):
     """Returns the plot's shape, and the number of pixels of each of the first two curves."""
     picture = matplotlib.image.imread(path)[..., :3]
-    colours = [
-        np.sum(np.abs(picture - np.array(colour) / 255).max(-1) < 0.02)
-        for colour in ((31, 119, 180), (255, 127, 14))
+    colors = [
+        np.sum(np.abs(picture - np.array(color) / 255).max(-1) < 0.02)
+        for color in ((31, 119, 180), (255, 127, 14))
     ]
-    return picture.shape, colours
+    return picture.shape, colors
 
 
 @pytest.mark.parametrize("rows", [_ROWS, _ROWS[1:3], _ROWS[:1]], ids=["both", "loss", "val_loss"])
 def test_a_picture_is_written(tmp_path, rows):
     path = str(tmp_path / "loss.png")
     plot_losses(rows, path)
-    (height, width, _), _ = _colours(path)
+    (height, width, _), _ = _colors(path)
     assert 300 < height < width < 2000
     assert os.listdir(tmp_path) == ["loss.png"]
 
@@ -38,8 +38,8 @@ def test_the_curves_are_in_the_picture(tmp_path):
     pictures = {}
     for name, rows in {"both": _ROWS, "training": _ROWS[1:3]}.items():
         plot_losses(rows, str(tmp_path / name))
-        pictures[name] = _colours(str(tmp_path / name))[1]
-    assert pictures["both"][1] > 100  # The validation curve is opaque, in the second colour,
+        pictures[name] = _colors(str(tmp_path / name))[1]
+    assert pictures["both"][1] > 100  # The validation curve is opaque, in the second color,
     assert pictures["training"][1] == 0  # and missing without such rows.
 
 

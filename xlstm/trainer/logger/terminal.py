@@ -114,7 +114,7 @@ class _Line(ProgressColumn):
 
     def render(self, task: Task) -> Table:
         fields = task.fields
-        # In the order of their importance; a number is where on the line each one stands.
+        # In the order of their importance; the number is its position on the line.
         parts = [
             (0, fields["loss"]),
             (4, _hours(task.time_remaining, "left")),
@@ -125,10 +125,10 @@ class _Line(ProgressColumn):
         steps = f"step {task.completed:,.0f}/{task.total:,.0f} "
         room = self._console.width - len(steps) - _SHORTEST_BAR
         shown = []
-        for place, text in parts:
+        for position, text in parts:
             if text and len(text) + len(_GAP) <= room:
                 room -= len(text) + len(_GAP)
-                shown.append((place, text))
+                shown.append((position, text))
         bar_width = min(room + _SHORTEST_BAR, _LONGEST_BAR)
         bar = ProgressBar(total=task.total, completed=task.completed, width=max(bar_width, 1))
         grid = Table.grid()

@@ -112,8 +112,8 @@ def test_the_bar_fits_narrow_terminals():
         110: ["12,346 tok/s", "38% of matmul rate", " elapsed", " left"],
     }.items():
         line = _last_bar(width, 2000, [0.0])
-        places = [line.find(part) for part in parts]
-        assert -1 not in places and places == sorted(places), line
+        positions = [line.find(part) for part in parts]
+        assert -1 not in positions and positions == sorted(positions), line
     line = _last_bar(60, 1_000_000, [0.0])
     assert "step 3/1,000,000" in line and "loss 2.3457" in line and " left" in line
 
