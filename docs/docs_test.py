@@ -23,11 +23,7 @@ _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
     "CONTRIBUTING.md": _DOCS.parent / "CONTRIBUTING.md",
 }
 
-<<<<<<< HEAD
 # Flags to append to the printed ones; the last value of a flag counts.
-=======
-# Flags added after the printed ones of a tool; the last value of a flag counts.
->>>>>>> h_llm
 _SHORT = {
     "train": "--config.trainer.num_steps=3 --config.trainer.eval_batches=1 "
     "--config.logger.sample_tokens=8",
@@ -59,11 +55,7 @@ def _blocks():
 
 
 def _module(tool):
-<<<<<<< HEAD
     """Returns the name of a tool's module."""
-=======
-    """Returns the module of a tool's label."""
->>>>>>> h_llm
     for room in _ROOMS:
         name = f"xlstm.tools.{room}{tool}"
         if os.path.exists(name.replace(".", os.sep) + ".py"):
