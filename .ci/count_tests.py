@@ -17,7 +17,7 @@ def count(labels: list[str], testlogs: Path) -> dict[str, int]:
     """Returns how many cases of targets passed, failed and were skipped."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for label in labels:
-        file = testlogs / label.removeprefix("//").replace(":", "/") / "test.xml"
+        file = testlogs / label.removeprefix("//").replace(":", "/").lstrip("/") / "test.xml"
         try:
             cases = list(ElementTree.parse(file).iter("testcase"))
         except (ElementTree.ParseError, FileNotFoundError):
