@@ -45,13 +45,10 @@ def resume(
     Raises:
         OSError: If there are checkpoints, but none is both confirmed and complete.
     """
-    with run.clock.phase("checkpoint"):
-        step = checkpointer.discard_unusable() or 0
-        if step:
-            state = checkpointer.restore(state)
-            info = read_run_info(run.workdir.checkpoints, step)
-            run.soundness.from_dict(_saved_soundness(run, checkpointer, step, info))
-    if step:
+    restored = _restore(run, checkpointer, state)
+    step = 0
+    if restored:
+        state, step, info = restored
         run.say(f"resuming from step {step:,}, the last checkpoint in {run.workdir.path}")
         changes = [
             f"{name} was {info['code'].get(name)}, is {version}"
@@ -84,23 +81,33 @@ def roll_back(
     Raises:
         ValueError: If there is no checkpoint yet.
     """
-    with run.clock.phase("checkpoint"):
-        saved_step = checkpointer.discard_unusable()
-        if saved_step is None:
-            raise ValueError(
-                f"step {step} cannot be rolled back, since there is no checkpoint yet: start again"
-                " with a lower schedule.peak_lr"
-            )
-        state = checkpointer.restore(state)
-        info = read_run_info(run.workdir.checkpoints, saved_step)
-        run.soundness.from_dict(_saved_soundness(run, checkpointer, saved_step, info))
+    restored = _restore(run, checkpointer, state)
+    if restored is None:
+        raise ValueError(
+            f"step {step} cannot be rolled back, since there is no checkpoint yet: start again with"
+            " a lower schedule.peak_lr"
+        )
+    state, saved_step, _ = restored
     logger.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
     return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
 
 
-def _saved_soundness(
-    run: PreparedRun, checkpointer: Checkpointer, step: int, info: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Returns the statistics of the steps before a checkpoint; None if the data has changed."""
-    return checkpointer.soundness(step) if info["corpora"] == run.data.checksums else None
+def _restore(
+    run: PreparedRun, checkpointer: Checkpointer, state: TrainState
+) -> tuple[TrainState, int, dict[str, Any]] | None:
+    """Restores the last confirmed checkpoint, and what it knows of the steps before it.
+
+    Returns:
+        The state, its step and its `run_info`; None if there is no checkpoint.
+    """
+    with run.clock.phase("checkpoint"):
+        step = checkpointer.discard_unusable()
+        if step is None:
+            return None
+        state = checkpointer.restore(state)
+        info = read_run_info(run.workdir.checkpoints, step)
+        # The losses of other data say nothing about those to come.
+        is_same_data = info["corpora"] == run.data.checksums
+        run.soundness.from_dict(checkpointer.soundness(step) if is_same_data else None)
+    return state, step, info
