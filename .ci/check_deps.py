@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
 # Distributions whose names differ from their modules; what `xlstm_test` adds.
@@ -23,19 +24,28 @@ def build_files() -> list[Path]:
     return sorted(path for folder in ("docs", "xlstm") for path in Path(folder).rglob("BUILD"))
 
 
-def targets(build: Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
-    """Yields the rule and the attributes of each target; variables are replaced by their values."""
+class Target(NamedTuple):
+    """A target of a BUILD file; `deps` is its list there, if it has one."""
+
+    rule: str
+    label: str
+    srcs: list[str]
+    deps: ast.List | None
+
+
+def targets(build: Path) -> Iterator[Target]:
+    """Yields the Python targets of a BUILD file; variables are replaced by their values."""
     variables = {}
     for node in ast.parse(build.read_text()).body:
         if isinstance(node, ast.Assign):
             variables[node.targets[0].id] = node.value
         call = node.value if isinstance(node, ast.Expr) else None
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") in RULES:
-            attributes = {keyword.arg: keyword.value for keyword in call.keywords}
-            for name, value in attributes.items():
-                if isinstance(value, ast.Name):
-                    attributes[name] = variables.get(value.id, value)
-            yield call.func.id, attributes
+            values = {keyword.arg: keyword.value for keyword in call.keywords}
+            deps = values.get("deps")
+            deps = variables[deps.id] if isinstance(deps, ast.Name) else deps
+            label = f"//{build.parent}:{values['name'].value}"
+            yield Target(call.func.id, label, strings(values.get("srcs")), deps)
 
 
 def strings(value: ast.expr | None) -> list[str]:
@@ -98,72 +108,80 @@ def written(labels: set[str], package: str, reasons: dict[str, str]) -> str:
     return "\n".join(["[", *lines, "    ]"])
 
 
+def check(
+    target: Target, wanted: set[str], aggregates: dict[str, list[str]], lines: list[str]
+) -> str | None:
+    """Prints what is wrong with the dependencies of a target.
+
+    Args:
+        target: The target.
+        wanted: The labels that its sources need.
+        aggregates: The dependencies of each target without sources.
+        lines: The lines of the BUILD file.
+
+    Returns:
+        The right list; None if there is nothing to mend.
+    """
+    package = target.label[2:].partition(":")[0]
+    given, reasons = set(), {}
+    for element in getattr(target.deps, "elts", []):
+        label = absolute(element.value, package)
+        given.add(label)
+        _, keep, reason = lines[element.lineno - 1].partition("# keep: ")
+        if keep:
+            reasons[label] = f"  {keep}{reason}"
+    contents = {label: content(label, aggregates) for label in given}
+    missing = wanted.difference(*contents.values())
+    unused = {label for label in given - reasons.keys() if not contents[label] & wanted}
+    for label in sorted(missing):
+        print(f"{target.label}: {short(label, package)} is missing")
+    for label in sorted(unused):
+        print(f"{target.label}: {short(label, package)} is unused")
+    return written((given | missing) - unused, package, reasons) if missing | unused else None
+
+
 def main(words: list[str]) -> int:
     """Checks, or mends, every BUILD file, and returns the exit status."""
-    all_builds = build_files()
-    owners = {
-        build.parent / src: f"//{build.parent}:{attributes['name'].value}"
-        for build in all_builds
-        for rule, attributes in targets(build)
-        if rule != "xlstm_test"
-        for src in strings(attributes.get("srcs"))
+    packages = {build: list(targets(build)) for build in build_files()}
+    sources = {
+        build.parent / src: target
+        for build, found in packages.items()
+        for target in found
+        for src in target.srcs
     }
+    owners = {path: t.label for path, t in sources.items() if t.rule != "xlstm_test"}
     aggregates = {
-        f"//{build.parent}:{attributes['name'].value}": [
-            absolute(label, str(build.parent)) for label in strings(attributes.get("deps"))
-        ]
-        for build in all_builds
-        for rule, attributes in targets(build)
-        if rule == "py_library" and not strings(attributes.get("srcs"))
+        target.label: [absolute(label, str(build.parent)) for label in strings(target.deps)]
+        for build, found in packages.items()
+        for target in found
+        if target.rule == "py_library" and not target.srcs
     }
-    tested = {
-        build.parent / src
-        for build in all_builds
-        for _, attributes in targets(build)
-        for src in strings(attributes.get("srcs"))
-    }
-    forgotten = {path for build in all_builds for path in build.parent.glob("*_test.py")} - tested
-    for path in sorted(forgotten):
+    tests = {path for build in packages for path in build.parent.glob("*_test.py")}
+    forgotten = sorted(tests - sources.keys())
+    for path in forgotten:
         print(f"{path} is in no target")
-    status = int(bool(forgotten))
-    for build in all_builds:
-        package, lines = str(build.parent), build.read_text().split("\n")
-        edits = {}
-        for rule, attributes in targets(build):
-            srcs, deps = strings(attributes.get("srcs")), attributes.get("deps")
-            if not srcs:
-                continue  # An aggregate: its dependencies are its content.
-            own = f"//{package}:{attributes['name'].value}"
-            wanted = needed(build, srcs, owners) - BROUGHT.get(rule, set()) - {own}
-            given, reasons = set(), {}
-            for element in getattr(deps, "elts", []):
-                label = absolute(element.value, package)
-                given.add(label)
-                _, keep, reason = lines[element.lineno - 1].partition("# keep: ")
-                if keep:
-                    reasons[label] = f"  {keep}{reason}"
-            contents = {label: content(label, aggregates) for label in given}
-            missing = wanted.difference(*contents.values())
-            unused = {label for label in given - reasons.keys() if not contents[label] & wanted}
-            for label in sorted(missing):
-                print(f"{own}: {short(label, package)} is missing")
-            for label in sorted(unused):
-                print(f"{own}: {short(label, package)} is unused")
-            if missing or unused:
-                status = 1
-                if deps is None:
-                    print(f"{own}: add `deps = []` for --fix to fill")
-                else:
-                    new = (given | missing) - unused
-                    span = deps.lineno, deps.col_offset, deps.end_lineno, deps.end_col_offset
-                    edits[span] = written(new, package, reasons)
+    is_wrong = bool(forgotten)
+    for build, found in packages.items():
+        lines, edits = build.read_text().split("\n"), {}
+        for target in found:
+            if target.label in aggregates:
+                continue  # Its dependencies are its content.
+            wanted = needed(build, target.srcs, owners) - BROUGHT.get(target.rule, set())
+            right = check(target, wanted - {target.label}, aggregates, lines)
+            is_wrong |= right is not None
+            deps = target.deps
+            if right and deps is None:
+                print(f"{target.label}: add `deps = []` for --fix to fill")
+            elif right:
+                span = deps.lineno, deps.col_offset, deps.end_lineno, deps.end_col_offset
+                edits[span] = right
         if "--fix" in words:
             for (first, begin, last, end), text in sorted(edits.items(), reverse=True):
                 lines[first - 1 : last] = (
                     lines[first - 1][:begin] + text + lines[last - 1][end:]
                 ).split("\n")
             build.write_text("\n".join(lines))
-    return 0 if "--fix" in words else status
+    return int(is_wrong and "--fix" not in words)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from xlstm.tools.command_line import print_error, print_line, project_flags
 from xlstm.tools.meeting import meet
 from xlstm.trainer.base import coordinator
+from xlstm.trainer.base.clock import in_thread
 from xlstm.trainer.base.coordinator import check_agreement
 from xlstm.trainer.llm.run_facts import SAME_COMMAND, device_facts, environment_facts
 
@@ -191,10 +192,5 @@ def _watching_others(end: Callable[[int, str], None]) -> Iterator[None]:
             if found := _end_of_another():
                 end(*found)
 
-    thread = threading.Thread(target=watch, name="processes", daemon=True)
-    thread.start()
-    try:
+    with in_thread("processes", watch, done):
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -133,7 +133,7 @@ def report_waits(clock: Clock, report: Callable[[str], None]) -> Iterator[None]:
                     reports += 1
                 report(f"{text}: {seconds:.0f} s so far")
 
-    with _in_thread("waits", watch, done):
+    with in_thread("waits", watch, done):
         yield
 
 
@@ -144,7 +144,7 @@ def _report_time(after: tuple[float, ...], number: int) -> float:
 
 
 @contextlib.contextmanager
-def _in_thread(name: str, watch: Callable[[], None], done: threading.Event) -> Iterator[None]:
+def in_thread(name: str, watch: Callable[[], None], done: threading.Event) -> Iterator[None]:
     """Runs `watch` in a thread during the block; it must return when `done` is set."""
     thread = threading.Thread(target=watch, name=name, daemon=True)
     thread.start()
@@ -186,5 +186,5 @@ def watchdog(clock: Clock, stall_seconds: float, report: Callable[[str], None]) 
                 stack = "".join(traceback.format_stack(sys._current_frames()[watched]))
                 report(f"no progress for {seconds:.0f} s, in the phase {phase!r}:\n{stack}")
 
-    with _in_thread("watchdog", watch, done):
+    with in_thread("watchdog", watch, done):
         yield
