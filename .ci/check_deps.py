@@ -2,9 +2,9 @@
 
 Usage: check_deps.py [--fix]
 
-Prints each label that is missing or unused, and each test that no target runs, and exits with 1 if
-there are any; `--fix` writes the right lists instead. A label whose line ends with `# keep: REASON`
-may be unused. A target without sources counts as its dependencies.
+Prints each label that is missing or unused, and each file that its BUILD file does not name, and
+exits with 1 if there are any; `--fix` writes the right lists instead. A label whose line ends with
+`# keep: REASON` may be unused. A target without sources counts as its dependencies.
 """
 
 import ast
@@ -156,10 +156,14 @@ def main(words: list[str]) -> int:
         for target in found
         if target.rule == "py_library" and not target.srcs
     }
-    tests = {path for build in packages for path in build.parent.glob("*_test.py")}
-    forgotten = sorted(tests - sources.keys())
+    forgotten = sorted(
+        path
+        for build, found in packages.items()
+        for path in build.parent.glob("*.py")
+        if found and f'"{path.name}"' not in build.read_text()
+    )
     for path in forgotten:
-        print(f"{path} is in no target")
+        print(f"{path} is not in its BUILD file")
     is_wrong = bool(forgotten)
     for build, found in packages.items():
         lines, edits = build.read_text().split("\n"), {}

@@ -16,8 +16,8 @@ from xlstm.inference.load_model import load_run
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.base.param_utils import unboxed
-from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.language_model import create_training

@@ -9,7 +9,7 @@ from xlstm.common_types import Metrics, PyTree, TrainState
 from xlstm.tools import train
 from xlstm.tools.command_line import run
 from xlstm.tools.config import define_config_flags
-from xlstm.trainer.base.train_step import update_state
+from xlstm.trainer.base.update import update_state
 from xlstm.trainer.llm import language_model
 
 

@@ -25,8 +25,8 @@ from xlstm.trainer.base.train_step import (
     BATCH_SPEC,
     create_eval_step,
     create_train_step,
-    update_state,
 )
+from xlstm.trainer.base.update import update_state
 
 _PARAMS = {"kernel": np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 4), "bias": np.ones(8)}
 
@@ -201,21 +201,13 @@ def _squares(params, batch):
     return jnp.sum(errors * batch["mask"]), jnp.sum(batch["mask"])
 
 
-def _create_loss_fn(num_minibatches, num_targets):
-    def loss_fn(params, apply_fn, batch, rng):
-        batch, keys = batch
-        total, count = _squares(params, batch)
-        noise = jax.vmap(jax.random.uniform)(keys)
-        return total * num_minibatches / num_targets, (
-            {
-                "loss": (total, count),
-                "noise": jnp.sum(noise * batch["weight"]),
-                "squared_noise": jnp.sum(noise**2),
-            },
-            None,
-        )
-
-    return loss_fn
+def _loss_metrics(params, apply_fn, batch, keys):
+    noise = jax.vmap(jax.random.uniform)(keys)
+    return {
+        "loss": _squares(params, batch),
+        "noise": jnp.sum(noise * batch["weight"]),
+        "squared_noise": jnp.sum(noise**2),
+    }
 
 
 def _batch():
@@ -241,7 +233,7 @@ def _compiled(num_minibatches=1, optimizer=None, num_devices=8, norms_per_param=
     train_step = create_train_step(
         mesh,
         specs,
-        _create_loss_fn,
+        _loss_metrics,
         count_targets=lambda batch: jnp.sum(batch["mask"]),
         update=functools.partial(
             update_state,

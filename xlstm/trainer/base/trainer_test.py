@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from xlstm.trainer.base.clock import Clock
-from xlstm.trainer.base.trainer import Callback, RollBack, Stop, TrainerConfig, fit, to_scalars
+from xlstm.trainer.base.config import TrainerConfig
+from xlstm.trainer.base.trainer import Callback, RollBack, Stop, fit, to_scalars
 
 
 class _Recorder(Callback):

@@ -10,7 +10,7 @@ from xlstm.dataset.config import STDLIB, DataConfig
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
-from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.logger.base_logger import LoggerConfig
 from xlstm.trainer.optimizer.optimizers import OptimizerConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig

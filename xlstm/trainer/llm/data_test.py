@@ -15,7 +15,7 @@ from xlstm.dataset.testing import write_letter_store, write_store, write_tokeniz
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.distributed.mesh import MESH_AXES, MeshConfig, create_mesh
 from xlstm.models.xlstm_parallel.config import ModelConfig
-from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import (
     check_vocabulary,

@@ -18,7 +18,7 @@ from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.testing.quick_compilation import QUICK_COMPILATION
 from xlstm.trainer.llm.gate_statistics import gate_moments, gate_scalars
-from xlstm.trainer.llm.loss import create_loss_fn
+from xlstm.trainer.llm.loss import loss_metrics
 
 _B, _T, _V, _BLOCKS = 8, 8, 16, 4
 _CAP = 15.0
@@ -70,8 +70,9 @@ def _forward(num_devices=8, model_options=None, **sizes):
     mesh, model, params = _setup(num_devices, model_options or {}, **sizes)
 
     def compute(params, batch, num_targets):
-        loss_fn = create_loss_fn(1, num_targets, gate_pattern=model.config.model.pattern)
-        _, (metrics, _) = loss_fn(params, model.apply, batch, None)
+        del num_targets
+        pattern = model.config.model.pattern
+        metrics = loss_metrics(params, model.apply, *batch, gate_pattern=pattern)
         return lax.psum(metrics, mesh.axis_names)
 
     return _run(compute, mesh, params, P())
@@ -84,12 +85,16 @@ def _step(gate_statistics):
     pattern = model.config.model.pattern if gate_statistics else None
 
     def compute(params, batch, num_targets):
+        def loss_fn(params, apply_fn, batch, rng):
+            metrics = loss_metrics(params, apply_fn, *batch, gate_pattern=pattern)
+            return 2 * metrics["loss"][0] / num_targets, (metrics, None)
+
         grads, metrics, _ = accumulate_gradients(
             types.SimpleNamespace(params=params, apply_fn=model.apply),
             batch,
             jax.random.key(0),
             2,
-            create_loss_fn(2, num_targets, gate_pattern=pattern),
+            loss_fn,
             use_scan=True,
         )
         return sum_gradients(grads, mesh.axis_names), lax.psum(metrics, mesh.axis_names)

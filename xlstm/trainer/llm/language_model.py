@@ -14,10 +14,11 @@ from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.trainer.base.param_utils import count_nonfinite, nonfinite_text
 from xlstm.trainer.base.train_state import abstract_arrays, create_train_state
-from xlstm.trainer.base.train_step import create_train_step, update_state
+from xlstm.trainer.base.train_step import create_train_step
+from xlstm.trainer.base.update import update_state
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
 from xlstm.trainer.llm.config import RunConfig
-from xlstm.trainer.llm.loss import create_loss_fn
+from xlstm.trainer.llm.loss import loss_metrics
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
 from xlstm.trainer.llm.workdir import Workdir
 from xlstm.trainer.optimizer.optimizers import create_optimizer
@@ -87,7 +88,7 @@ def create_training(
         mesh,
         specs,
         functools.partial(
-            create_loss_fn,
+            loss_metrics,
             gate_pattern=config.model.pattern if config.logger.gate_statistics else None,
         ),
         count_targets=lambda batch: jnp.sum(batch.targets_mask, dtype=jnp.float32),

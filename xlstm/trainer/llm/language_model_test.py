@@ -17,8 +17,8 @@ from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.base.param_utils import unboxed
-from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.find_checkpoint import find_checkpoint

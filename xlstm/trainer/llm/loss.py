@@ -7,7 +7,6 @@ import jax
 
 from xlstm.common_types import Metrics, PRNGKeyArray, PyTree
 from xlstm.dataset.batch import Batch
-from xlstm.distributed.single_gpu import LossFn
 from xlstm.models.xlstm_parallel.pattern import BlockPattern
 from xlstm.trainer.llm.gate_statistics import gate_moments
 
@@ -53,36 +52,28 @@ def _apply(
     )
 
 
-def create_loss_fn(
-    num_minibatches: int, num_targets: jax.Array, *, gate_pattern: BlockPattern | None = None
-) -> LossFn:
-    """Creates the loss function of a minibatch.
-
-    The loss is `nll * num_minibatches / num_targets`. So its mean over the minibatches, summed over
-    the devices, is the loss per target of the global batch, however that is divided.
+def loss_metrics(
+    params: PyTree,
+    apply_fn: Callable,
+    batch: Batch,
+    dropout_keys: PRNGKeyArray | None,
+    *,
+    gate_pattern: BlockPattern | None = None,
+) -> Metrics:
+    """Returns the training metrics of a batch.
 
     Args:
-        num_minibatches: Number of minibatches that gradients are accumulated over.
-        num_targets: Number of targets that count in the global batch.
+        params: Parameters of the model.
+        apply_fn: The model's `apply`.
+        batch: Tokens, `(B, T)`.
+        dropout_keys: See `next_token_nll`.
         gate_pattern: The model's pattern of blocks, to add the metric `gates`, see `gate_moments`;
             None for no such metric.
 
     Returns:
-        A loss function for `xlstm.distributed.single_gpu`; its metric `loss` is (nll, targets).
+        The metric `loss`, which is what `next_token_nll` returns, and `gates`.
     """
-
-    def loss_fn(
-        params: PyTree,
-        apply_fn: Callable,
-        batch: tuple[Batch, PRNGKeyArray],
-        rng: PRNGKeyArray,
-    ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        del rng  # Every example has its own key, which does not depend on the mesh.
-        if gate_pattern:
-            sums, variables = _apply(params, apply_fn, *batch, mutable=["intermediates"])
-            metrics = {"loss": sums, "gates": gate_moments(variables, gate_pattern)}
-        else:
-            metrics = {"loss": next_token_nll(params, apply_fn, *batch)}
-        return metrics["loss"][0] * num_minibatches / num_targets, (metrics, None)
-
-    return loss_fn
+    if gate_pattern is None:
+        return {"loss": next_token_nll(params, apply_fn, batch, dropout_keys)}
+    sums, variables = _apply(params, apply_fn, batch, dropout_keys, mutable=["intermediates"])
+    return {"loss": sums, "gates": gate_moments(variables, gate_pattern)}

@@ -1,12 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from xlstm.dataset.batch import Batch
 from xlstm.models.shared.moments import Moments
 from xlstm.models.xlstm_parallel.pattern import find_pattern
-from xlstm.trainer.llm.loss import create_loss_fn, next_token_nll
+from xlstm.trainer.llm.loss import loss_metrics, next_token_nll
 
 _B, _T, _V = 2, 5, 7
 
@@ -59,19 +58,13 @@ def test_dropout_keys_reach_the_model():
     keys = jnp.arange(_B)
     found = next_token_nll(_params(), apply_fn, _batch(), keys)
     assert found == (keys.sum(), "next_token_nll")
-    loss_fn = create_loss_fn(1, jnp.float32(1))
-    loss, _ = loss_fn(_params(), apply_fn, (_batch(), keys), None)
-    assert loss == keys.sum()
+    assert loss_metrics(_params(), apply_fn, _batch(), keys) == {"loss": found}
 
 
-@pytest.mark.parametrize("num_minibatches", [1, 4])
-def test_the_loss_is_normalised_by_the_targets_of_the_global_batch(num_minibatches):
-    loss_fn = create_loss_fn(num_minibatches, jnp.float32(100.0))
-    loss, (metrics, mutable) = loss_fn(_params(), _apply, (_batch(), None), None)
-    nll, count = _expected(_params(), _batch())
-    np.testing.assert_allclose(loss, nll * num_minibatches / 100, rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss"], (nll, count), rtol=1e-6)
-    assert mutable is None
+def test_the_loss_is_a_sum_over_the_targets_and_their_number():
+    metrics = loss_metrics(_params(), _apply, _batch(), None)
+    assert metrics.keys() == {"loss"}
+    np.testing.assert_allclose(metrics["loss"], _expected(_params(), _batch()), rtol=1e-6)
 
 
 def test_gate_statistics_come_with_the_loss():
@@ -82,10 +75,7 @@ def test_gate_statistics_come_with_the_loss():
         layer = {"gate_moments": ({"igate": moments},)}
         return _apply(*arguments, **options), {"intermediates": {"blocks": {"mlstm_layer": layer}}}
 
-    loss_fn = create_loss_fn(4, jnp.float32(100.0), gate_pattern=find_pattern(["xlstm_7b"] * 3))
-    loss, (metrics, mutable) = loss_fn(_params(), apply_fn, (_batch(), None), None)
-    nll, count = _expected(_params(), _batch())
-    np.testing.assert_allclose(loss, nll * 4 / 100, rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss"], (nll, count), rtol=1e-6)
+    pattern = find_pattern(["xlstm_7b"] * 3)
+    metrics = loss_metrics(_params(), apply_fn, _batch(), None, gate_pattern=pattern)
+    np.testing.assert_allclose(metrics["loss"], _expected(_params(), _batch()), rtol=1e-6)
     np.testing.assert_array_equal(metrics["gates"]["igate"], moments)
-    assert mutable is None

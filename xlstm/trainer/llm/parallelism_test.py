@@ -25,8 +25,8 @@ from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.base.param_utils import unboxed
-from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm.config import RunConfig

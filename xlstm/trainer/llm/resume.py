@@ -1,4 +1,4 @@
-"""Restoring a run from its checkpoints: at a start, and after a step that is not finite."""
+"""Restoring a run from its checkpoints, and checking at its end from where it would resume."""
 
 from typing import Any
 
@@ -91,6 +91,31 @@ def roll_back(
     logger.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
     return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
+
+
+def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
+    """Returns whether a run has done all of its steps; if not, says from where it resumes.
+
+    Raises:
+        ValueError: If all steps are done, but the last checkpoint is not confirmed.
+    """
+    num_steps, confirmed = run.config.trainer.num_steps, checkpointer.confirmed_step()
+    is_confirmed = confirmed == step or not run.config.trainer.confirm_steps
+    last = "none is yet" if confirmed is None else f"the last one is that of step {confirmed:,}"
+    if step < num_steps:
+        where = "there" if is_confirmed else f"the last confirmed checkpoint ({last})"
+        run.say(
+            f"stopped after step {step:,}, which is saved in {run.workdir.path}: the same command"
+            f" resumes from {where}"
+        )
+        return False
+    if not is_confirmed:
+        raise ValueError(
+            f"{step:,} steps are done, but the last ones were not sound, and their checkpoint is"
+            f" not confirmed ({last}): lower schedule.peak_lr or optimizer.grad_clip_norm, or name"
+            " the checkpoint itself to use it as it is"
+        )
+    return True
 
 
 def _restore(

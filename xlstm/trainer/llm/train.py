@@ -27,7 +27,7 @@ from xlstm.trainer.llm.find_checkpoint import read_checkpoint
 from xlstm.trainer.llm.language_model import create_training, init_from_checkpoint
 from xlstm.trainer.llm.loggers import create_loggers
 from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
-from xlstm.trainer.llm.resume import open_checkpointer, resume
+from xlstm.trainer.llm.resume import check_end, open_checkpointer, resume
 from xlstm.trainer.llm.workdir import Workdir, lock_workdir
 from xlstm.trainer.logger.base_logger import Loggers
 from xlstm.trainer.logger.terminal import mesh_line
@@ -99,7 +99,7 @@ def train_language_model(
             clock=run.clock,
             to_scalars=metrics_to_scalars,
         )
-    if _check_end(run, int(state.step)):
+    if check_end(run, run.checkpointer, int(state.step)):
         if sample:
             run.say(f"{' a sample ':─^80}")
             run.say(f"{sample(run, state)}\n{'':─^80}")
@@ -117,13 +117,7 @@ def open_training(
     """Sets up a new run, or restores one to its last confirmed checkpoint.
 
     Inside the block, this run owns the folder, and SIGTERM and SIGINT request a stop. When the
-    block ends, all files are complete.
-
-    Args:
-        config: The run's configuration.
-        workdir_path: The run's folder; it is created if it does not exist.
-        allow_config_change: Whether the run may resume with another configuration.
-        verify_data: See `train_language_model`.
+    block ends, all files are complete. The arguments are those of `train_language_model`.
 
     Yields:
         The run.
@@ -208,28 +202,3 @@ def _closing(resource: Callback | Loggers) -> Iterator[None]:
             resource.close()
         raise
     resource.close()
-
-
-def _check_end(run: TrainingRun, step: int) -> bool:
-    """Returns whether a run has done all of its steps; if not, says from where it resumes.
-
-    Raises:
-        ValueError: If all steps are done, but the last checkpoint is not confirmed.
-    """
-    num_steps, confirmed = run.config.trainer.num_steps, run.checkpointer.confirmed_step()
-    is_confirmed = confirmed == step or not run.config.trainer.confirm_steps
-    last = "none is yet" if confirmed is None else f"the last one is that of step {confirmed:,}"
-    if step < num_steps:
-        where = "there" if is_confirmed else f"the last confirmed checkpoint ({last})"
-        run.say(
-            f"stopped after step {step:,}, which is saved in {run.workdir.path}: the same command"
-            f" resumes from {where}"
-        )
-        return False
-    if not is_confirmed:
-        raise ValueError(
-            f"{step:,} steps are done, but the last ones were not sound, and their checkpoint is"
-            f" not confirmed ({last}): lower schedule.peak_lr or optimizer.grad_clip_norm, or name"
-            " the checkpoint itself to use it as it is"
-        )
-    return True

@@ -27,8 +27,8 @@ from xlstm.dataset.store_data import open_stores, train_batches
 from xlstm.dataset.testing import write_store
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
-from xlstm.trainer.base.train_step import update_state
-from xlstm.trainer.base.trainer import TrainerConfig
+from xlstm.trainer.base.config import TrainerConfig
+from xlstm.trainer.base.update import update_state
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step
 from xlstm.trainer.llm import callbacks as callbacks_module
@@ -36,7 +36,7 @@ from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm import train as train_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.evaluation import DivergedError
-from xlstm.trainer.llm.loss import create_loss_fn
+from xlstm.trainer.llm.loss import loss_metrics
 from xlstm.trainer.llm.train import open_training, train_language_model
 from xlstm.trainer.logger.base_logger import LoggerConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
@@ -69,7 +69,7 @@ def _create_training(config, mesh):
             ),
         ),
         mesh,
-        language_model.create_loss_fn,
+        language_model.loss_metrics,
         language_model.update_state,
     )
     return jax.tree.map(jax.numpy.copy, state), specs, train_step  # A run consumes its state.
@@ -132,19 +132,14 @@ def _last_state(config, workdir):
 @pytest.fixture
 def poisonous(monkeypatch):
     """Makes the gradient NaN if the batch holds the poison."""
-    monkeypatch.setattr(language_model, "create_loss_fn", _create_poisoned_loss_fn)
+    monkeypatch.setattr(language_model, "loss_metrics", _poisoned_loss_metrics)
 
 
-def _create_poisoned_loss_fn(*args, **kwargs):
-    loss_fn = create_loss_fn(*args, **kwargs)
-
-    def poisoned(params, apply_fn, batch, rng):
-        loss, (metrics, mutable) = loss_fn(params, apply_fn, batch, rng)
-        poison = jax.numpy.where(jax.numpy.any(batch[0].inputs == _POISON), np.nan, 1.0)
-        nll, count = metrics["loss"]
-        return loss * poison, (metrics | {"loss": (nll * poison, count)}, mutable)
-
-    return poisoned
+def _poisoned_loss_metrics(params, apply_fn, batch, *args, **kwargs):
+    metrics = loss_metrics(params, apply_fn, batch, *args, **kwargs)
+    poison = jax.numpy.where(jax.numpy.any(batch.inputs == _POISON), np.nan, 1.0)
+    nll, count = metrics["loss"]
+    return metrics | {"loss": (nll * poison, count)}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from xlstm.dataset.tokenizer import (
 )
 from xlstm.files import check_inside, read_json, write_atomically
 from xlstm.models.xlstm_parallel.config import check_sizes
+from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.base.multihost import broadcast_from_process_0, check_shared_folder
-from xlstm.trainer.base.trainer import TrainerConfig
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig, create_schedule
