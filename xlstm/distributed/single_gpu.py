@@ -1,4 +1,4 @@
-"""Gradient accumulation over the minibatches of a device's batch."""
+"""Gradient accumulation over the minibatches of each device's batch, on any mesh."""
 
 import functools
 from collections.abc import Callable

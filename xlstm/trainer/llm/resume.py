@@ -49,7 +49,7 @@ def resume(
     step = 0
     if restored:
         state, step, info = restored
-        run.say(f"resuming from step {step:,}, the last checkpoint in {run.workdir.path}")
+        run.say(f"resuming from step {step:,}, the last confirmed checkpoint in {run.workdir.path}")
         changes = [
             f"{name} was {info['code'].get(name)}, is {version}"
             for name, version in run.code.items()

@@ -71,7 +71,7 @@ def train_language_model(
 ) -> None:
     """Trains a new run, or resumes from the last confirmed checkpoint in the run's folder.
 
-    SIGTERM and SIGINT stop the run early, after it has written a checkpoint.
+    SIGTERM, SIGINT and SIGHUP stop the run early, after it has written a checkpoint.
 
     Args:
         config: The run's configuration.
@@ -116,8 +116,8 @@ def open_training(
 ) -> Iterator[TrainingRun]:
     """Sets up a new run, or restores one to its last confirmed checkpoint.
 
-    Inside the block, this run owns the folder, and SIGTERM and SIGINT request a stop. When the
-    block ends, all files are complete. The arguments are those of `train_language_model`.
+    Inside the block, this run owns the folder, and stop signals are requests. When the block ends,
+    all files are complete. The arguments are those of `train_language_model`.
 
     Yields:
         The run.
