@@ -14,7 +14,6 @@ import textwrap
 import pytest
 
 from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 
 _DOCS = pathlib.Path(__file__).parent
 _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
@@ -88,7 +87,6 @@ def _run(folder, *command):
     env = {
         "BUILD_WORKING_DIRECTORY": str(folder),
         "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),
-        "XLA_FLAGS": QUICK_XLA_FLAGS,
         "COLUMNS": "120",
     }
     return subprocess.run(

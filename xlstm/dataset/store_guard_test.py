@@ -12,9 +12,9 @@ from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.testing import assert_equal_batches, config_for, write_letter_store
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
+from xlstm.testing.patience import PATIENCE
 
 LONG_AGO = time.time_ns() - 10**12
-PATIENCE = 300  # Seconds until a test that waits in vain fails; a busy machine is slow.
 
 
 @pytest.fixture(autouse=True)

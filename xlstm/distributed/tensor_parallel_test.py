@@ -1,9 +1,3 @@
-import os
-
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -15,7 +15,6 @@ from xlstm.inference.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 FOLDER = os.path.join(os.path.dirname(__file__), "testdata", "hf_xlstm_tiny")
 
@@ -55,7 +54,7 @@ def expected():
 )
 def test_logits(backend, chunk_size, model_config, params, expected):
     config = LanguageModelConfig(model_config, BackendConfig(backend, chunk_size))
-    apply = jax.jit(xLSTMLMModel(config).apply, compiler_options=QUICK_COMPILATION)
+    apply = jax.jit(xLSTMLMModel(config).apply)
     logits = apply({"params": params}, expected["ids"])
     np.testing.assert_allclose(logits, expected["logits"], atol=2e-4)
 

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import os
 
 import jax
 import numpy as np
@@ -25,9 +24,6 @@ from xlstm.inference.decode import (
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import state_specs, xLSTMLMModel
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 CONFIG = small_config(vocab_size=12)
 PARAMS = lively_params(CONFIG, jax.random.key(1))

@@ -1,5 +1,4 @@
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,6 @@ from xlstm.inference.sampling import SamplingConfig
 from xlstm.inference.state_file import load_state, save_state
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 CONFIG = LanguageModelConfig(
     ModelConfig(

@@ -1,7 +1,6 @@
 """Tests of loading a run from Python, on other devices than those that wrote it."""
 
 import dataclasses
-import os
 
 import jax
 import numpy as np
@@ -15,7 +14,6 @@ from xlstm.inference.generate import encode_prompt
 from xlstm.inference.load_model import load_run
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
@@ -25,8 +23,6 @@ from xlstm.trainer.llm.train import train_language_model
 from xlstm.trainer.llm.workdir import Workdir, run_info, write_config
 from xlstm.trainer.logger.base_logger import LoggerConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 CONFIG = RunConfig(
     model=ModelConfig(

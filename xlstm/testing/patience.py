@@ -1,4 +1,4 @@
-"""How long tests wait for what must come."""
+"""How long a test waits for something that must happen."""
 
-# Seconds. Only what hangs takes so long, on a machine many times slower than ours, too.
+# Seconds. Only something that hangs takes this long, even on a machine many times slower than ours.
 PATIENCE = 900

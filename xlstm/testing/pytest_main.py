@@ -2,7 +2,7 @@
 
 It reads Bazel's environment variables: XML_OUTPUT_FILE (the file for the result of each test),
 TESTBRIDGE_TEST_ONLY (the `--test_filter`, an expression of `pytest -k`) and TEST_TMPDIR (the folder
-for temporary files).
+for temporary files). XLSTM_TEST_QUICK_COMPILATION=0 is the rule's `quick_compilation = False`.
 """
 
 import importlib.util
@@ -20,7 +20,9 @@ def _keep_to(folder: str) -> None:
 
 
 def _compile_quickly() -> None:
-    """Lets XLA compile without optimising for a CPU: tests compile much and compute little."""
+    """Makes XLA compile without optimizing for a CPU: tests compile much and compute little."""
+    if os.environ.get("XLSTM_TEST_QUICK_COMPILATION") == "0":
+        return
     if os.environ["JAX_PLATFORMS"] == "cpu" and importlib.util.find_spec("jax"):
         from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 

@@ -5,6 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+
 _MAIN = os.path.join(os.path.dirname(__file__), "pytest_main.py")
 
 _TESTS = """
@@ -26,6 +28,20 @@ def test_float32_is_multiplied_in_float32():
     assert os.environ["JAX_DEFAULT_MATMUL_PRECISION"] == "highest"
 """
 
+_COMPILES_QUICKLY = f"""
+import os
+
+def test_compiles_quickly():
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here {QUICK_XLA_FLAGS}"
+"""
+
+_COMPILES_AS_ALWAYS = """
+import os
+
+def test_compiles_as_always():
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
+"""
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -33,7 +49,11 @@ def run(tmp_path):
 
     def run(tests, **env):
         (tmp_path / "some_test.py").write_text(tests)
-        from_outside = ("TESTBRIDGE_TEST_ONLY", "JAX_DEFAULT_MATMUL_PRECISION")
+        from_outside = (
+            "TESTBRIDGE_TEST_ONLY",
+            "JAX_DEFAULT_MATMUL_PRECISION",
+            "XLSTM_TEST_QUICK_COMPILATION",
+        )
         env = {k: v for k, v in os.environ.items() if k not in from_outside} | env
         env |= {"XML_OUTPUT_FILE": str(tmp_path / "results.xml"), "TEST_TMPDIR": str(tmp_path)}
         return subprocess.run(
@@ -57,6 +77,16 @@ def test_a_failure_is_reported_and_counted(run, tmp_path):
     assert result.returncode == 1
     assert "test_fails" in result.stdout
     assert _results(tmp_path) == (4, 1), result.stdout
+
+
+def test_quick_compilation(run):
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_dump_to=here"}
+    result = run(_COMPILES_QUICKLY, **env)
+    assert result.returncode == 0, result.stdout
+    result = run(_COMPILES_AS_ALWAYS, **env, XLSTM_TEST_QUICK_COMPILATION="0")
+    assert result.returncode == 0, result.stdout
+    result = run(_COMPILES_AS_ALWAYS, **env | {"JAX_PLATFORMS": "cuda"})
+    assert result.returncode == 0, result.stdout
 
 
 def test_filter(run, tmp_path):

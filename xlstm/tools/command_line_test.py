@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools import command_line
 from xlstm.tools.command_line import print_error, print_note, resolve_path
 
@@ -72,7 +73,9 @@ def _command(words):
 
 def _run(*words):
     env = os.environ | {"COLUMNS": "100"}
-    return subprocess.run(_command(words), capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(
+        _command(words), capture_output=True, text=True, timeout=PATIENCE, env=env
+    )
 
 
 def test_flags_and_arguments():
@@ -148,7 +151,7 @@ def test_ctrl_c_is_no_error_of_ours():
     assert process.stdout.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors == "interrupted\n"
 
@@ -157,7 +160,10 @@ def _shell(command):
     """Runs a line of a shell, with the tool in place of TOOL."""
     tool = f"{shlex.quote(sys.executable)} -c {shlex.quote(_TOOL)}"
     return subprocess.run(
-        ["bash", "-c", command.replace("TOOL", tool)], capture_output=True, text=True, timeout=60
+        ["bash", "-c", command.replace("TOOL", tool)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 
@@ -234,7 +240,7 @@ def test_a_tool_speaks_before_its_slow_imports_and_ctrl_c_ends_them_quietly():
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "tool: loading\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == ""
+    assert process.communicate(timeout=PATIENCE)[1] == ""
     assert process.returncode == -signal.SIGINT
 
 

@@ -15,7 +15,7 @@ from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.huggingface.layout import hf_tensors, parameter_shapes, to_hf_config
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools import convert, evaluate
 from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
@@ -61,18 +61,18 @@ def folder(tmp_path_factory):
 
 
 def _start(tool, folder, *words):
-    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": QUICK_XLA_FLAGS}
+    env = {"BUILD_WORKING_DIRECTORY": str(folder)}
     return start_tool(tool, *words, env=env)
 
 
 def _finish(process):
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output
 
 
 def _error(process):
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, errors
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     return errors
@@ -106,7 +106,7 @@ def test_from_a_hugging_face_model_to_another_one(folder):
     (folder / "taken").mkdir()
     taken = _start(convert, folder, "--from_hf=hf", "--to=taken")
     imported = _start(convert, folder, "--from_hf=hf", "--to=imported")
-    output, errors = imported.communicate(timeout=200)
+    output, errors = imported.communicate(timeout=PATIENCE)
     assert imported.returncode == 0, errors
     notes = errors.splitlines()
     assert notes[0].startswith("note: tie_word_embeddings=True has no effect")

@@ -6,11 +6,6 @@ import os
 import subprocess
 import sys
 
-from xlstm.testing.lowered_products import lowered_products
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
-
 import jax
 import pytest
 
@@ -18,6 +13,7 @@ from xlstm.dataset.config import DataConfig
 from xlstm.distributed.mesh import MeshConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.testing.lowered_products import lowered_products
 from xlstm.tools import describe_step
 from xlstm.tools.config import load_config, to_run_config
 from xlstm.trainer.base.param_utils import unboxed
@@ -138,7 +134,7 @@ def test_the_tool_prints_tables():
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": QUICK_XLA_FLAGS, "COLUMNS": "120"},
+        env=os.environ | {"COLUMNS": "120"},
         check=True,
     )
     lines = [line.split() for line in process.stdout.splitlines()]
@@ -160,7 +156,6 @@ def test_a_mesh_that_does_not_fit_is_refused():
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
         check=False,
     )
     assert process.returncode == 2

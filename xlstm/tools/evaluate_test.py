@@ -9,7 +9,6 @@ import pytest
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import evaluate
 from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
@@ -46,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def _start(folder, *flags):
-    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": QUICK_XLA_FLAGS}
+    env = {"BUILD_WORKING_DIRECTORY": str(folder)}
     return start_tool(evaluate, *flags, env=env)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from xlstm.dataset.testing import write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools import generate
 from xlstm.tools.config import load_config, to_run_config
 from xlstm.tools.testing.start_tool import start_tool
@@ -36,12 +36,12 @@ def folder(tmp_path_factory):
 
 
 def _start(folder, *flags, **options):
-    env = {"BUILD_WORKING_DIRECTORY": str(folder), "XLA_FLAGS": QUICK_XLA_FLAGS}
+    env = {"BUILD_WORKING_DIRECTORY": str(folder)}
     return start_tool(generate, "--checkpoint=run", *flags, env=env, **options)
 
 
 def _finish(process, status=0):
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, errors
     return output if status == 0 else errors
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools import plot
 from xlstm.tools.plot import draw_in_terminal
 from xlstm.trainer.logger.curves import Curve
@@ -103,7 +104,7 @@ def folder(tmp_path_factory):
 def _plot(folder, *words):
     env = os.environ | {"BUILD_WORKING_DIRECTORY": str(folder), "COLUMNS": "100"}
     command = [sys.executable, "-m", plot.__name__, *words]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from xlstm.dataset.testing import (
 )
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools.prepare_data import train_command
 
 COMMAND = [sys.executable, "-m", "xlstm.tools.prepare_data"]
@@ -207,16 +208,6 @@ def test_an_existing_store_stays(corpus):
     assert open_verified(str(corpus / "store")).meta.num_documents == 2
 
 
-def _wait(condition, seconds=60):
-    """Waits for a condition; returns whether it became true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_killed_half_way(corpus):
     # This tokenizer takes about 10 s for the file, so the tool is killed in the middle.
     write_tokenizer_json(corpus / "tokenizer.json")
@@ -227,7 +218,10 @@ def test_killed_half_way(corpus):
         stderr=subprocess.DEVNULL,
     )
     files = "store.incomplete-*/tokens.bin"
-    assert _wait(lambda: any(file.stat().st_size for file in corpus.glob(files)))
+    deadline = time.monotonic() + PATIENCE
+    while not any(file.stat().st_size for file in corpus.glob(files)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     (left,) = corpus.glob("store*")

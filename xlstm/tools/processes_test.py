@@ -3,12 +3,11 @@
 import os
 import shutil
 import socket
-import time
 
 import pytest
 
 from xlstm.dataset.testing import write_store
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 
@@ -45,23 +44,20 @@ def _errors(folder, *flags, start_in="same", **variables):
         f"--coordinator_address=localhost:{port}",
         "--num_processes=2",
     ]
-    env = {"XLA_FLAGS": QUICK_XLA_FLAGS}
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.getenv("PYTHONPATH")]))}
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.getenv("PYTHONPATH")]))}
     processes = [
-        start_tool(train, *words, "--process_id=0", env=env | paths, cwd=folder / "same"),
+        start_tool(train, *words, "--process_id=0", env=env, cwd=folder / "same"),
         start_tool(
             train,
             *words,
             "--process_id=1",
             *flags,
-            env=env | paths | variables,
+            env=env | variables,
             cwd=folder / start_in,
         ),
     ]
     try:
-        begin = time.monotonic()
-        printed = [process.communicate(timeout=100) for process in processes]
-        assert time.monotonic() - begin < 60  # Most of it is importing.
+        printed = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -6,6 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools import show_config
 from xlstm.tools.config import field_comments
 from xlstm.trainer.llm.config import RunConfig, sections
@@ -16,7 +17,7 @@ def _run(*words):
         [sys.executable, "-m", show_config.__name__, *words],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
 
 

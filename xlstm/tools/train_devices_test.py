@@ -11,7 +11,6 @@ import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing import diverging_train
 from xlstm.tools.testing.start_tool import start_tool
@@ -35,9 +34,7 @@ def _start(folder, workdir, *flags, tool=train):
         "--config.schedule.decay_steps=20",
         *flags,
     ]
-    # Compile quickly, and simulate only the devices that the flags ask for.
-    env = {"XLA_FLAGS": QUICK_XLA_FLAGS}
-    return start_tool(tool, *words, env=env)
+    return start_tool(tool, *words)
 
 
 def _finish(*processes):

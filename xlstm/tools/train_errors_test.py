@@ -11,7 +11,6 @@ import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
@@ -52,8 +51,7 @@ def _start(folder, workdir, *flags, num_steps=10, **kwargs):
         *flags,
     ]
     env = {
-        # The numbers do not matter here, so compile quickly, and only once.
-        "XLA_FLAGS": QUICK_XLA_FLAGS,
+        # The runs share compiled programs.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "BUILD_WORKING_DIRECTORY": str(folder),

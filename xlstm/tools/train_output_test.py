@@ -9,7 +9,6 @@ import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 
@@ -33,8 +32,7 @@ def _start(folder, workdir, *flags, **options):
         *flags,
     ]
     env = {
-        # The numbers do not matter here, so compile quickly, and only once.
-        "XLA_FLAGS": QUICK_XLA_FLAGS,
+        # The runs share compiled programs.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

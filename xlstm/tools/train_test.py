@@ -8,7 +8,6 @@ import pytest
 
 from xlstm.dataset.testing import write_store
 from xlstm.testing.patience import PATIENCE
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.callbacks.metrics import SPEEDS
@@ -30,7 +29,6 @@ def start(folder):
     write_store(folder / "store", [" ".join(rng.choices(words, k=200)) for _ in range(50)])
     # Most of a run's time is compilation, so the runs share compiled programs.
     env = {
-        "XLA_FLAGS": QUICK_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "BUILD_WORKING_DIRECTORY": str(folder),

@@ -1,12 +1,9 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xlstm.models.shared.convolution import CausalConvolution
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 B, T, C, W = 2, 9, 3, 4
 RNG = np.random.default_rng(0)
@@ -16,7 +13,7 @@ RESET = np.zeros((B, T), bool)
 RESET[0, [2, 3, 7]] = RESET[1, 0] = True
 
 
-@functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
+@jax.jit
 def convolve(x, reset=None, padding=None, state=None):
     return CausalConvolution(W).apply({"params": PARAMS}, x, reset, padding, state)
 

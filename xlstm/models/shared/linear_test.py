@@ -18,7 +18,6 @@ from xlstm.models.shared.linear import (
     soft_cap,
     wang_init,
 )
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_product_and_gradients_are_those_of_the_matrix(size):
     x, dy = rng.standard_normal((2, 2, 5, 4 * size))
     kernel = rng.standard_normal((4, size, size))
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILATION, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(product, x, kernel, dy):
         y, vjp = jax.vjp(product, x, kernel)
         return y, vjp(dy)

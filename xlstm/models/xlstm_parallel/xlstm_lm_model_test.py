@@ -1,9 +1,4 @@
 import functools
-import os
-
-from xlstm.testing.quick_compilation import QUICK_COMPILATION, QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import flax
 import flax.linen as nn
@@ -19,8 +14,6 @@ from xlstm.models.xlstm_parallel.xlstm_lm_model import (
     state_specs,
     xLSTMLMModel,
 )
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 
 TIME = 14
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, TIME))
@@ -59,7 +52,7 @@ def logits_of(config, tokens=TOKENS, reset=None):
 
 @functools.cache
 def _jitted_logits(config):
-    return quick_jit(xLSTMLMModel(config).apply)
+    return jax.jit(xLSTMLMModel(config).apply)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +60,7 @@ def _jitted_logits(config):
 )
 def test_step_by_step_is_the_whole(backend, stack):
     config = stack_config(stack, backend)
-    step = quick_jit(
+    step = jax.jit(
         lambda token, reset, state: xLSTMLMModel(config).apply(
             variables_of(config), token, reset, state
         )
@@ -99,7 +92,7 @@ def test_packed_documents_are_the_documents_alone(stack):
 )
 def test_padding_leaves_no_trace(backend, stack):
     config = stack_config(stack, backend)
-    read = quick_jit(
+    read = jax.jit(
         lambda tokens, state, lengths: xLSTMLMModel(config).apply(
             variables_of(config), tokens, state, lengths, method="next_token_logits"
         )
@@ -150,7 +143,7 @@ def test_a_mixed_stack_is_its_blocks_one_after_the_other():
     config = stack_config("mixed")
     params = PARAMS[config.model.pattern]
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(config, blocks, x):
         variables = {"params": params | {"blocks": blocks}}
         return xLSTMLMModel(config).apply(variables, BlockCarry(x, RESET), method="_run_stages")
@@ -205,7 +198,7 @@ def test_a_state_is_cut_over_rows_heads_and_channels(stack):
 
 
 def boxes_of(config):
-    init = quick_jit(xLSTMLMModel(config).init)
+    init = jax.jit(xLSTMLMModel(config).init)
     variables = init(jax.random.key(0), jnp.zeros((1, 2), int))
     assert set(variables) == {"params"}
     is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
@@ -369,7 +362,7 @@ def test_gradients_reach_every_parameter(stack):
         logits = xLSTMLMModel(config).apply({"params": params}, TOKENS, RESET)
         return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
 
-    grads = quick_jit(jax.grad(loss))(PARAMS[config.model.pattern])
+    grads = jax.jit(jax.grad(loss))(PARAMS[config.model.pattern])
     grads = flax.traverse_util.flatten_dict(grads, sep=".")
     for name, grad in grads.items():
         assert np.all(np.isfinite(grad)), name

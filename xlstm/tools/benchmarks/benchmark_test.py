@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools.benchmarks import train_step
 from xlstm.tools.config import load_config, to_run_config
 
@@ -23,7 +24,7 @@ def benchmark(folder, *words):
         env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(folder)},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=PATIENCE,
     )
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from xlstm.dataset.testing import config_for, write_store
+from xlstm.testing.patience import PATIENCE
 from xlstm.tools.benchmarks import benchmark_trainer
 from xlstm.tools.benchmarks.benchmark_trainer import measure, measured_config
 from xlstm.tools.config import load_config, to_run_config
@@ -33,7 +34,7 @@ def test_stores_are_looked_for_where_the_user_is(tmp_path):
         env={**os.environ, "BUILD_WORKING_DIRECTORY": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert result.returncode == 2
     assert f"{tmp_path}/data/none" in result.stderr

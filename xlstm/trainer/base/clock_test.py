@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.trainer.base import clock as clock_module
 from xlstm.trainer.base.clock import Clock, report_waits, watchdog
 
@@ -100,59 +101,77 @@ def test_what_the_run_does_is_said_in_words(now):
     assert clock.activity() == ("writing the last files", 0)
 
 
-def test_long_waits_are_reported_again_and_again(monkeypatch):
-    now, lines = [0.0], []
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(clock_module, "_SECONDS_BETWEEN_LOOKS", 0.002)
-    clock = Clock()
+class _WatchedClock(Clock):
+    """A clock that knows when a thread looks at it."""
+
+    def __init__(self):
+        super().__init__()
+        self._num_looks = 0
+
+    def activity(self):
+        self._num_looks += 1
+        return super().activity()
+
+    def current(self):
+        self._num_looks += 1
+        return super().current()
+
+    def hang_here(self):
+        """Waits until the thread has looked at the clock once more and acted on what it saw."""
+        deadline, looks = time.monotonic() + PATIENCE, self._num_looks
+        while self._num_looks < looks + 2:  # Its next look follows its report.
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Makes `report_waits` look often."""
+    monkeypatch.setattr(clock_module, "_SECONDS_BETWEEN_LOOKS", 0.001)
+
+
+def test_long_waits_are_reported_again_and_again(now, often):
+    clock, lines = _WatchedClock(), []
     with report_waits(clock, lines.append):
         for phase, seconds in (("step", 100), ("compile", 130), ("checkpoint", 4)):
             with clock.phase(phase):
                 for _ in range(seconds):
                     now[0] += 1
-                    time.sleep(0.02)
-    texts = [line.rpartition(": ")[0] for line in lines]
-    assert texts == ["compiling the training step"] * 5
-    seconds = [int(line.rpartition(": ")[2].split()[0]) for line in lines]
-    assert seconds == pytest.approx([1, 10, 30, 60, 120], abs=3)
-    assert all(line.endswith(" s so far") for line in lines)
+                    clock.hang_here()
+    expected = [f"compiling the training step: {x} s so far" for x in (1, 10, 30, 60, 120)]
+    assert lines == expected
 
 
-def test_a_short_wait_is_not_reported():
-    clock, lines = Clock(), []
+def test_a_short_wait_is_not_reported(now, often):
+    clock, lines = _WatchedClock(), []
     with report_waits(clock, lines.append), clock.phase("compile"):
-        time.sleep(0.3)
+        now[0] += 0.9
+        clock.hang_here()
     assert lines == []
 
 
-def _hang_here(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_it_says_where_a_run_hangs_once_a_stall():
-    clock, reports = Clock(), []
+def test_it_says_where_a_run_hangs_once_a_stall(now):
+    clock, reports = _WatchedClock(), []
     with watchdog(clock, 0.2, reports.append):
-        with clock.phase("data"):
-            _hang_here(lambda: reports)
-            time.sleep(0.5)
-        assert len(reports) == 1
-        with clock.phase("checkpoint"):
-            _hang_here(lambda: len(reports) > 1)
+        for phase in ("data", "checkpoint"):
+            with clock.phase(phase):
+                clock.hang_here()
+                for _ in range(3):
+                    now[0] += 0.3
+                    clock.hang_here()
     first, second = reports
     assert "no progress for 0 s, in the phase 'data'" in first
-    assert "_hang_here" in first and "clock_test.py" in first
+    assert "hang_here" in first and "clock_test.py" in first
     assert "'checkpoint'" in second
 
 
-def test_it_is_silent_while_there_is_progress():
-    clock, reports = Clock(), []
-    with watchdog(clock, 1.0, reports.append):
-        for _ in range(150):
+def test_it_is_silent_while_there_is_progress(now):
+    clock, reports = _WatchedClock(), []
+    with watchdog(clock, 0.2, reports.append):
+        for _ in range(20):
             with clock.phase("step"):
-                time.sleep(0.01)
+                now[0] += 0.19
+                clock.hang_here()
     assert reports == []
 
 

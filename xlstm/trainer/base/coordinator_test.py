@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.trainer.base import coordinator
 from xlstm.trainer.base.coordinator import check_agreement, describe_difference
 
@@ -29,7 +30,7 @@ class _Exchange:
         return self.texts[topic][process]
 
     def wait_until_published(self, topic, seconds):
-        self._barrier.wait(timeout=100)
+        self._barrier.wait(timeout=PATIENCE)
 
     def check(self, all_facts):
         """Returns the error of each process, given the facts of each; None for no error."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from xlstm.distributed.mesh import MeshConfig, create_mesh
+from xlstm.testing.patience import PATIENCE
 from xlstm.trainer.base import multihost
 from xlstm.trainer.base.multihost import (
     Request,
@@ -30,6 +31,7 @@ from {multihost.__name__} import (
 )
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(address, 2, index)
 
 def slow():
@@ -92,7 +94,7 @@ def test_the_first_process_answers_for_all(tmp_path):
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _STEPS_TOGETHER, address, str(index), str(tmp_path)],
@@ -104,7 +106,7 @@ def test_the_first_process_answers_for_all(tmp_path):
         for index in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=300) for process in processes]
+        printed = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -127,6 +129,7 @@ import {multihost.__name__} as multihost
 
 multihost._MARKER_SECONDS = 2
 address, index, *folders = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(address, 2, int(index))
 found = []
 for folder in folders:
@@ -149,12 +152,12 @@ def _check_in_two_processes(*folders_of_each):
             [sys.executable, "-c", _FOLDERS_TOGETHER, address, str(index), *map(str, folders)],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
         for index, folders in enumerate(folders_of_each)
     ]
     try:
-        printed = [process.communicate(timeout=300)[0] for process in processes]
+        printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

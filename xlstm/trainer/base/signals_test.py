@@ -6,11 +6,12 @@ import time
 
 import pytest
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.trainer.base.signals import on_stop_signal, stop_message
 
 
 def _wait_until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -94,7 +95,7 @@ def test_a_second_signal_ends_even_a_process_that_hangs(second):
         assert process.stdout.readline() == "SIGTERM\n"
         assert process.poll() is None
         process.send_signal(second)
-        assert process.wait(timeout=20) == 128 + second
+        assert process.wait(timeout=PATIENCE) == 128 + second
     finally:
         process.kill()
         process.communicate()

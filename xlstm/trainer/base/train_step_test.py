@@ -1,11 +1,6 @@
 """Tests of the training step."""
 
 import functools
-import os
-
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import flax.linen as nn
 import jax

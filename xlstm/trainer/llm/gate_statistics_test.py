@@ -16,7 +16,6 @@ from xlstm.distributed.single_gpu import accumulate_gradients
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 from xlstm.trainer.llm.gate_statistics import gate_moments, gate_scalars
 from xlstm.trainer.llm.loss import loss_metrics
 
@@ -61,7 +60,7 @@ def _run(compute, mesh, params, out_specs):
 
     in_specs = (nn.get_partition_spec(params), P(BATCH_AXES))
     run = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    run = jax.jit(run, compiler_options=QUICK_COMPILATION)
+    run = jax.jit(run)
     return jax.device_get(run(params, _batch()))
 
 
@@ -109,7 +108,7 @@ def _expected():
     names = ("igate_preact", "fgate_preact", "ogate_preact")
     batch, keys = _batch()
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
+    @jax.jit
     def apply(params):
         _, variables = model.apply(
             {"params": params},

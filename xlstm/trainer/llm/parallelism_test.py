@@ -6,12 +6,6 @@ without accumulation.
 
 import dataclasses
 import functools
-import os
-
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-# There are many programs here, and each runs for a moment.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import jax
 import numpy as np

@@ -9,15 +9,6 @@ import re
 import signal
 import time
 
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-# Without fusion emitters, as in QUICK_XLA_FLAGS, another schedule would round the last bit of an
-# update differently.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "").replace(QUICK_XLA_FLAGS, "")
-    + " --xla_backend_optimization_level=0"
-)
-
 import jax
 import numpy as np
 import pytest

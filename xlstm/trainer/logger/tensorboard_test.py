@@ -6,6 +6,7 @@ import sys
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from xlstm.testing.patience import PATIENCE
 from xlstm.trainer.logger.tensorboard import TensorBoardLogger
 
 
@@ -66,7 +67,7 @@ print("the end")
 
 def test_a_full_disk_is_told_once_and_holds_nobody_up(tmp_path):
     command = [sys.executable, "-c", _FULL_DISK, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stdout) == (0, "the end\n"), result.stderr
     assert result.stderr.count("cannot be written ([Errno 27] File too large)") == 1
     assert "Traceback" not in result.stderr

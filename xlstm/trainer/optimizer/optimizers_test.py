@@ -1,10 +1,5 @@
 import functools
-import os
 import warnings
-
-from xlstm.testing.quick_compilation import QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import jax
 import jax.numpy as jnp

@@ -5,7 +5,6 @@ import numpy as np
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.layer import mLSTMPreUpLayer
 from xlstm.models.xlstm_parallel.testing import lively_params, small_config
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 B, T, D, E, NH, DH, S = 2, 9, 16, 32, 2, 16, 4
 CONFIG = small_config(block="xlstm_2024", gate_soft_cap=0.0)
@@ -57,7 +56,7 @@ def test_is_the_definition():
     rng = np.random.default_rng(0)
     x, reset = rng.standard_normal((B, T, D), np.float32), rng.random((B, T)) < 0.3
     layer = mLSTMPreUpLayer(CONFIG)
-    apply = jax.jit(layer.apply, compiler_options=QUICK_COMPILATION)
+    apply = jax.jit(layer.apply)
     y, state = apply({"params": params}, x, reset, None, None)
     assert state is None and reset[:, 1:].any()
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)

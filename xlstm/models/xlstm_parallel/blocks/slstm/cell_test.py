@@ -1,11 +1,6 @@
 """Tests of the cell and its gradient against a step-by-step float64 reference."""
 
 import functools
-import os
-
-from xlstm.testing.quick_compilation import QUICK_COMPILATION, QUICK_XLA_FLAGS
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA_FLAGS}"
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +68,7 @@ def _arguments(seed, num_heads, time, gate_scale, with_state):
     return arguments, (cotangents, states), {"reset": reset, "padding": padding}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cell", "forget_gate"), compiler_options=QUICK_COMPILATION
-)
+@functools.partial(jax.jit, static_argnames=("cell", "forget_gate"))
 def _run(arguments, cotangents, masks, cell, forget_gate):
     """Returns outputs, last states, and gradients of all arguments."""
 
@@ -134,9 +127,7 @@ def test_gates_and_inputs_of_any_size(gate, forget_gate):
             h, last = slstm(*inputs, recurrent, state, forget_gate=forget_gate)
             return h.sum() + sum(jnp.sum(x) for x in last), (h, last)
 
-        run = jax.jit(
-            jax.value_and_grad(total, (0, 1, 2), has_aux=True), compiler_options=QUICK_COMPILATION
-        )
+        run = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
         (_, (h, last)), grads = run(inputs, recurrent, state)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((h, last, grads)))
         # The output is an average of cell inputs, times a gate.
@@ -147,7 +138,7 @@ def test_the_last_state_goes_on_where_it_was():
     (arguments, _, _) = _arguments(3, 2, 9, 1, True)
     inputs = np.moveaxis(np.random.default_rng(0).standard_normal((9, 4, _B, 2, _DH)), 0, 3)
     inputs = inputs.astype(np.float32)
-    run = jax.jit(slstm, compiler_options=QUICK_COMPILATION)
+    run = jax.jit(slstm)
     whole, last = run(*inputs, arguments["recurrent"], arguments["state"])
     state, outputs = arguments["state"], []
     for t in range(9):

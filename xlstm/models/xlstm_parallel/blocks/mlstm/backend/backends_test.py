@@ -10,14 +10,9 @@ from jax.sharding import Mesh, PartitionSpec
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BACKEND_NAMES, BackendConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import BACKENDS, create_backend
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 NAMES = ("fwbw", "parallel_stabilized", "recurrent")
 HEADS = 2
-
-
-def jit(function):
-    return jax.jit(function, compiler_options=QUICK_COMPILATION)
 
 
 @functools.cache
@@ -70,7 +65,7 @@ def test_outputs_states_and_gradients(name, time):
 def test_no_state_is_the_zero_state_and_no_reset_resets_nowhere(name):
     arguments = testing.random_arguments(0, (HEADS,), 9, with_state=False)
     backend = create_backend(BackendConfig(name, 4))
-    h = jit(lambda *args: backend.apply({}, *args))(*arguments[:5])
+    h = jax.jit(lambda *args: backend.apply({}, *args))(*arguments[:5])
     expected, *_ = testing.oracle(arguments, np.zeros((HEADS, 9), bool), stabilize_correctly=True)
     assert testing.relative_error(h, expected) < 3e-5
 
@@ -133,7 +128,7 @@ def test_bfloat16_inputs(name):
     arguments = testing.random_arguments(5, (HEADS,), 33)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arguments[:3])
     arguments = arguments._replace(q=q, k=k, v=v)
-    h, state = jit(cell_of(name, 16))(arguments, None)
+    h, state = jax.jit(cell_of(name, 16))(arguments, None)
     expected, expected_state, _ = testing.oracle(
         arguments, np.zeros((HEADS, 33), bool), stabilize_correctly=True
     )
@@ -150,7 +145,7 @@ def test_works_in_double_precision(name):
         arguments = testing.random_arguments(6, (HEADS,), 10)
         arguments = jax.tree.map(lambda x: x.astype(np.float64), arguments)
         reset = np.broadcast_to(np.arange(10) == 4, (HEADS, 10))
-        h, state = jit(cell_of(name, 4))(arguments, reset)
+        h, state = jax.jit(cell_of(name, 4))(arguments, reset)
         expected, expected_state, _ = testing.oracle(arguments, reset, stabilize_correctly=True)
         assert h.dtype == np.float64
         assert_trees_close((h, tuple(state)), (expected, expected_state), tolerance=1e-12)

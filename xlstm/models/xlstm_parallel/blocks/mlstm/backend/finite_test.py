@@ -11,7 +11,6 @@ from hypothesis.extra import numpy as hnp
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import create_backend
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 TIME, QK_DIM, V_DIM = 5, 2, 3
 SEQUENCES = 8  # Sequences per example, since calls cost more than batches.
@@ -53,7 +52,7 @@ def _cell(name, chunk_size, stabilize_correctly):
         outputs, vjp = jax.vjp(both, first, second)
         return outputs, vjp(cotangents)
 
-    return jax.jit(run, compiler_options=QUICK_COMPILATION)
+    return jax.jit(run)
 
 
 TOKENS = st.tuples(

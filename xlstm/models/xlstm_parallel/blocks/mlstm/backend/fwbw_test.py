@@ -18,13 +18,8 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     mLSTMBackendFwbw,
     mLSTMBackendFwbwConfig,
 )
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
 
 CONFIG = mLSTMBackendFwbwConfig(chunk_size=4, stabilize_correctly=True)
-
-
-def jit(function):
-    return jax.jit(function, compiler_options=QUICK_COMPILATION)
 
 
 def with_gradients(config, arguments, cotangents):
@@ -50,8 +45,8 @@ def directly(config, arguments, cotangents):
 @functools.cache
 def _passes(config):
     return (
-        jit(lambda q, k, v, i, f, *initial: fwbw_forward(q, k, v, i, f, config, *initial)),
-        jit(lambda ctx, dh, *d_last: fwbw_backward(ctx, dh, config, *d_last)),
+        jax.jit(lambda q, k, v, i, f, *initial: fwbw_forward(q, k, v, i, f, config, *initial)),
+        jax.jit(lambda ctx, dh, *d_last: fwbw_backward(ctx, dh, config, *d_last)),
     )
 
 
@@ -145,9 +140,9 @@ def test_no_initial_state_is_the_zero_state():
 
 def test_function_returns_the_state_only_if_told_to():
     arguments = testing.random_arguments(0, (2,), 9)
-    h = jit(mlstm_fwbw_custom_grad(CONFIG))(*arguments)
+    h = jax.jit(mlstm_fwbw_custom_grad(CONFIG))(*arguments)
     config = dataclasses.replace(CONFIG, return_state=True)
-    same, (C, n, m) = jit(mlstm_fwbw_custom_grad(config))(*arguments)
+    same, (C, n, m) = jax.jit(mlstm_fwbw_custom_grad(config))(*arguments)
     np.testing.assert_array_equal(h, same)
     assert (C.shape, n.shape, m.shape) == ((2, 4, 6), (2, 4), (2,))
 
@@ -191,7 +186,7 @@ def test_scan_and_remat_of_layers():
         return jnp.sum(jnp.sin(x))
 
     actual, expected = (
-        jit(jax.value_and_grad(f, argnums=(0, 1)))(first.q, layers) for f in (scanned, unrolled)
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(first.q, layers) for f in (scanned, unrolled)
     )
     assert_trees_close(actual, expected)
 
@@ -233,11 +228,7 @@ def _temporary_memory(time, layers, config):
         return jnp.sum(jnp.square(lax.scan(layer, v, None, length=layers)[0]))
 
     arguments = testing.random_arguments(0, (1, 4), time, qk_dim=32, v_dim=64)[:5]
-    # Without LLVM's optimisations, which do not change what XLA allocates.
-    run = jax.jit(
-        jax.value_and_grad(loss, argnums=range(5)),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    run = jax.jit(jax.value_and_grad(loss, argnums=range(5)))
     compiled = run.lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -8,8 +8,6 @@ import jax
 import numpy as np
 from jax import lax
 
-from xlstm.testing.quick_compilation import QUICK_COMPILATION
-
 
 class Arguments(NamedTuple):
     """Arguments of a backend; `C`, `n` and `m` are the initial state."""
@@ -168,9 +166,7 @@ def _gradients(arguments, reset, cotangents, stabilize_correctly):
     return jax.vjp(run, arguments)[1](cotangents)[0]
 
 
-_jitted_gradients = jax.jit(
-    _gradients, static_argnames="stabilize_correctly", compiler_options=QUICK_COMPILATION
-)
+_jitted_gradients = jax.jit(_gradients, static_argnames="stabilize_correctly")
 
 
 def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangents):
@@ -199,7 +195,7 @@ def _with_gradients(cell: Callable) -> Callable:
         outputs, vjp = jax.vjp(as_tuples, arguments)
         return outputs, vjp(cotangents)[0]
 
-    return jax.jit(run, compiler_options=QUICK_COMPILATION)
+    return jax.jit(run)
 
 
 def relative_error(actual, expected, floor: float = 0.0) -> float:
