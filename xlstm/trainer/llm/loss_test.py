@@ -65,7 +65,7 @@ def test_dropout_keys_reach_the_model():
 
 
 @pytest.mark.parametrize("num_minibatches", [1, 4])
-def test_the_loss_is_normalised_by_the_targets_of_the_global_batch(num_minibatches):
+def test_the_loss_is_normalized_by_the_targets_of_the_global_batch(num_minibatches):
     loss_fn = create_loss_fn(num_minibatches, jnp.float32(100.0))
     loss, (metrics, mutable) = loss_fn(_params(), _apply, (_batch(), None), None)
     nll, count = _expected(_params(), _batch())
