@@ -34,7 +34,7 @@ def test_it_says_what_was_written(fields):
         ({"version": 2.0}, "format version 2.0"),
         ({"version": [2]}, r"format version \[2\]"),
         ({"format": "other"}, "does not describe an xlstm token store"),
-        ({"colour": "green"}, "fields are not those of version 2: 'colour' is unknown"),
+        ({"color": "green"}, "fields are not those of version 2: 'color' is unknown"),
         ({"dtype": "<i2"}, "dtype is '<i2': expected one of '|u1', '<u2', '<u4'"),
         ({"dtype": "|b1"}, "dtype is '|b1'"),
         ({"dtype": ">u2"}, "dtype is '>u2'"),

@@ -131,8 +131,8 @@ def test_meta_that_contradicts_itself(path, changes):
 
 
 def test_meta_with_another_field(path):
-    edit_meta(path, colour="green")
-    with pytest.raises(ValueError, match="its fields .*colour"):
+    edit_meta(path, color="green")
+    with pytest.raises(ValueError, match="its fields .*color"):
         TokenStore.open(path)
 
 

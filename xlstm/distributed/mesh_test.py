@@ -38,13 +38,13 @@ def test_any_axis_can_take_the_rest(axis):
     assert sizes(**given) == given | {axis: rest}
 
 
-def test_neighbouring_devices_share_a_tp_group():
+def test_neighboring_devices_share_a_tp_group():
     mesh = create_mesh(MeshConfig(dp=2, pp=2, tp=2))
     assert mesh.axis_names == MESH_AXES == ("dp", "fsdp", "pp", "tp")
     assert set(BATCH_AXES) < set(MESH_AXES)
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     np.testing.assert_array_equal(ids.reshape(4, 2), np.arange(8).reshape(4, 2))
-    # dp is the outermost axis: its neighbours are half of the devices apart.
+    # dp is the outermost axis: its neighbors are half of the devices apart.
     np.testing.assert_array_equal(ids[1] - ids[0], np.full((1, 2, 2), 4))
 
 

@@ -325,7 +325,7 @@ def test_read_only_collections_stay_as_they_are(x):
 
 
 @with_and_without_check
-def test_initialised_in_place(check_vma, x):
+def test_initialized_in_place(check_vma, x):
     batch = masked_batch(x)
 
     def init(own, batch):
@@ -389,7 +389,7 @@ def test_dropout_with_one_key_for_all_stages_is_that_of_the_tick(x):
         np.testing.assert_array_equal(kept[stage, :-1], kept[stage - 1, 1:])
 
 
-class Normalising(nn.Module):
+class Normalizing(nn.Module):
     """A stage that turns zeros into NaN, forward and backward."""
 
     @nn.compact
@@ -399,12 +399,12 @@ class Normalising(nn.Module):
 
 
 def test_the_bubble_makes_no_nan(x):
-    assert np.all(np.isnan(Normalising().init_with_output(jax.random.key(0), 0 * x)[0]))
-    variables = init_stages(Normalising, x)
+    assert np.all(np.isnan(Normalizing().init_with_output(jax.random.key(0), 0 * x)[0]))
+    variables = init_stages(Normalizing, x)
 
     def local(variables, x):
         def loss(variables):
-            outputs = pipeline(Normalising, 2).apply(variables, x)
+            outputs = pipeline(Normalizing, 2).apply(variables, x)
             return jnp.sum(outputs[:, 0]), outputs
 
         return jax.grad(loss, has_aux=True)(variables)

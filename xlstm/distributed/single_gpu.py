@@ -33,7 +33,7 @@ def accumulate_gradients_loop(
     Args:
         state: Train state, whose `params` and `apply_fn` are passed to `loss_fn`.
         batch: Tree of arrays with the examples on the leading axis.
-        rng: Random key, from which each minibatch derives its own.
+        rng: Random key, split into one per minibatch.
         num_minibatches: Number of equal parts that the batch is split into.
         loss_fn: `loss_fn(params, apply_fn, batch, rng) -> (loss, (metrics, mutable_variables))`.
 
@@ -69,13 +69,13 @@ def accumulate_gradients_scan(
 ) -> tuple[PyTree, Metrics, PyTree]:
     """Accumulates gradients with `lax.scan`, which compiles one body for all minibatches.
 
-    Arguments and return values are those of `accumulate_gradients_loop`.
+    Arguments and results are those of `accumulate_gradients_loop`.
     """
     minibatches = split_batch(batch, num_minibatches, "minibatches")
     rngs = jax.random.split(rng, num_minibatches)
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
-    # `jit` keeps the trace for the scan, and leaves no mark in the program.
+    # `jit` caches the trace for the scan; `inline` leaves no call in the program.
     @functools.partial(jax.jit, inline=True)
     def minibatch_grads(minibatch, minibatch_rng):
         return grad_fn(state.params, state.apply_fn, minibatch, minibatch_rng)
@@ -105,7 +105,7 @@ def accumulate_gradients(
 ) -> tuple[PyTree, Metrics, PyTree]:
     """Accumulates gradients over minibatches with a loop or, with `use_scan`, a scan.
 
-    Other arguments and return values are those of `accumulate_gradients_loop`.
+    Other arguments and results are those of `accumulate_gradients_loop`.
     """
     accumulate = accumulate_gradients_scan if use_scan else accumulate_gradients_loop
     return accumulate(state, batch, rng, num_minibatches, loss_fn)

@@ -26,7 +26,7 @@ class TrainerConfig:
     # disables.
     keep_best_checkpoint: bool = False  # Also keep the checkpoint with the lowest validation loss:
     # on the held-out set or, without one, on the first of data.validation_stores.
-    nan_policy: str = "stop"  # After a loss or gradient that is not finite: stop ends the run, skip
+    nan_policy: str = "stop"  # After a loss or norm that is not finite: stop ends the run, skip
     # continues without the step, rollback continues from the last confirmed checkpoint.
     max_skipped_steps: int = 20  # Stop the run after this many skipped steps in a row.
     confirm_steps: int = 10  # Confirm a checkpoint, so that runs resume from it, if this many steps

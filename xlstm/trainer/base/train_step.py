@@ -38,23 +38,23 @@ def create_train_step(
         mesh: The mesh.
         state_specs: Partition specs of the train state.
         loss_metrics: `loss_metrics(params, apply_fn, batch, keys)` computes the metrics of a
-            minibatch, which are summed over the minibatches and over all devices of the mesh. One
-            is `loss`: the sum over the targets, and their number. `keys` are random keys, one for
-            each example, which depend only on the step and on the example's index in the global
+            minibatch, which are summed over the minibatches and over all devices of the mesh. The
+            metric `loss` is the pair (sum over the targets, their number). `keys` holds a random
+            key per example, made from `state.rng`, the step, and the example's index in the global
             batch.
         count_targets: Returns the number of targets in a batch.
-        update: Computes the next state, see `update_state`, from a state, gradients, their global
-            norm, the sum of the losses, and a function that computes such a norm.
-        num_minibatches: Number of minibatches that each device's part of a batch is split into.
+        update: Computes the next state (see `update_state`) from a state, gradients, their global
+            norm, the summed loss, and a function that computes such norms.
+        num_minibatches: Number of minibatches in each device's part of a batch.
         norms_per_param: Whether the metrics include the norms of single parameters.
 
     Returns:
         A function `(state, batch, requests=None) -> (state, metrics)` that consumes the state.
         `batch` is a global batch, and `requests` is `Requests.current()`. The metrics are those of
-        `loss_metrics` and of `update`, `grad_norm`, `param_norm`, and `request`, the largest
-        request of all processes.
+        `loss_metrics` and `update`, the norms of gradients and parameters (`grad_norm`,
+        `param_norm`), and, with `requests`, the largest `request` of all processes.
     """
-    # Gradients do not depend on the optimizer's state.
+    # Gradients depend on neither of these.
     without = {"opt_state": None, "params_ema": None}
     compute_gradients = jax.shard_map(
         functools.partial(
@@ -100,9 +100,8 @@ def _compute_gradients(
 ) -> tuple[PyTree, Metrics]:
     """Computes gradients and metrics of a global batch inside `shard_map`.
 
-    The loss of a minibatch is `sum * num_minibatches / targets of the global batch`. So the mean
-    over the minibatches, summed over the devices, is the loss per target, however the batch is
-    divided.
+    The loss of a minibatch is `sum * num_minibatches / targets of the global batch`. Its mean over
+    the minibatches, summed over the devices, is the loss per target for any division of the batch.
     """
     rng = jax.random.fold_in(state.rng, state.step)
     batch_size = jax.tree.leaves(batch)[0].shape[0]

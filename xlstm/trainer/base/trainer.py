@@ -16,7 +16,7 @@ class RollBack(Exception):
     """
 
     def __init__(self, restore: Callable[[TrainState], TrainState]):
-        """Takes a function that consumes the current state and returns the state to use instead."""
+        """Takes a function that consumes the current state and returns its replacement."""
         super().__init__()
         self.restore = restore
 
@@ -29,17 +29,17 @@ class Callback:
     """Base class of callbacks; every method does nothing unless overridden."""
 
     def on_start(self, step: int, state: TrainState) -> None:
-        """Called before the first step, with the number of steps done before."""
+        """Called before the first step; `step` is the number of steps done before."""
 
     def is_due(self, step: int) -> bool:
         """Returns whether to call `on_step` after this step."""
         return False
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Called for every step in order, at least a step late so that no device has to wait."""
+        """Called for each step in order, up to a step late so that no device has to wait."""
 
     def on_step(self, step: int, state: TrainState) -> None:
-        """Called after a step that is due, after `on_metrics` of all steps up to it."""
+        """Called after a step that is due, and after `on_metrics` of all steps up to it."""
 
     def on_end(self, step: int, state: TrainState) -> None:
         """Called after the last step and its `on_step`; not after `Stop` or an error."""
@@ -67,11 +67,11 @@ def fit(
     clock: Clock,
     to_scalars: Callable[[Metrics], dict[str, float]] = to_scalars,
 ) -> TrainState:
-    """Trains from one step to another.
+    """Trains up to a step.
 
     Args:
         state: The state after `start_step` steps; it is consumed.
-        batches_from: Returns an iterator over the global batches that follow a number of steps.
+        batches_from: Returns an iterator over the global batches after a number of steps.
         train_step: See `create_train_step`.
         start_step: Number of steps done before.
         num_steps: Number of steps done at the end.

@@ -27,21 +27,21 @@ def update_state(
     """Applies one step of the optimizer: `params -= lr * direction(clipped gradient)`.
 
     The arrays are global and the compiler partitions the work, so any optimizer is exact on every
-    mesh. A step is skipped if its gradient norm or loss is not finite, or its gradient norm is too
-    large: it counts, but parameters and optimizer stay as they are.
+    mesh. A step is skipped if its loss or gradient norm is not finite, or that norm is too large:
+    `step` advances, but parameters and optimizer state stay as they are.
 
     Args:
         state: The state before the step, outside of `shard_map`.
         grads: Gradients, boxed like the parameters.
         grad_norm: Their global norm, a float32 scalar.
-        loss: The loss, or its sum, a float32 scalar.
+        loss: The loss or a sum of losses, a float32 scalar.
         global_norm: Computes the norm of a tree that is boxed and sharded like the parameters.
-        schedule: Learning rate as a function of the number of steps done before.
+        schedule: Maps the number of steps done before to the learning rate.
         grad_clip_norm: Gradients with a larger norm are scaled down to this norm.
         max_grad_norm_ratio: A gradient norm above this many times its moving average is too large;
             0 disables.
-        ema_decay: Decay of the moving average of the parameters, if the state has one. It starts
-            smaller, `(1 + step) / (10 + step)`, so that the initial parameters are soon forgotten.
+        ema_decay: Decay of the moving average of the parameters, if the state has one. At most
+            `(1 + step) / (10 + step)` is used, so that the initial parameters are soon forgotten.
 
     Returns:
         The state after the step, and the metrics `lr`, `update_norm` (norm of the change of the
@@ -98,7 +98,7 @@ def _check_gradient(
         Whether to apply the gradient, and the moving average after the step; scalars.
     """
     is_good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    # The average counts a limited norm: after many large norms in a row they are no outliers.
+    # The average takes the limited norm, so many large norms in a row stop being outliers.
     counted = grad_norm
     if max_grad_norm_ratio:
         limit = jnp.where(mean > 0, max_grad_norm_ratio * mean, jnp.inf)
@@ -112,6 +112,6 @@ def _check_gradient(
 
 
 def _move_average(average: PyTree, params: PyTree, step: jax.Array, ema_decay: float) -> PyTree:
-    """Returns the moving average of the parameters after a step; see `ema_decay` above."""
+    """Returns the moving average of the parameters after a step; see `update_state`."""
     decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)

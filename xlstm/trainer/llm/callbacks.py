@@ -59,7 +59,7 @@ def create_callbacks(
         minutes=trainer.checkpoint_minutes,
         best_interval=trainer.eval_interval if trainer.keep_best_checkpoint else 0,
     )
-    evaluate = create_evaluation(
+    evaluate_params = create_evaluation(
         run.mesh,
         specs.params,
         state.apply_fn,
@@ -70,7 +70,7 @@ def create_callbacks(
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         try:
-            return evaluate(evaluated_params(state))
+            return evaluate_params(evaluated_params(state))
         except DivergedError as error:
             raise ValueError(f"{error}. {bad_steps.advice()}") from error
 
@@ -93,12 +93,12 @@ def _metrics_callback(run: PreparedRun, logger: Logger) -> MetricsCallback:
         tokens_before=lambda step: rows_before(config.data, step) * context_length,
         flops_per_token=count_flops_per_token(config.language_model, context_length),
         matmul_rate=measure_matmul_rate(config.model.compute_dtype, config.model.precision),
-        constants={"bubble_fraction": run.bubble} if run.bubble else {},
+        constants={"bubble_fraction": run.bubble_fraction} if run.bubble_fraction else {},
     )
 
 
 def _confirmed_step(checkpointer: Checkpointer) -> int | None:
-    """Returns the step of the last confirmed checkpoint, after pending writes are complete."""
+    """Waits for pending writes, then returns the step of the last confirmed checkpoint."""
     checkpointer.wait_until_finished()
     return checkpointer.confirmed_step()
 
@@ -109,6 +109,6 @@ def evaluated_params(state: TrainState) -> PyTree:
 
 
 def metrics_to_scalars(metrics: Metrics) -> dict[str, float]:
-    """Converts a step's metrics to numbers, see `to_scalars` and, for gates, `gate_scalars`."""
+    """Converts a step's metrics to numbers; see `to_scalars`, and `gate_scalars` for gates."""
     numbers = {name: value for name, value in metrics.items() if name != "gates"}
     return to_scalars(numbers) | gate_scalars(metrics.get("gates", {}))

@@ -1,3 +1,5 @@
+"""Tests of the gate statistics that a step logs."""
+
 import functools
 import types
 
@@ -24,7 +26,7 @@ _CAP = 15.0
 
 
 def _setup(num_devices, model_options, **mesh):
-    """A mesh, a model, and boxed parameters on the host, far from the initial ones."""
+    """Returns a mesh, a model and boxed parameters on the host, far from their initial values."""
     mesh_config = MeshConfig(**{"dp": 1} | mesh)
     mesh = create_mesh(mesh_config, jax.devices()[:num_devices])
     sizes = {
@@ -52,7 +54,7 @@ def _batch():
 
 
 def _run(compute, mesh, params, out_specs):
-    """Calls `compute(params, batch, num_targets)` inside of `shard_map`."""
+    """Calls `compute(params, batch, num_targets)` inside `shard_map`."""
 
     def run(params, batch):
         num_targets = jnp.sum(batch[0].targets_mask, dtype=jnp.float32)
@@ -65,7 +67,7 @@ def _run(compute, mesh, params, out_specs):
 
 
 def _forward(num_devices=8, model_options=None, **sizes):
-    """The metrics of a batch."""
+    """Returns the metrics of a batch."""
     mesh, model, params = _setup(num_devices, model_options or {}, **sizes)
 
     def compute(params, batch, num_targets):
@@ -79,7 +81,7 @@ def _forward(num_devices=8, model_options=None, **sizes):
 
 @functools.cache
 def _step(gate_statistics):
-    """Gradients and metrics of a step with everything that a step can have."""
+    """Returns gradients and metrics of a step with sharding, accumulation and rematerialization."""
     mesh, model, params = _setup(8, {"remat": "block"}, fsdp=2, pp=2, tp=2)
     pattern = model.config.model.pattern if gate_statistics else None
 
@@ -103,7 +105,7 @@ def _step(gate_statistics):
 
 @functools.cache
 def _expected():
-    """The row by NumPy from what the layers' own products were, and the model's own."""
+    """Returns the statistics that NumPy computes from the captured pre-activations, and ours."""
     _, model, params = _setup(1, {})
     names = ("igate_preact", "fgate_preact", "ogate_preact")
     batch, keys = _batch()
@@ -143,7 +145,7 @@ def test_row_is_what_numpy_makes_of_the_pre_activations():
     expected, found = _expected()
     _assert_same(found, expected)
     assert all(type(value) is float for value in found.values())
-    # Blocks and gates differ, so that none can stand for another.
+    # Every block and gate has other values, so mixing them up would be noticed.
     assert len({round(value, 4) for value in expected.values()}) == len(expected)
 
 
@@ -169,7 +171,7 @@ def test_asking_changes_neither_loss_nor_gradient():
     global_norm = np.sqrt(sum(np.sum(np.square(grad)) for grad in jax.tree.leaves(expected)))
 
     def check(found, expected):
-        # Another program rounds otherwise.
+        # The two programs round differently.
         error = np.linalg.norm(found - expected)
         assert error < 1e-6 * (np.linalg.norm(expected) + global_norm)
 
@@ -189,5 +191,5 @@ def test_a_mixed_stack_has_statistics_of_every_block():
     _assert_same(gate_scalars(_forward(8, options, fsdp=2, pp=2, tp=2)["gates"]), expected)
     assert {f"igate_mean/{block}" for block in range(_BLOCKS)} < expected.keys()
     assert len({round(value, 4) for value in expected.values()}) == len(expected)
-    # Those of sLSTM blocks are shares of what a sigmoid lets through.
+    # The output gates of sLSTM blocks are sigmoids.
     assert all(0 < expected[f"ogate_mean/{block}"] < 1 for block in (1, 3))

@@ -106,7 +106,7 @@ def create_training(
 
 
 def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
-    """Checks that the data has the tokenizer that a checkpoint was trained with.
+    """Checks that the data has the tokenizer of a checkpoint.
 
     Args:
         workdir: The folder of the checkpoint's run.
@@ -122,14 +122,14 @@ def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
 
 
 def init_from_checkpoint(workdir: Workdir, step: int, state: TrainState) -> TrainState:
-    """Replaces the parameters of a new train state by those of a checkpoint.
+    """Replaces the parameters of a new train state with those of a checkpoint.
 
     Args:
         workdir: The folder of the checkpoint's run.
         step: The checkpoint's step.
         state: The state, before its first step. It is consumed before the checkpoint is read, so
-            that two sets of parameters are never in memory at once. After a CheckpointGone it can
-            be passed again, for another checkpoint.
+            memory never holds two sets of parameters. After a CheckpointGone, pass it again with
+            another checkpoint.
 
     Returns:
         The state with the checkpoint's parameters, or with their moving average if there is one.

@@ -23,8 +23,7 @@ def next_token_nll(
         dropout_keys: A random key for each example, `(B, ...)`; None for no dropout.
 
     Returns:
-        The sum over the targets of this device that count, in nats, and their number; float32
-        scalars.
+        The sum over this device's targets that count, in nats, and their number; float32 scalars.
     """
     return _apply(params, apply_fn, batch, dropout_keys)
 
@@ -32,7 +31,7 @@ def next_token_nll(
 def eval_sums(
     params: PyTree, apply_fn: Callable, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the sums for an evaluation of a batch, see `xLSTMLMModel.eval_sums`."""
+    """Returns the evaluation sums of a batch; see `xLSTMLMModel.eval_sums`."""
     tokens = batch.inputs, batch.targets, batch.targets_mask, batch.reset
     return apply_fn({"params": params}, *tokens, method="eval_sums")
 
@@ -67,11 +66,11 @@ def loss_metrics(
         apply_fn: The model's `apply`.
         batch: Tokens, `(B, T)`.
         dropout_keys: See `next_token_nll`.
-        gate_pattern: The model's pattern of blocks, to add the metric `gates`, see `gate_moments`;
-            None for no such metric.
+        gate_pattern: The model's pattern of blocks, which adds the metric `gates` (see
+            `gate_moments`); None omits it.
 
     Returns:
-        The metric `loss`, which is what `next_token_nll` returns, and `gates`.
+        The metrics: `loss`, as `next_token_nll` returns it, and `gates`.
     """
     if gate_pattern is None:
         return {"loss": next_token_nll(params, apply_fn, batch, dropout_keys)}

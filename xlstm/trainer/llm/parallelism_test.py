@@ -1,7 +1,7 @@
-"""Parameters, loss, gradients and loss curve are those of one device, whatever the mesh.
+"""Tests that every mesh trains as one device does, and communicates only what theory expects.
 
-And what a step sends is what theory says. `parallelism_full_test` tries more meshes, each with and
-without accumulation.
+Parameters, loss, gradients and loss curve are compared. `parallelism_full_test` adds more meshes,
+each with and without accumulation.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from xlstm.trainer.llm.data import create_run_mesh, global_batches
 from xlstm.trainer.llm.expected_collectives import expected_collectives
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
-_B, _T, _V = 32, 16, 96  # No other size is 96.
+_B, _T, _V = 32, 16, 96  # Nothing else has size 96.
 _STEPS, _QUICK_STEPS = 20, 8
 _MESHES = [
     {"dp": 8},
@@ -79,7 +79,7 @@ def _config(
 
 @functools.lru_cache
 def _batches():
-    """Batches with padding, of some rows all, and with documents of all lengths."""
+    """Returns batches with documents of all lengths and with padding, which fills some rows."""
     batches = []
     for seed in range(_STEPS):
         rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def _batches():
 
 
 def _recording_gradients(optimizer):
-    """The optimizer, with the last gradients in its state."""
+    """Returns the optimizer, with the last gradients added to its state."""
 
     def update(grads, state, params):
         updates, inner = optimizer.update(grads, state[1], params)
@@ -105,7 +105,7 @@ def _recording_gradients(optimizer):
 
 @dataclasses.dataclass
 class _Run:
-    """A run that is ready to start, and to start again."""
+    """A compiled training step and its initial state, from which training can start repeatedly."""
 
     mesh: jax.sharding.Mesh
     initial: TrainState  # On the host.
@@ -142,7 +142,7 @@ class _Result:
 
 
 def _steps(run, state, batches):
-    """Yields the state, which the next step consumes, and the loss after each step."""
+    """Yields the state and the loss after each step; the next step donates the state."""
     for batch in global_batches(batches, run.mesh):
         state, metrics = run.train_step(state, batch)
         nll, count = jax.device_get(metrics["loss"])
@@ -186,7 +186,7 @@ def _summed(rows):
 
 def _assert_sends_what_it_should(config, run):
     found = find_collectives(run.train_step.as_text(), run.mesh)
-    # At the end of a step: XLA joins the sums of gradients with those for metrics and norms.
+    # At the end of a step, XLA merges the sums of gradients with those of metrics and norms.
     sums = [c for c in found if c.kind == "all-reduce" and not c.loops]
     traffic = expected_collectives(config, run.mesh, run.initial.params)
     in_loop = config.trainer.num_minibatches > 1
@@ -199,18 +199,18 @@ def _assert_sends_what_it_should(config, run):
     found_sums = _summed((c.kind, c.axes, c.count, c.num_bytes) for c in sums)
     expected_sums = _summed((t.kind, t.axes, t.count, t.num_bytes) for t in at_end)
     assert found_sums.keys() >= expected_sums.keys()
-    # Of every leaf three squared norms: gradient, parameter and update.
+    # Three squared norms of every leaf, of gradient, parameter and update, and some metrics.
     numbers = 12 * len(jax.tree.leaves(unboxed(run.initial.params))) + 64
     for key, (_, num_bytes) in found_sums.items():
         expected = expected_sums.get(key, (0, 0))[1]
         assert expected <= num_bytes <= expected + numbers, key
 
-    # Nothing is in a loop that could be outside.
+    # No collective is in a loop that it could be moved out of.
     for collective in found:
         if "dp" in collective.axes:
-            assert collective.loops == (), collective  # Once a step.
+            assert collective.loops == (), collective  # Once per step.
         if "fsdp" in collective.axes and run.mesh.shape["pp"] > 1:
-            # Once a minibatch, and not for each micro-batch.
+            # Once per minibatch, not once per micro-batch.
             assert len(collective.loops) <= in_loop, collective
 
 
@@ -256,7 +256,7 @@ def test_every_mesh_trains_as_one_device_does(num_minibatches, sizes, num_steps)
 def test_the_block_of_2024_trains_as_on_one_device(num_minibatches, remat, sizes):
     config = _config(num_minibatches, "xlstm_2024", remat=remat, **sizes)
     run, expected = _prepare(config), _on_one_device(num_steps=_QUICK_STEPS, block="xlstm_2024")
-    # Heads with small outputs, which their norm makes large: replicas alone round by 1e-5.
+    # The norm magnifies heads with small outputs: even replicas (dp) differ by 1e-5.
     _assert_same(_train(run, _QUICK_STEPS), expected, rtol=3e-5)
     assert expected.losses[-1] < 0.99 * expected.losses[0]
     _assert_sends_what_it_should(config, run)
@@ -288,7 +288,7 @@ def test_a_mixed_stack_trains_as_on_one_device(num_minibatches, remat, sizes):
     ],
     ids=str,
 )
-def test_dropout_and_rematerialisation_do_not_depend_on_the_mesh(num_minibatches, remat, sizes):
+def test_dropout_and_rematerialization_do_not_depend_on_the_mesh(num_minibatches, remat, sizes):
     config = _config(num_minibatches, dropout=0.3, remat=remat, **sizes)
     run, expected = _prepare(config), _on_one_device(num_steps=2, dropout=0.3)
     _assert_same(_train(run, 2), expected)
@@ -344,6 +344,6 @@ def test_no_device_has_the_logits_of_the_whole_vocabulary():
     assert f"f32[{rows},{_T},{_V // 8}]" in program
     for shape in (f"[{rows},{_T},{_V}]", f"[{rows * _T},{_V}]"):
         assert shape not in program
-    # This would find them:
+    # Without tp, the same search finds them.
     program = _prepare(_config(dp=8)).train_step.as_text()
     assert f"f32[{_B // 8},{_T},{_V}]" in program

@@ -1,4 +1,4 @@
-"""The inputs of a run, opened and checked before anything is created."""
+"""The inputs of a run, opened and checked before anything but the built-in store is created."""
 
 import dataclasses
 import functools
@@ -44,12 +44,12 @@ class PreparedRun:
         validation_sets: Validation sets.
         stores: Token stores of the training data and of the validation sets.
         code: Version of the code, see `code_version`.
-        console: Output of process 0; that of the other processes is quiet.
-        clock: Clock of the phases of the run.
-        requests: Requests of this process to all processes, such as to stop.
-        soundness: Judge of whether steps are sound.
-        source: Folder and step of the checkpoint to take parameters from, unless it is removed
-            before it is read; None for a run with random parameters or with own checkpoints.
+        console: Output of process 0; the other processes are quiet.
+        clock: Clock of the run's phases.
+        requests: Requests from this process to all, such as to stop.
+        soundness: Judges whether steps are sound.
+        source: Run folder and step of the checkpoint to take parameters from, which may be removed
+            before it is read; None for random parameters, or if the run has checkpoints.
     """
 
     config: RunConfig
@@ -71,19 +71,19 @@ class PreparedRun:
         self.console.print(visible_lines(text), soft_wrap=True)
 
     def stop(self, signal_name: str) -> None:
-        """Asks all processes to stop after the step, and says so."""
+        """Asks all processes to stop soon, and says so."""
         self.requests.ask(Request.STOP)
         self.say(stop_message(signal_name, *self.clock.activity()))
 
     @property
-    def bubble(self) -> float:
-        """The share of the time of the blocks for which pipeline stages are idle."""
+    def bubble_fraction(self) -> float:
+        """The share of the blocks' time in which pipeline stages are idle."""
         stages = self.mesh.shape["pp"]
         return bubble_fraction(stages, self.config.mesh.count_microbatches(stages))
 
 
 def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool) -> PreparedRun:
-    """Opens and checks the inputs of a run, before anything is created.
+    """Opens and checks the inputs of a run, before anything but the built-in store is created.
 
     Args:
         config: The run's configuration. A run that resumes keeps the defaults that it began with.
@@ -96,7 +96,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     Raises:
         ValueError: If the configuration is invalid, differs between processes, or does not fit the
             devices, the data or the folder.
-        OSError: If something cannot be read.
+        OSError: If something cannot be read, or the built-in store cannot be written.
     """
     # Configuration and folder.
     check_agreement("config", lambda: config_facts(config))
@@ -104,7 +104,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     if config.logger.wandb and jax.process_index() == 0:
         check_wandb()
     inherited = inherited_fields(workdir, config)
-    new_run = config.with_decay_steps()
+    decay_steps_of_new_run = config.with_decay_steps().schedule.decay_steps
     config = config.with_fields(inherited).with_decay_steps()
     check_workdir(workdir, config, allow_config_change=allow_config_change)
     has_checkpoints = broadcast_from_process_0(CheckpointFolder(workdir.checkpoints).steps)
@@ -141,7 +141,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
         ),
         source=source,
     )
-    _report_inherited(run, inherited, new_run.schedule.decay_steps)
+    _report_inherited(run, inherited, decay_steps_of_new_run)
     return run
 
 

@@ -1,4 +1,4 @@
-"""Restoring a run from its checkpoints, and checking at its end from where it would resume."""
+"""Restoring a run from its checkpoints, and checking at its end where it would resume."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from xlstm.trainer.logger.base_logger import Logger
 
 
 def open_checkpointer(run: PreparedRun) -> Checkpointer:
-    """Opens the checkpoints of a run; the caller closes what is returned."""
+    """Opens the checkpoints of a run; the caller closes the result."""
     trainer = run.config.trainer
     return Checkpointer(
         run.workdir.checkpoints,
@@ -30,9 +30,9 @@ def open_checkpointer(run: PreparedRun) -> Checkpointer:
 def resume(
     run: PreparedRun, checkpointer: Checkpointer, state: TrainState
 ) -> tuple[TrainState, int]:
-    """Restores the last confirmed checkpoint, if there is one, and writes the run's own files.
+    """Restores the last confirmed checkpoint, if there is one.
 
-    Those are its configuration and its tokenizer.
+    Writes the run's configuration and tokenizer into its folder.
 
     Args:
         run: The run.
@@ -66,17 +66,17 @@ def resume(
 def roll_back(
     run: PreparedRun, logger: Logger, checkpointer: Checkpointer, step: int, state: TrainState
 ) -> TrainState:
-    """Restores the last confirmed checkpoint, and counts the steps since as skipped.
+    """Restores the last confirmed checkpoint, and counts the lost steps as skipped.
 
     Args:
         run: The run.
         logger: Logger of `rolled_back_to`, the step of the checkpoint.
         checkpointer: The run's checkpoints.
-        step: The step that is not finite.
-        state: The state after that step; it is consumed.
+        step: The bad step.
+        state: The current state; it is consumed.
 
     Returns:
-        The checkpoint's parameters and optimizer state, with the step of `state`.
+        The checkpoint's parameters and optimizer state, as the state after `step`.
 
     Raises:
         ValueError: If there is no checkpoint yet.
@@ -94,20 +94,20 @@ def roll_back(
 
 
 def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
-    """Returns whether a run has done all of its steps; if not, says from where it resumes.
+    """Returns whether a run has done all of its steps; if not, says where it resumes.
 
     Raises:
         ValueError: If all steps are done, but the last checkpoint is not confirmed.
     """
     num_steps, confirmed = run.config.trainer.num_steps, checkpointer.confirmed_step()
     is_confirmed = confirmed == step or not run.config.trainer.confirm_steps
-    last = "none is yet" if confirmed is None else f"the last one is that of step {confirmed:,}"
+    last = "none is" if confirmed is None else f"the last one that is: step {confirmed:,}"
     if step < num_steps:
-        where = "there" if is_confirmed else f"the last confirmed checkpoint ({last})"
-        run.say(
-            f"stopped after step {step:,}, which is saved in {run.workdir.path}: the same command"
-            f" resumes from {where}"
-        )
+        where = "the same command resumes from there"
+        if not is_confirmed:
+            where = f"its checkpoint is not confirmed ({last})"
+            where += "" if confirmed is None else ", from which the same command resumes"
+        run.say(f"stopped after step {step:,}, which is saved in {run.workdir.path}: {where}")
         return False
     if not is_confirmed:
         raise ValueError(
@@ -121,7 +121,7 @@ def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
 def _restore(
     run: PreparedRun, checkpointer: Checkpointer, state: TrainState
 ) -> tuple[TrainState, int, dict[str, Any]] | None:
-    """Restores the last confirmed checkpoint, and what it knows of the steps before it.
+    """Restores the last confirmed checkpoint, and its record of the steps before it.
 
     Returns:
         The state, its step and its `run_info`; None if there is no checkpoint.
@@ -132,7 +132,7 @@ def _restore(
             return None
         state = checkpointer.restore(state)
         info = read_run_info(run.workdir.checkpoints, step)
-        # The losses of other data say nothing about those to come.
+        # Losses on other data do not predict those to come.
         is_same_data = info["corpora"] == run.data.checksums
         run.soundness.from_dict(checkpointer.soundness(step) if is_same_data else None)
     return state, step, info

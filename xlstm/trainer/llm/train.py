@@ -1,6 +1,6 @@
 """Trains a language model: data, model, checkpoints, callbacks, and the loop over the steps.
 
-Read `open_training` first, which sets a run up, and then `train_language_model`, which runs it.
+First read `open_training`, which sets up a run, then `train_language_model`, which runs it.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class TrainingRun(PreparedRun):
     Attributes:
         state: Train state after `start_step` steps; training consumes it.
         start_step: Number of steps already done.
-        compiled_step: Training step as a function of state, batch and the processes' requests.
+        compiled_step: Training step: a function of state, batch and the processes' requests.
         checkpointer: Writer of the checkpoints.
         callbacks: Callbacks of the loop, in the order in which they are called.
     """
@@ -56,7 +56,7 @@ class TrainingRun(PreparedRun):
         return self.compiled_step(state, batch, self.requests.current())
 
     def batches_from(self, step: int) -> Iterator[Batch]:
-        """Yields the global batches of the steps after the first `step` steps."""
+        """Returns the global batches after the first `step` steps."""
         batches = self.data.train_batches(start_step=step, **process_shard(self.mesh))
         return global_batches(batches, self.mesh)
 
@@ -77,9 +77,9 @@ def train_language_model(
         config: The run's configuration.
         workdir_path: The run's folder; it is created if it does not exist.
         allow_config_change: Whether the run may resume with another configuration.
-        verify_data: Whether to verify before the first step also those token stores that are large
+        verify_data: Whether to verify, before the first step, also the token stores that are large
             or were verified before.
-        sample: Generates a text with the trained model, which is shown at the end; None for none.
+        sample: Generates a text with the trained model, to show at the end; None shows none.
 
     Raises:
         ValueError: If the configuration is invalid or does not fit the devices, the data or the
@@ -128,7 +128,7 @@ def open_training(
         OSError: If something cannot be read or written.
     """
     with contextlib.ExitStack() as stack:
-        # Data. All inputs are checked before anything is created.
+        # Data. All inputs are checked before anything but the built-in store is created.
         run = prepare_run(config, workdir_path, allow_config_change)
         run.say(mesh_line(run.mesh))
         stack.enter_context(report_waits(run.clock, run.say))
@@ -158,7 +158,7 @@ def open_training(
         for callback in callbacks:
             stack.enter_context(_closing(callback))
 
-        # The caller runs the loop. Closing the files after it can take long, so the clock says so.
+        # The caller runs the loop. Closing the files can take long, so the clock reports it.
         stack.callback(run.clock.finish)
         yield TrainingRun(
             **vars(run),
@@ -181,13 +181,15 @@ def _describe(run: PreparedRun, state: TrainState) -> str:
     """Returns the table of the parameters, and the idle time of the pipeline stages."""
     excluded = run.config.optimizer.weight_decay_exclude
     text = tabulate_params(state, show_weight_decay=True, weight_decay_exclude=excluded)
-    if run.bubble:
-        text += f"\npipeline stages are idle for {run.bubble:.0%} of the time of the blocks"
+    if run.bubble_fraction:
+        text += (
+            f"\npipeline stages are idle for {run.bubble_fraction:.0%} of the time of the blocks"
+        )
     return text
 
 
 def _warn(text: str) -> None:
-    """Prints a warning about this process; `say` would print it in the first process only."""
+    """Prints a warning about this process; `say` would print it in process 0 only."""
     process = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"{process}: {text}", file=sys.stderr, flush=True)
 

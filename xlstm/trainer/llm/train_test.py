@@ -1,4 +1,4 @@
-"""Whole runs in one process: what is left out, and what may change when a run goes on."""
+"""Tests of whole runs in one process: bad steps, rollbacks, and changes at a resume."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ _STEPS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_work(tmp_path_factory):
-    """Lets the runs share what does not differ: programs and the measured speed of the machine."""
+    """Lets the runs share compiled programs and the measured speed of the machine."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     measure = functools.cache(callbacks_module.measure_matmul_rate)
@@ -49,8 +49,8 @@ def shared_work(tmp_path_factory):
 
 
 def _create_training(config, mesh):
-    """Creates the training of a run, tracing and compiling it once for equal runs."""
-    # All that `create_training` reads, with what the fixtures below replace.
+    """Calls `create_training`, but traces and compiles only once for equal runs."""
+    # Everything that `create_training` reads, and the functions that fixtures below replace.
     state, specs, train_step = _shared_training(
         dataclasses.replace(
             config.with_decay_steps(),
@@ -63,7 +63,7 @@ def _create_training(config, mesh):
         language_model.loss_metrics,
         language_model.update_state,
     )
-    return jax.tree.map(jax.numpy.copy, state), specs, train_step  # A run consumes its state.
+    return jax.tree.map(jax.numpy.copy, state), specs, train_step  # Steps donate the state.
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def _shared_training(config, mesh, *replaced):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A token store; one of its documents is poisoned."""
+    """The path of a token store with one poisoned document."""
     path = tmp_path_factory.mktemp("data") / "store"
     documents = [f"x{i} = {i}\n" * 40 for i in range(40)]
     documents[17] = "\x07" * 300
@@ -91,7 +91,7 @@ def _config(store, **sections):
             context_length=16,
             batch_size=8,
             validation_fraction=0.0,
-            seed=4,  # With this one, two of the batches are poisoned.
+            seed=4,  # With this seed, two batches are poisoned.
         ),
         schedule=ScheduleConfig(warmup_steps=2, decay="constant", decay_steps=8),
         trainer=TrainerConfig(num_steps=_STEPS, checkpoint_interval=2, max_checkpoints=9),
@@ -114,7 +114,7 @@ def _losses(workdir):
 
 
 def _last_state(config, workdir):
-    """What the run would go on from."""
+    """Returns the state from which the run would resume."""
     with open_training(config, str(workdir)) as run:
         assert run.start_step == config.trainer.num_steps
         return jax.device_get(run.state)
@@ -122,7 +122,7 @@ def _last_state(config, workdir):
 
 @pytest.fixture
 def poisonous(monkeypatch):
-    """Makes the gradient NaN if the batch holds the poison."""
+    """Makes the gradient NaN if the batch contains the poison."""
     monkeypatch.setattr(language_model, "loss_metrics", _poisoned_loss_metrics)
 
 
@@ -135,7 +135,7 @@ def _poisoned_loss_metrics(params, apply_fn, batch, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def bad_steps(store):
-    """The steps whose batches hold the poison."""
+    """The steps whose batches contain the poison."""
     data = _config(store).data
     batches = train_batches(data, open_stores(data, ""))
     steps = [
@@ -148,7 +148,7 @@ def bad_steps(store):
 
 
 def _assert_dumped(workdir, store, step):
-    """The batch of a bad step lies in the folder, with the documents that it came from."""
+    """Checks that the batch of a bad step was saved with the documents that it came from."""
     with np.load(workdir / "bad_batches" / f"step_{step}.npz") as batch:
         rows = np.flatnonzero((batch["inputs"] == _POISON).any(axis=1))
     origins = json.loads((workdir / "bad_batches" / f"step_{step}.json").read_text())
@@ -195,7 +195,7 @@ def test_rollback_goes_on_behind_the_step_with_the_last_checkpoint(
     train_language_model(config, str(tmp_path))
     rows = _rows(tmp_path)
     returns = {row["step"]: row["rolled_back_to"] for row in rows if "rolled_back_to" in row}
-    # The checkpoint of the step before, or the one before that.
+    # The newest checkpoint before the bad step; checkpoints are two steps apart.
     assert returns == {step: (step - 1) // 2 * 2 for step in bad_steps}
     assert [row["step"] for row in rows if "loss" in row] == [
         step for step in range(1, _STEPS + 1) if step not in bad_steps
@@ -206,9 +206,9 @@ def test_rollback_goes_on_behind_the_step_with_the_last_checkpoint(
 def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
     tmp_path, store, poisonous, bad_steps, monkeypatch
 ):
-    """It is rolled back again, and to the same checkpoint."""
+    """The second start rolls back again, to the same checkpoint."""
     trainer = {"nan_policy": "rollback", "checkpoint_interval": 3}
-    config, to_row = _config(store, trainer=trainer), train_module.metrics_to_scalars
+    config, to_scalars = _config(store, trainer=trainer), train_module.metrics_to_scalars
     train_language_model(config, str(tmp_path / "whole"))
     num_rows = 0
 
@@ -217,7 +217,7 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
         num_rows += 1
         if num_rows == bad_steps[0] + 2:
             raise ZeroDivisionError
-        return to_row(metrics)
+        return to_scalars(metrics)
 
     monkeypatch.setattr(train_module, "metrics_to_scalars", failing)
     with pytest.raises(ZeroDivisionError):
@@ -254,7 +254,7 @@ def test_too_many_bad_steps_in_a_row_stop_a_run(tmp_path, store, poisonous, bad_
 
 @pytest.fixture
 def ruinous(monkeypatch):
-    """After step 6 the learning rate is 1e3: steps are finite at first, and ruin everything."""
+    """Raises the learning rate to 1e3 after step 6: updates stay finite at first, but ruin all."""
     monkeypatch.setattr(language_model, "update_state", _update_state_ruinously)
 
 
@@ -284,8 +284,8 @@ def test_a_streak_of_bad_steps_costs_no_good_checkpoint(tmp_path, store, ruinous
 
 def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypatch):
     config = _config(store, trainer={"nan_policy": "rollback", "max_checkpoints": 1})
-    # What comes behind the bad steps is ruined as well.
-    with pytest.raises(ValueError, match="12 steps are done, but .*the last one is that of step"):
+    # The steps after the rollback are ruined too.
+    with pytest.raises(ValueError, match="12 steps are done, but .*the last one that is: step"):
         train_language_model(config, str(tmp_path))
     returns = {r["step"]: r["rolled_back_to"] for r in _rows(tmp_path) if "rolled_back_to" in r}
     assert list(returns.values()) == [6] and min(returns) > 8
@@ -297,14 +297,14 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
 
 
 def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
-    config, to_row = (
+    config, to_scalars = (
         _config(store, trainer={"checkpoint_interval": 5}),
         train_module.metrics_to_scalars,
     )
     steps = itertools.count(1)
 
     def spiked(metrics):
-        row, step = to_row(metrics), next(steps)
+        row, step = to_scalars(metrics), next(steps)
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
@@ -312,9 +312,9 @@ def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch,
 
     monkeypatch.setattr(train_module, "metrics_to_scalars", spiked)
     train_language_model(config, str(tmp_path))
-    said = capsys.readouterr().out
-    assert "step 7 is not sound: its loss" in said
-    assert re.search(r"stopped after step \d+, .*the last one is that of step 5", said)
+    output = capsys.readouterr().out
+    assert "step 7 is not sound: its loss" in output
+    assert re.search(r"stopped after step \d+, .*the last one that is: step 5", output)
     monkeypatch.undo()
     train_language_model(config, str(tmp_path))
     assert "resuming from step 5" in capsys.readouterr().out
@@ -330,7 +330,7 @@ def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store)
     long = _config(store, schedule=longer, **features)
     train_language_model(long, str(tmp_path / "whole"))
     train_language_model(short, str(tmp_path / "parts"))
-    # Another checkpoint interval, too.
+    # The checkpoint interval may change too.
     changed = dataclasses.replace(
         long, trainer=dataclasses.replace(long.trainer, checkpoint_interval=5)
     )
@@ -342,14 +342,14 @@ def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store)
     tokens = [row["tokens"] for row in _rows(tmp_path / "parts")]
     assert np.diff([0, *tokens]).tolist() == [64] * 5 + [128] * 7
 
-    # What would have changed the steps done is refused.
+    # A change that would have changed earlier steps is rejected.
     other = dataclasses.replace(long.schedule, peak_lr=1.0)
     with pytest.raises(ValueError, match="schedule.peak_lr was 0.001, is 1.0"):
         train_language_model(dataclasses.replace(long, schedule=other), str(tmp_path / "parts"))
 
 
 def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, store, capsys):
-    model = {"block": "xlstm_2024"}  # With a parameter that was decayed and now is not.
+    model = {"block": "xlstm_2024"}  # It has a parameter that used to be decayed.
     optimizer = {"weight_decay": 1.0}
     today = _config(store, model=model, optimizer=optimizer, trainer={"num_steps": 6})
     former = {
@@ -361,7 +361,7 @@ def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, 
     short = dataclasses.replace(whole, trainer=dataclasses.replace(whole.trainer, num_steps=4))
     train_language_model(short, str(tmp_path / "parts"))
     content = json.loads((tmp_path / "parts" / "config.json").read_text())
-    del content["config"]["data"]["shuffle"]  # There was no such field.
+    del content["config"]["data"]["shuffle"]  # Old runs lack this field.
     (tmp_path / "parts" / "config.json").write_text(json.dumps(content))
     capsys.readouterr()
 
@@ -377,7 +377,7 @@ def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, 
     configs = [(tmp_path / name / "config.json").read_text() for name in ("whole", "parts")]
     assert configs[0] == configs[1]
 
-    # A run of today has another order, and leaves the scale alone.
+    # A new run has another order and does not decay the parameter.
     capsys.readouterr()
     with open_training(today, str(tmp_path / "today")) as run:
         batch = next(run.batches_from(0))
@@ -414,7 +414,7 @@ def test_a_mixed_stack_on_a_task_goes_on_as_if_never_stopped(tmp_path, store):
     assert [row["step"] for row in rows] == [0, 3, 6]
     names = {f"val_{what}_lengths_21_40" for what in ("loss", "perplexity", "accuracy")}
     assert rows[-1].keys() == names | {"step"}
-    # Another task is other data.
+    # Another task means other data.
     other = dataclasses.replace(config.data, task="majority")
     with pytest.raises(ValueError, match="data.task was 'parity', is 'majority'"):
         train_language_model(dataclasses.replace(config, data=other), str(tmp_path / "whole"))

@@ -207,9 +207,9 @@ def relative_error(actual, expected, floor: float = 0.0) -> float:
 
 
 class _Case(NamedTuple):
-    """Distribution of the gates; centres of forget gates are drawn from `forget_centres`."""
+    """Distribution of the gates; centers of forget gates are drawn from `forget_centers`."""
 
-    forget_centres: tuple[float, ...] = (3.0,)
+    forget_centers: tuple[float, ...] = (3.0,)
     forget_scale: float = 1.0
     input_bias: float = 0.0
     input_range: float = 0.0  # If not 0, input gates are uniform within +- this.
@@ -260,7 +260,7 @@ def problem(time: int, *, with_reset: bool, stabilize_correctly: bool = True) ->
     for seed, case in enumerate(CASES.values()):
         rng = np.random.default_rng(seed)
         arguments = random_arguments(seed, (2,), time, qk_dim=8, with_state=case.with_state)
-        forget = rng.choice(case.forget_centres, (2, time))
+        forget = rng.choice(case.forget_centers, (2, time))
         forget += case.forget_scale * rng.standard_normal((2, time))
         inputs = arguments.i + case.input_bias
         if case.input_range:
