@@ -3,8 +3,8 @@
 Usage: check_deps.py [--fix]
 
 Prints each label that is missing or unused, and each file that its BUILD file does not name, and
-exits with 1 if there are any; `--fix` writes the right lists instead. A label whose line ends with
-`# keep: REASON` may be unused. A target without sources counts as its dependencies.
+exits with 1 if there are any; `--fix` corrects the labels. A label whose line ends with
+`# keep: REASON` may be unused. A target without sources stands for its `deps`.
 """
 
 import ast
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
-# Distributions whose names differ from their modules; what `xlstm_test` adds.
+# Distributions whose names differ from their modules.
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
-BROUGHT = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
+# What a rule adds to `deps` itself.
+IMPLIED_DEPS = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
 
 
 def build_files() -> list[Path]:
@@ -58,13 +59,13 @@ def imports(source: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
-    """Returns the labels, absolute, of everything that sources import."""
+    """Returns the absolute labels of all that sources import."""
     labels = set()
     for name in (name for src in srcs for name in imports(build.parent / src)):
         top = name.partition(".")[0]
@@ -75,15 +76,15 @@ def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
     return labels - {None}
 
 
-def content(label: str, aggregates: dict[str, list[str]]) -> set[str]:
-    """Returns the targets that a label means: itself, or those in an aggregate."""
+def expand(label: str, aggregates: dict[str, list[str]]) -> set[str]:
+    """Returns a label itself, or the targets in its aggregate."""
     if label not in aggregates:
         return {label}
-    return {x for inner in aggregates[label] for x in content(inner, aggregates)}
+    return {x for inner in aggregates[label] for x in expand(inner, aggregates)}
 
 
 def absolute(label: str, package: str) -> str:
-    """Returns a label with its package and its name."""
+    """Returns a label in the form `//package:name`."""
     if label.startswith(":"):
         return f"//{package}{label}"
     if label.startswith("//") and ":" not in label:
@@ -91,15 +92,18 @@ def absolute(label: str, package: str) -> str:
     return label
 
 
-def short(label: str, package: str) -> str:
-    """Returns a label as it is written in a package."""
-    return label.removeprefix(f"//{package}") if label.startswith(f"//{package}:") else label
+def relative(label: str, package: str) -> str:
+    """Returns a label in its shortest form, as it is written in a package."""
+    if label.startswith(f"//{package}:"):
+        return label.removeprefix(f"//{package}")
+    folder, _, name = label.partition(":")
+    return folder if folder.startswith("//") and folder.endswith(f"/{name}") else label
 
 
-def written(labels: set[str], package: str, reasons: dict[str, str]) -> str:
+def format_labels(labels: set[str], package: str, reasons: dict[str, str]) -> str:
     """Returns a list of labels as buildifier would have it."""
     texts = sorted(
-        (short(label, package) for label in labels),
+        (relative(label, package) for label in labels),
         key=lambda text: (text.startswith("@"), not text.startswith(":"), text.replace(":", "!")),
     )
     if len(texts) == 1 and not reasons:
@@ -120,7 +124,7 @@ def check(
         lines: The lines of the BUILD file.
 
     Returns:
-        The right list; None if there is nothing to mend.
+        The corrected list; None if it is right.
     """
     package = target.label[2:].partition(":")[0]
     given, reasons = set(), {}
@@ -130,18 +134,18 @@ def check(
         _, keep, reason = lines[element.lineno - 1].partition("# keep: ")
         if keep:
             reasons[label] = f"  {keep}{reason}"
-    contents = {label: content(label, aggregates) for label in given}
+    contents = {label: expand(label, aggregates) for label in given}
     missing = wanted.difference(*contents.values())
     unused = {label for label in given - reasons.keys() if not contents[label] & wanted}
     for label in sorted(missing):
-        print(f"{target.label}: {short(label, package)} is missing")
+        print(f"{target.label}: {relative(label, package)} is missing")
     for label in sorted(unused):
-        print(f"{target.label}: {short(label, package)} is unused")
-    return written((given | missing) - unused, package, reasons) if missing | unused else None
+        print(f"{target.label}: {relative(label, package)} is unused")
+    return format_labels((given | missing) - unused, package, reasons) if missing | unused else None
 
 
-def main(words: list[str]) -> int:
-    """Checks, or mends, every BUILD file, and returns the exit status."""
+def main(argv: list[str]) -> int:
+    """Checks or corrects every BUILD file, and returns the exit status."""
     packages = {build: list(targets(build)) for build in build_files()}
     sources = {
         build.parent / src: target
@@ -164,28 +168,28 @@ def main(words: list[str]) -> int:
     )
     for path in forgotten:
         print(f"{path} is not in its BUILD file")
-    is_wrong = bool(forgotten)
+    is_right = not forgotten
     for build, found in packages.items():
         lines, edits = build.read_text().split("\n"), {}
         for target in found:
             if target.label in aggregates:
                 continue  # Its dependencies are its content.
-            wanted = needed(build, target.srcs, owners) - BROUGHT.get(target.rule, set())
+            wanted = needed(build, target.srcs, owners) - IMPLIED_DEPS.get(target.rule, set())
             right = check(target, wanted - {target.label}, aggregates, lines)
-            is_wrong |= right is not None
             deps = target.deps
+            is_right &= right is None or "--fix" in argv and deps is not None
             if right and deps is None:
                 print(f"{target.label}: add `deps = []` for --fix to fill")
             elif right:
                 span = deps.lineno, deps.col_offset, deps.end_lineno, deps.end_col_offset
                 edits[span] = right
-        if "--fix" in words:
+        if "--fix" in argv:
             for (first, begin, last, end), text in sorted(edits.items(), reverse=True):
                 lines[first - 1 : last] = (
                     lines[first - 1][:begin] + text + lines[last - 1][end:]
                 ).split("\n")
             build.write_text("\n".join(lines))
-    return int(is_wrong and "--fix" not in words)
+    return int(not is_right)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def _make_hypothesis_repeatable() -> None:
     settings.load_profile("bazel")
 
 
-def _pytest_arguments() -> list[str]:
-    """Returns the pytest arguments for Bazel's environment variables."""
+def _pytest_arguments(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of a test with those for Bazel's environment variables."""
+    own = list(arguments)
     # Use no external configuration, cache or plugin; import modules by their full names.
     arguments = ["-c", os.devnull, "--rootdir", os.curdir, "--no-header"]
     arguments += ["-p", "no:cacheprovider", "--import-mode=importlib"]
@@ -52,8 +53,12 @@ def _pytest_arguments() -> list[str]:
     if results := os.environ.get("XML_OUTPUT_FILE"):
         arguments += ["--junit-xml", results]
     if expression := os.environ.get("TESTBRIDGE_TEST_ONLY"):
+        if "-k" in own:  # pytest would use the last one only.
+            index = own.index("-k")
+            expression = f"({own[index + 1]}) and ({expression})"
+            del own[index : index + 2]
         arguments += ["-k", expression]
-    return arguments
+    return arguments + own
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     if folder := os.environ.get("TEST_TMPDIR"):
         _keep_to(folder)
     _make_hypothesis_repeatable()
-    status = pytest.main([*_pytest_arguments(), *arguments])
+    status = pytest.main(_pytest_arguments(arguments))
     if status == pytest.ExitCode.NO_TESTS_COLLECTED and os.environ.get("TESTBRIDGE_TEST_ONLY"):
         return 0
     return int(status)

@@ -47,7 +47,7 @@ def test_compiles_as_always():
 def run(tmp_path):
     """Returns a function that runs the main program on a file of tests, in its own process."""
 
-    def run(tests, **env):
+    def run(tests, *arguments, **env):
         (tmp_path / "some_test.py").write_text(tests)
         from_outside = (
             "TESTBRIDGE_TEST_ONLY",
@@ -57,7 +57,7 @@ def run(tmp_path):
         env = {k: v for k, v in os.environ.items() if k not in from_outside} | env
         env |= {"XML_OUTPUT_FILE": str(tmp_path / "results.xml"), "TEST_TMPDIR": str(tmp_path)}
         return subprocess.run(
-            [sys.executable, "-S", _MAIN, "some_test.py"],
+            [sys.executable, "-S", _MAIN, "some_test.py", *arguments],
             cwd=tmp_path,
             env=env,
             capture_output=True,
@@ -92,6 +92,12 @@ def test_quick_compilation(run):
 def test_filter(run, tmp_path):
     assert run(_TESTS, TESTBRIDGE_TEST_ONLY="passes or repeatable").returncode == 0
     assert _results(tmp_path) == (2, 0)
+
+
+def test_a_filter_selects_among_the_tests_of_a_target(run, tmp_path):
+    result = run(_TESTS, "-k", "passes or repeatable", TESTBRIDGE_TEST_ONLY="passes or fails")
+    assert result.returncode == 0
+    assert _results(tmp_path) == (1, 0)
 
 
 def test_a_filter_may_leave_no_test(run):
