@@ -41,9 +41,9 @@ def _make_hypothesis_repeatable() -> None:
     settings.load_profile("bazel")
 
 
-def _pytest_arguments(arguments: Sequence[str]) -> list[str]:
+def _pytest_arguments(own: Sequence[str]) -> list[str]:
     """Returns the arguments of a test with those for Bazel's environment variables."""
-    own = list(arguments)
+    own = list(own)
     # Use no external configuration, cache or plugin; import modules by their full names.
     arguments = ["-c", os.devnull, "--rootdir", os.curdir, "--no-header"]
     arguments += ["-p", "no:cacheprovider", "--import-mode=importlib"]
