@@ -5,7 +5,7 @@
 #   bits fit into uint64, and one that is at least 2^63 becomes uint64 when it is alone.
 # What happens: each element becomes an array with a dtype of its own first, int64 below 2^63 and uint64
 #   from there on. The two have no common integer dtype, and stacking them gives float64. Whether a
-#   hash keeps its digits thus depends on its neighbours in the batch.
+#   hash keeps its digits thus depends on its neighbors in the batch.
 # Version: grain 0.2.18 with numpy 2.4.6.
 # Decided in: grain/_src/python/dataset/transformations/batch.py, make_batch (`np.stack`).
 #

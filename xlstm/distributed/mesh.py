@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 
 from xlstm.common_types import DTYPES, PyTree
 
-# From the outermost to the innermost: neighbouring devices, with the fastest links, share `tp`.
+# From the outermost to the innermost: neighboring devices, with the fastest links, share `tp`.
 MESH_AXES = ("dp", "fsdp", "pp", "tp")
 # The axes that the examples of a batch are sharded over.
 BATCH_AXES = ("dp", "fsdp")
