@@ -265,7 +265,7 @@ def test_the_end_waits_for_no_verification(large, store, monkeypatch, looks, is_
 
 
 def test_a_change_at_the_last_moment(store, monkeypatch, looks):
-    monkeypatch.setattr(store_guard, "_SECONDS_BETWEEN_LOOKS", 100)
+    monkeypatch.setattr(store_guard, "_SECONDS_BETWEEN_LOOKS", PATIENCE)
     said = []
     with guard(store, said=said):
         wait_until(lambda: looks)  # The next look is long after the end.

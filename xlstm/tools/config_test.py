@@ -59,6 +59,19 @@ def _fields():
     ]
 
 
+def _values(section, field, value):
+    """Returns the default configuration, as dictionaries, with another value of one field."""
+    values = default_config().to_dict()
+    values[section][field] = value
+    return values
+
+
+def _init(config):
+    """Returns the shapes of a model's parameters."""
+    init = xLSTMLMModel(config).init
+    return jax.eval_shape(init, jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def test_the_sections():
     assert list(sections()) == [
         "model",
@@ -99,13 +112,12 @@ def test_changed_fields_arrive():
     ],
 )
 def test_values_are_brought_to_their_types(section, field, given, expected):
-    values = default_config().to_dict()
-    values[section][field] = given
-    values["data"]["stores"] = values["data"]["stores"] if field != "weights" else ["a", "b"]
+    values = _values(section, field, given)
+    if field == "weights":
+        values["data"]["stores"] = ["a", "b"]
     value = getattr(getattr(to_run_config(values), section), field)
     assert value == expected
-    assert type(value) is type(expected)
-    assert all(type(x) is type(y) for x, y in zip([value], [expected], strict=True))
+    assert jax.tree.map(type, value) == jax.tree.map(type, expected)
 
 
 @pytest.mark.parametrize(
@@ -127,17 +139,14 @@ def test_values_are_brought_to_their_types(section, field, given, expected):
     ],
 )
 def test_wrong_values(section, field, given, message):
-    values = default_config().to_dict()
-    values[section][field] = given
     with pytest.raises(ValueError, match=message):
-        to_run_config(values)
+        to_run_config(_values(section, field, given))
 
 
 @pytest.mark.parametrize("section, field", _fields())
 def test_every_field_is_checked(section, field):
     """No field takes just anything, and none may be missing."""
-    values = default_config().to_dict()
-    values[section][field] = object()
+    values = _values(section, field, object())
     with pytest.raises(ValueError, match=rf"{section}\.{field}=<object"):
         to_run_config(values)
     del values[section][field]
@@ -155,9 +164,8 @@ def test_every_field_is_checked(section, field):
 )
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_every_number_must_be_finite(section, field, number):
-    values = default_config().to_dict()
-    is_tuple = isinstance(values[section][field], tuple)
-    values[section][field] = (number,) if is_tuple else number
+    is_tuple = isinstance(default_config()[section][field], tuple)
+    values = _values(section, field, (number,) if is_tuple else number)
     named = rf"^{section}\.{field}(\[0\])?={number}: it must be a finite number$"
     with pytest.raises(ValueError, match=named):
         to_run_config(values)
@@ -250,19 +258,15 @@ def test_the_table_below_names_every_config():
 @pytest.mark.parametrize("name, num_params", _NUM_PARAMS.items())
 def test_configs_that_come_with_the_project(name, num_params):
     config = to_run_config(load_config(name))
-    model = xLSTMLMModel(config.language_model)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens)["params"]
-    assert get_num_params(params) == num_params
+    assert get_num_params(_init(config.language_model)) == num_params
 
 
 @pytest.mark.parametrize("ratio", ["", "[1:1]", "[0:1]"])
 @pytest.mark.parametrize("block", ["xlstm_7b", "xlstm_2024"])
 def test_weight_decay_is_for_what_multiplies_activations(block, ratio):
-    model = xLSTMLMModel(LanguageModelConfig(ModelConfig(block=block, ratio=ratio)))
-    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))
+    params = _init(LanguageModelConfig(ModelConfig(block=block, ratio=ratio)))
     exclude = RunConfig().optimizer.weight_decay_exclude
-    mask = get_param_mask_fn(exclude, may_be_missing=exclude)(params["params"])
+    mask = get_param_mask_fn(exclude, may_be_missing=exclude)(params)
     decayed = {
         path_name(path): is_decayed
         for path, is_decayed in jax.tree_util.tree_leaves_with_path(unboxed(mask))
@@ -281,6 +285,13 @@ def test_a_config_without_its_argument_says_which_there_are():
         load_config("xlstm:8B")
 
 
+def _workdir(folder):
+    """Creates a run's folder, whose checkpoints hold at most a million bytes of parameters."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
+    return Workdir(str(folder))
+
+
 def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
     source = RunConfig(
         model=ModelConfig(vocab_size=300, qk_dim_factor=1.0, dtype="bfloat16"),
@@ -288,9 +299,7 @@ def test_fine_tuning_takes_the_model_of_a_run(tmp_path, monkeypatch):
         data=DataConfig(context_length=77),
     )
     run = tmp_path / "runs" / "mine"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
-    write_config(Workdir(str(run)), source, ["abc"])
+    write_config(_workdir(run), source, ["abc"])
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
     for argument in ("runs/mine", "runs/mine/checkpoints/50", str(run)):
         config = to_run_config(load_config(f"finetune:{argument}"))
@@ -320,7 +329,11 @@ def test_paths_of_configs(tmp_path, monkeypatch):
         config_path("smok")
 
 
-_HEADER = "from xlstm.tools.config import default_config\n"
+_BEGIN = """from xlstm.tools.config import default_config
+
+def get_config(dim='64'):
+    c = default_config()
+"""
 
 
 @pytest.mark.parametrize(
@@ -331,18 +344,9 @@ _HEADER = "from xlstm.tools.config import default_config\n"
         ("import no_such_module", "mine.py:1: ModuleNotFoundError: .*no_such_module"),
         ("def get_config():\n    return 1 / 0\n", "mine.py:2: ZeroDivisionError"),
         ("def get_config(size):\n    return size\n", "mine.py: TypeError: .*size"),
-        (
-            _HEADER + "def get_config():\n    c = default_config()\n    c.model.dmi = 3\n",
-            "mine.py:4: .*dmi",
-        ),
-        (
-            _HEADER + "def get_config():\n    c = default_config()\n    c.model.dtype = 3\n",
-            "mine.py:4: TypeError",
-        ),
-        (
-            _HEADER + "def get_config():\n    c = default_config()\n    c.modell.dtype = 3\n",
-            "mine.py:4: .*modell.*[Dd]id you mean.*model",
-        ),
+        (_BEGIN + "    c.model.dmi = 3\n", "mine.py:5: .*dmi"),
+        (_BEGIN + "    c.model.dtype = 3\n", "mine.py:5: TypeError"),
+        (_BEGIN + "    c.modell.dtype = 3\n", "mine.py:5: .*modell.*[Dd]id you mean.*model"),
     ],
 )
 def test_config_files_that_fail(tmp_path, text, message):
@@ -354,11 +358,8 @@ def test_config_files_that_fail(tmp_path, text, message):
 
 
 def test_a_config_file_with_an_argument(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        _HEADER
-        + "def get_config(dim='64'):\n"
-        + "    c = default_config()\n    c.model.embedding_dim = int(dim)\n    return c\n"
-    )
+    text = _BEGIN + "    c.model.embedding_dim = int(dim)\n    return c\n"
+    (tmp_path / "mine.py").write_text(text)
     path = str(tmp_path / "mine.py")
     assert to_run_config(load_config(path)).model.embedding_dim == 64
     assert to_run_config(load_config(f"{path}:32")).model.embedding_dim == 32
@@ -381,9 +382,7 @@ def test_a_config_file_with_an_argument(tmp_path):
     ],
 )
 def test_the_configuration_of_a_stranger(tmp_path, field, value, message):
-    workdir = Workdir(str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
+    workdir = _workdir(tmp_path)
     write_config(workdir, RunConfig(), ["abc"])
     saved = json.loads((tmp_path / "config.json").read_text())
     saved["config"]["model"][field] = value
@@ -396,11 +395,10 @@ def test_the_configuration_of_a_stranger(tmp_path, field, value, message):
     "config", [None, [], "x", {"model": []}, {"data": 3}, {"model": {"name": 1}}, {"new": {}}]
 )
 def test_a_configuration_of_another_shape(tmp_path, config):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "parameters").write_bytes(bytes(1_000_000))
+    workdir = _workdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"config": config}))
     with pytest.raises(ValueError, match="config.json is not the configuration of a run: "):
-        load_run_config(Workdir(str(tmp_path)))
+        load_run_config(workdir)
 
 
 @pytest.fixture
@@ -414,6 +412,15 @@ def parse(monkeypatch):
         return run_config()
 
     return parse
+
+
+def _write_mine(folder, old="", new=""):
+    """Writes the config `smoke` with a changed text as `mine.py`; returns its path."""
+    with open(config_path("smoke"), encoding="utf-8") as file:
+        text = file.read()
+    assert old in text
+    (folder / "mine.py").write_text(text.replace(old, new) if old else text + new)
+    return str(folder / "mine.py")
 
 
 def test_the_default(parse):
@@ -501,20 +508,16 @@ def test_other_tuples_are_left_alone(parse):
 
 
 def test_a_flag_replaces_the_tuple_of_a_file(parse, tmp_path):
-    text = open(config_path("smoke"), encoding="utf-8").read()
-    text = text.replace(
-        "    return config", "    config.data.stores = ('/x', '/y')\n    return config"
-    )
-    (tmp_path / "mine.py").write_text(text)
-    assert parse(f"--config={tmp_path}/mine.py").data.stores == ("/x", "/y")
-    words = [f"--config={tmp_path}/mine.py", "--config.data.stores=/a"]
+    change = "    config.data.stores = ('/x', '/y')\n    return config"
+    path = _write_mine(tmp_path, "    return config", change)
+    assert parse(f"--config={path}").data.stores == ("/x", "/y")
+    words = [f"--config={path}", "--config.data.stores=/a"]
     assert parse(*words).data.stores == ("/a",)
     assert parse(*words, "--config.data.stores=/b").data.stores == ("/b",)
 
 
 def test_a_path_starts_where_the_user_is(parse, monkeypatch, tmp_path):
-    text = open(config_path("smoke"), encoding="utf-8").read()
-    (tmp_path / "mine.py").write_text(text.replace("embedding_dim = 32", "embedding_dim = 96"))
+    _write_mine(tmp_path, "embedding_dim = 32", "embedding_dim = 96")
     monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
     assert parse("--config=mine.py").model.embedding_dim == 96
     assert config_name() == "mine"
@@ -542,9 +545,8 @@ def test_an_argument_is_part_of_the_name(parse):
     "argument, name", [("../runs/mine/", "mine_runs_mine"), ("/runs/a.b", "mine_runs_a.b")]
 )
 def test_a_path_as_an_argument_makes_the_name_of_a_folder(parse, tmp_path, argument, name):
-    text = open(config_path("smoke"), encoding="utf-8").read()
-    (tmp_path / "mine.py").write_text(text.replace("get_config()", "get_config(path)"))
-    parse(f"--config={tmp_path}/mine.py:{argument}")
+    path = _write_mine(tmp_path, "get_config()", "get_config(path)")
+    parse(f"--config={path}:{argument}")
     assert config_name() == name
 
 
@@ -571,7 +573,7 @@ def test_other_words_are_left_alone(monkeypatch):
 
 
 def test_a_config_file_is_run_once(parse, tmp_path):
-    text, log = open(config_path("smoke"), encoding="utf-8").read(), tmp_path / "log"
-    (tmp_path / "mine.py").write_text(f"{text}\nopen({str(log)!r}, 'a').write('.')\n")
-    parse(f"--config={tmp_path}/mine.py", "--config.model.embedding_dim=64")
+    log = tmp_path / "log"
+    path = _write_mine(tmp_path, new=f"\nopen({str(log)!r}, 'a').write('.')\n")
+    parse(f"--config={path}", "--config.model.embedding_dim=64")
     assert log.read_text() == "."

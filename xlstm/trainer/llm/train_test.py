@@ -97,6 +97,11 @@ def _config(store, **sections):
         trainer=TrainerConfig(num_steps=_STEPS, checkpoint_interval=2, max_checkpoints=9),
         logger=LoggerConfig(interval=1, tensorboard=False, sample_tokens=0),
     )
+    return _with(config, **sections)
+
+
+def _with(config, **sections):
+    """Returns a configuration with some fields of some sections replaced."""
     for section, fields in sections.items():
         changed = dataclasses.replace(getattr(config, section), **fields)
         config = dataclasses.replace(config, **{section: changed})
@@ -113,11 +118,23 @@ def _losses(workdir):
     return {row["step"]: row["loss"] for row in _rows(workdir) if "loss" in row}
 
 
+def _rollbacks(workdir):
+    """Returns the steps to which a run was rolled back, by the step at which it was."""
+    return {r["step"]: r["rolled_back_to"] for r in _rows(workdir) if "rolled_back_to" in r}
+
+
 def _last_state(config, workdir):
     """Returns the state from which the run would resume."""
     with open_training(config, str(workdir)) as run:
         assert run.start_step == config.trainer.num_steps
         return jax.device_get(run.state)
+
+
+def _assert_same_end(config, first, second):
+    """Checks that two runs have the same losses and the same last state, bit by bit."""
+    assert _losses(first) == _losses(second)
+    states = [_last_state(config, workdir) for workdir in (first, second)]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, states))
 
 
 @pytest.fixture
@@ -194,7 +211,7 @@ def test_rollback_goes_on_behind_the_step_with_the_last_checkpoint(
     config = _config(store, trainer={"nan_policy": "rollback"})
     train_language_model(config, str(tmp_path))
     rows = _rows(tmp_path)
-    returns = {row["step"]: row["rolled_back_to"] for row in rows if "rolled_back_to" in row}
+    returns = _rollbacks(tmp_path)
     # The newest checkpoint before the bad step; checkpoints are two steps apart.
     assert returns == {step: (step - 1) // 2 * 2 for step in bad_steps}
     assert [row["step"] for row in rows if "loss" in row] == [
@@ -222,12 +239,9 @@ def test_a_run_that_fails_after_a_rollback_ends_as_one_that_does_not(
     monkeypatch.setattr(train_module, "metrics_to_scalars", failing)
     with pytest.raises(ZeroDivisionError):
         train_language_model(config, str(tmp_path / "parts"))
-    assert "rolled_back_to" in str(_rows(tmp_path / "parts"))
+    assert _rollbacks(tmp_path / "parts")
     train_language_model(config, str(tmp_path / "parts"))
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
-    states = [_last_state(config, tmp_path / name) for name in ("whole", "parts")]
-    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(one, other)
+    _assert_same_end(config, tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_rollback_takes_no_damaged_checkpoint(tmp_path, store, poisonous, bad_steps, monkeypatch):
@@ -241,8 +255,7 @@ def test_a_rollback_takes_no_damaged_checkpoint(tmp_path, store, poisonous, bad_
 
     monkeypatch.setattr(Checkpointer, "discard_unusable", damage_first)
     train_language_model(_config(store, trainer={"nan_policy": "rollback"}), str(tmp_path))
-    returns = {r["step"]: r["rolled_back_to"] for r in _rows(tmp_path) if "rolled_back_to" in r}
-    assert returns[bad_steps[1]] == newest - 2
+    assert _rollbacks(tmp_path)[bad_steps[1]] == newest - 2
     assert os.listdir(tmp_path / "damaged_checkpoints") == [str(newest)]
 
 
@@ -276,10 +289,7 @@ def test_a_streak_of_bad_steps_costs_no_good_checkpoint(tmp_path, store, ruinous
     monkeypatch.undo()
     for name in ("clean", "ruined"):
         train_language_model(config, str(tmp_path / name))
-    assert _losses(tmp_path / "ruined") == _losses(tmp_path / "clean")
-    states = [_last_state(config, tmp_path / name) for name in ("clean", "ruined")]
-    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(one, other)
+    _assert_same_end(config, tmp_path / "ruined", tmp_path / "clean")
 
 
 def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypatch):
@@ -287,7 +297,7 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
     # The steps after the rollback are ruined too.
     with pytest.raises(ValueError, match="12 steps are done, but .*the last one that is: step"):
         train_language_model(config, str(tmp_path))
-    returns = {r["step"]: r["rolled_back_to"] for r in _rows(tmp_path) if "rolled_back_to" in r}
+    returns = _rollbacks(tmp_path)
     assert list(returns.values()) == [6] and min(returns) > 8
     monkeypatch.undo()
     train_language_model(config, str(tmp_path))
@@ -297,11 +307,8 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
 
 
 def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
-    config, to_scalars = (
-        _config(store, trainer={"checkpoint_interval": 5}),
-        train_module.metrics_to_scalars,
-    )
-    steps = itertools.count(1)
+    config = _config(store, trainer={"checkpoint_interval": 5})
+    to_scalars, steps = train_module.metrics_to_scalars, itertools.count(1)
 
     def spiked(metrics):
         row, step = to_scalars(metrics), next(steps)
@@ -331,21 +338,14 @@ def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store)
     train_language_model(long, str(tmp_path / "whole"))
     train_language_model(short, str(tmp_path / "parts"))
     # The checkpoint interval may change too.
-    changed = dataclasses.replace(
-        long, trainer=dataclasses.replace(long.trainer, checkpoint_interval=5)
-    )
-    train_language_model(changed, str(tmp_path / "parts"))
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
-    states = [_last_state(long, tmp_path / name) for name in ("whole", "parts")]
-    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(one, other)
+    train_language_model(_with(long, trainer={"checkpoint_interval": 5}), str(tmp_path / "parts"))
+    _assert_same_end(long, tmp_path / "parts", tmp_path / "whole")
     tokens = [row["tokens"] for row in _rows(tmp_path / "parts")]
     assert np.diff([0, *tokens]).tolist() == [64] * 5 + [128] * 7
 
     # A change that would have changed earlier steps is rejected.
-    other = dataclasses.replace(long.schedule, peak_lr=1.0)
     with pytest.raises(ValueError, match="schedule.peak_lr was 0.001, is 1.0"):
-        train_language_model(dataclasses.replace(long, schedule=other), str(tmp_path / "parts"))
+        train_language_model(_with(long, schedule={"peak_lr": 1.0}), str(tmp_path / "parts"))
 
 
 def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, store, capsys):
@@ -358,8 +358,7 @@ def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, 
     }
     whole = _config(store, model=model, trainer={"num_steps": 6}, **former)
     train_language_model(whole, str(tmp_path / "whole"))
-    short = dataclasses.replace(whole, trainer=dataclasses.replace(whole.trainer, num_steps=4))
-    train_language_model(short, str(tmp_path / "parts"))
+    train_language_model(_with(whole, trainer={"num_steps": 4}), str(tmp_path / "parts"))
     content = json.loads((tmp_path / "parts" / "config.json").read_text())
     del content["config"]["data"]["shuffle"]  # Old runs lack this field.
     (tmp_path / "parts" / "config.json").write_text(json.dumps(content))
@@ -370,10 +369,7 @@ def test_a_run_that_began_before_keeps_its_order_and_its_weight_decay(tmp_path, 
     assert "keeping the defaults that the run began with: data.shuffle='grain', optimi" in output
     (row,) = (line for line in output.splitlines() if "mlstm_layer.skip " in line)
     assert row.endswith("yes")
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
-    states = [_last_state(today, tmp_path / name) for name in ("whole", "parts")]
-    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(one, other)
+    _assert_same_end(today, tmp_path / "parts", tmp_path / "whole")
     configs = [(tmp_path / name / "config.json").read_text() for name in ("whole", "parts")]
     assert configs[0] == configs[1]
 
@@ -403,21 +399,16 @@ def test_a_mixed_stack_on_a_task_goes_on_as_if_never_stopped(tmp_path, store):
     trainer = {"num_steps": 6, "eval_interval": 3, "eval_batches": 2}
     config = _config(store, **task, trainer=trainer)
     train_language_model(config, str(tmp_path / "whole"))
-    first = dataclasses.replace(config.trainer, num_steps=4)
-    train_language_model(dataclasses.replace(config, trainer=first), str(tmp_path / "parts"))
+    train_language_model(_with(config, trainer={"num_steps": 4}), str(tmp_path / "parts"))
     train_language_model(config, str(tmp_path / "parts"))
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
-    states = [_last_state(config, tmp_path / name) for name in ("whole", "parts")]
-    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(one, other)
+    _assert_same_end(config, tmp_path / "parts", tmp_path / "whole")
     rows = [row for row in _rows(tmp_path / "whole") if "loss" not in row]
     assert [row["step"] for row in rows] == [0, 3, 6]
     names = {f"val_{what}_lengths_21_40" for what in ("loss", "perplexity", "accuracy")}
     assert rows[-1].keys() == names | {"step"}
     # Another task means other data.
-    other = dataclasses.replace(config.data, task="majority")
     with pytest.raises(ValueError, match="data.task was 'parity', is 'majority'"):
-        train_language_model(dataclasses.replace(config, data=other), str(tmp_path / "whole"))
+        train_language_model(_with(config, data={"task": "majority"}), str(tmp_path / "whole"))
 
 
 def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(

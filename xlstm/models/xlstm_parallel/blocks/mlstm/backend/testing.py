@@ -143,10 +143,11 @@ def oracle_gradients(
     with jax.enable_x64(True):
         to_float64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
         arguments, cotangents = jax.tree.map(to_float64, (arguments, cotangents))
-        grads = _jitted_gradients(arguments, reset, cotangents, stabilize_correctly)
+        grads = _gradients(arguments, reset, cotangents, stabilize_correctly)
         return jax.tree.map(np.asarray, grads)
 
 
+@functools.partial(jax.jit, static_argnames="stabilize_correctly")
 def _gradients(arguments, reset, cotangents, stabilize_correctly):
     jnp = jax.numpy
 
@@ -164,9 +165,6 @@ def _gradients(arguments, reset, cotangents, stabilize_correctly):
         return jnp.moveaxis(h, 0, leading), last
 
     return jax.vjp(run, arguments)[1](cotangents)[0]
-
-
-_jitted_gradients = jax.jit(_gradients, static_argnames="stabilize_correctly")
 
 
 def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangents):
