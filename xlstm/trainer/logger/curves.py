@@ -85,6 +85,7 @@ def axis_label(metric: str) -> str:
         if key.startswith("val_") and metric.startswith(f"{key}_"):
             name = metric.removeprefix(f"{key}_")
             # A task names its sets after the lengths of their examples.
+            name = re.sub(r"^lengths_([0-9]+)_\1$", r"length \1", name)
             name = re.sub("^lengths_([0-9]+)_([0-9]+)$", r"lengths \1-\2", name)
             return f"{_LABELS[key]}, {name}"
     return metric

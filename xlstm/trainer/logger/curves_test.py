@@ -90,6 +90,7 @@ def test_what_is_smoothed_is_pale_behind_the_means(tmp_path):
         ("val_loss", "validation loss (nats per token)"),
         ("val_loss_wiki_text", "validation loss (nats per token), wiki_text"),
         ("val_accuracy_lengths_129_256", "accuracy, lengths 129-256"),
+        ("val_accuracy_lengths_24_24", "accuracy, length 24"),
         ("grad_norm", "gradient norm"),
         ("grad_norm_embeddings", "grad_norm_embeddings"),
         ("mine", "mine"),
