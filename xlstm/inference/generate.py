@@ -24,7 +24,7 @@ from xlstm.inference.loaded_model import LoadedModel
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.trainer.base.multihost import to_host
 
-# Tokens per call of `decode` unless each must be seen at once: amortises the cost of a call.
+# Tokens per call of `decode` unless each must be seen at once: amortizes the cost of a call.
 _TOKENS_PER_CALL = 32
 
 
