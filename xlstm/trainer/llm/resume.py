@@ -103,11 +103,16 @@ def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
     is_confirmed = confirmed == step or not run.config.trainer.confirm_steps
     last = "none is" if confirmed is None else f"the last one that is: step {confirmed:,}"
     if step < num_steps:
-        where = "the same command resumes from there"
-        if not is_confirmed:
-            where = f"its checkpoint is not confirmed ({last})"
-            where += "" if confirmed is None else ", from which the same command resumes"
-        run.say(f"stopped after step {step:,}, which is saved in {run.workdir.path}: {where}")
+        if is_confirmed:
+            what_next = "the same command resumes from there"
+        elif confirmed is None:
+            what_next = (
+                "no checkpoint is confirmed; set trainer.confirm_steps=0 to resume from this one, or"
+                " start in another --workdir, for example with a lower schedule.peak_lr"
+            )
+        else:
+            what_next = f"the same command resumes from step {confirmed:,}, the last confirmed one"
+        run.say(f"stopped after step {step:,}, which is saved in {run.workdir.path}: {what_next}")
         return False
     if not is_confirmed:
         raise ValueError(

@@ -306,25 +306,43 @@ def test_a_rollback_goes_to_before_the_streak(tmp_path, store, ruinous, monkeypa
     assert all(np.abs(leaf).max() < 20 for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
-    config = _config(store, trainer={"checkpoint_interval": 5})
+def _stop_in_a_streak(config, workdir, monkeypatch, *, first):
+    """Stops a run at the first of its steps with a spiked loss."""
     to_scalars, steps = train_module.metrics_to_scalars, itertools.count(1)
 
     def spiked(metrics):
         row, step = to_scalars(metrics), next(steps)
-        if step == 7:
+        if step == first:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
-        return row | {"loss": row["loss"] + 9 * (step >= 7)}
+        return row | {"loss": row["loss"] + 9 * (step >= first)}
 
     monkeypatch.setattr(train_module, "metrics_to_scalars", spiked)
-    train_language_model(config, str(tmp_path))
+    train_language_model(config, str(workdir))
+    monkeypatch.undo()
+
+
+def test_a_stop_in_a_streak_goes_on_from_before_it(tmp_path, store, monkeypatch, capsys):
+    config = _config(store, trainer={"checkpoint_interval": 5})
+    _stop_in_a_streak(config, tmp_path, monkeypatch, first=7)
     output = capsys.readouterr().out
     assert "step 7 is not sound: its loss" in output
-    assert re.search(r"stopped after step \d+, .*the last one that is: step 5", output)
-    monkeypatch.undo()
+    assert re.search(r"stopped after step \d+, .* resumes from step 5, the last confirmed", output)
     train_language_model(config, str(tmp_path))
     assert "resuming from step 5" in capsys.readouterr().out
+
+
+def test_a_stop_without_a_confirmed_checkpoint(tmp_path, store, monkeypatch, capsys):
+    config = _config(store)
+    _stop_in_a_streak(config, tmp_path, monkeypatch, first=2)
+    output = capsys.readouterr().out
+    assert re.search(r"stopped after step \d+, .*: no checkpoint is confirmed; set .*=0", output)
+    with pytest.raises(OSError, match="no checkpoint in .* is both confirmed and undamaged"):
+        train_language_model(config, str(tmp_path))
+    trainer = dataclasses.replace(config.trainer, confirm_steps=0)
+    config = dataclasses.replace(config, trainer=trainer)
+    train_language_model(config, str(tmp_path))
+    assert "resuming from step" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_a_longer_schedule_that_begins_alike(tmp_path, store):
