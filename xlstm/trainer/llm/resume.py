@@ -107,7 +107,7 @@ def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
             what_next = "the same command resumes from there"
         elif confirmed is None:
             what_next = (
-                "no checkpoint is confirmed; set trainer.confirm_steps=0 to resume from this one, or"
+                "no checkpoint is confirmed; set trainer.confirm_steps=0 to resume from it, or"
                 " start in another --workdir, for example with a lower schedule.peak_lr"
             )
         else:
