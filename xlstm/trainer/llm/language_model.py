@@ -121,7 +121,12 @@ def check_source(workdir: Workdir, step: int, tokenizer: Tokenizer) -> None:
     check_tokenizer(workdir, read_run_info(workdir.checkpoints, step), tokenizer)
 
 
-def init_from_checkpoint(workdir: Workdir, step: int, state: TrainState) -> TrainState:
+def init_from_checkpoint(
+    workdir: Workdir,
+    step: int,
+    state: TrainState,
+    report: Callable[[str], None] = lambda text: None,
+) -> TrainState:
     """Replaces the parameters of a new train state with those of a checkpoint.
 
     Args:
@@ -130,6 +135,7 @@ def init_from_checkpoint(workdir: Workdir, step: int, state: TrainState) -> Trai
         state: The state, before its first step. It is consumed before the checkpoint is read, so
             memory never holds two sets of parameters. After a CheckpointGone, pass it again with
             another checkpoint.
+        report: Called with a line that names the checkpoint.
 
     Returns:
         The state with the checkpoint's parameters, or with their moving average if there is one.
@@ -140,6 +146,7 @@ def init_from_checkpoint(workdir: Workdir, step: int, state: TrainState) -> Trai
         CheckpointGone: If the checkpoint has been removed meanwhile.
         OSError: If the checkpoint is damaged, or belongs to another model.
     """
+    report(f"starting with the parameters of step {step:,} in {workdir.path}")
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
     )

@@ -28,7 +28,7 @@ from xlstm.trainer.llm.language_model import create_training, init_from_checkpoi
 from xlstm.trainer.llm.loggers import create_loggers
 from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
 from xlstm.trainer.llm.resume import check_end, open_checkpointer, resume
-from xlstm.trainer.llm.workdir import Workdir, lock_workdir
+from xlstm.trainer.llm.workdir import lock_workdir
 from xlstm.trainer.logger.base_logger import Loggers
 from xlstm.trainer.logger.terminal import mesh_line
 
@@ -139,7 +139,7 @@ def open_training(
         # Model: new parameters, or those of another run.
         state, specs, compiled_step = create_training(run.config, run.mesh)
         if run.source:
-            load = functools.partial(_init_from_checkpoint, run, state)
+            load = functools.partial(init_from_checkpoint, state=state, report=run.say)
             state = read_checkpoint(run.config.trainer.init_from, load, run.say)
         run.say(_describe(run, state))
 
@@ -168,13 +168,6 @@ def open_training(
             checkpointer=checkpointer,
             callbacks=callbacks,
         )
-
-
-def _init_from_checkpoint(
-    run: PreparedRun, state: TrainState, source: Workdir, step: int
-) -> TrainState:
-    run.say(f"starting with the parameters of step {step:,} in {source.path}")
-    return init_from_checkpoint(source, step, state)
 
 
 def _describe(run: PreparedRun, state: TrainState) -> str:
