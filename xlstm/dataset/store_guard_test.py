@@ -12,7 +12,7 @@ from xlstm.dataset.store_guard import StoreGuard
 from xlstm.dataset.testing import assert_equal_batches, config_for, write_letter_store
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
-from xlstm.testing.patience import PATIENCE
+from xlstm.testing.patience import PATIENCE, wait_until
 
 LONG_AGO = time.time_ns() - 10**12
 
@@ -76,13 +76,6 @@ def guard(*stores, said=None, everything=False):
     watching = StoreGuard(stores, [].append if said is None else said.append)
     watching.verify_first(everything)
     return watching
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def wait_for_looks(looks, *stores):

@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from xlstm.dataset.testing import (
 )
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.validation import open_validation_sets
-from xlstm.testing.patience import PATIENCE
+from xlstm.testing.patience import wait_until
 from xlstm.tools.prepare_data import train_command
 
 COMMAND = [sys.executable, "-m", "xlstm.tools.prepare_data"]
@@ -218,10 +217,7 @@ def test_killed_half_way(corpus):
         stderr=subprocess.DEVNULL,
     )
     files = "store.incomplete-*/tokens.bin"
-    deadline = time.monotonic() + PATIENCE
-    while not any(file.stat().st_size for file in corpus.glob(files)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: any(file.stat().st_size for file in corpus.glob(files)), process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     (left,) = corpus.glob("store*")

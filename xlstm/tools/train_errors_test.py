@@ -10,7 +10,7 @@ import time
 import pytest
 
 from xlstm.dataset.testing import write_store
-from xlstm.testing.patience import PATIENCE
+from xlstm.testing.patience import PATIENCE, wait_until
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 from xlstm.trainer.checkpoints.folder import CheckpointFolder
@@ -210,10 +210,7 @@ def test_a_folder_that_cannot_be_written_in_the_middle_of_a_run(folder):
         folder, "blocked", "--config.trainer.checkpoint_interval=50", num_steps=100_000
     )
     checkpoints = folder / "blocked" / "checkpoints"
-    deadline = time.monotonic() + PATIENCE
-    while not CheckpointFolder(str(checkpoints)).complete_steps():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(CheckpointFolder(str(checkpoints)).complete_steps, process)
     checkpoints.rename(folder / "blocked" / "good")
     checkpoints.write_text("in the way")
     line = _error(process)
@@ -237,10 +234,7 @@ def test_a_store_that_is_changed_under_a_run(folder, name, named):
     stores = f"--config.data.stores={folder / name}"
     process = _start(folder, f"on_{name}", stores, num_steps=100_000)
     checkpoints = CheckpointFolder(str(folder / f"on_{name}" / "checkpoints"))
-    deadline = time.monotonic() + PATIENCE
-    while not checkpoints.complete_steps():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(checkpoints.complete_steps, process)
     os.utime(folder / name / "tokens.bin")  # A new date alone does not stop the run.
     time.sleep(2)
     assert process.poll() is None

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from xlstm.dataset.testing import write_store
-from xlstm.testing.patience import PATIENCE
+from xlstm.testing.patience import PATIENCE, wait_until
 from xlstm.tools import train
 from xlstm.tools.testing.start_tool import start_tool
 
@@ -45,10 +45,8 @@ def _rows(workdir):
 
 
 def _wait_for_rows(process, workdir, number):
-    deadline = time.monotonic() + PATIENCE
-    while not os.path.exists(workdir / "metrics.jsonl") or len(_rows(workdir)) < number:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    exists = (workdir / "metrics.jsonl").exists
+    wait_until(lambda: exists() and len(_rows(workdir)) >= number, process)
 
 
 def test_a_run_outlives_the_reader_of_its_output(folder):

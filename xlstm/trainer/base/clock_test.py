@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from xlstm.testing.patience import PATIENCE
+from xlstm.testing.patience import wait_until
 from xlstm.trainer.base import clock as clock_module
 from xlstm.trainer.base.clock import Clock, report_waits, watchdog
 
@@ -118,10 +118,9 @@ class _WatchedClock(Clock):
 
     def hang_here(self):
         """Waits until the thread has looked at the clock once more and acted on what it saw."""
-        deadline, looks = time.monotonic() + PATIENCE, self._num_looks
-        while self._num_looks < looks + 2:  # Its next look follows its report.
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        looks = self._num_looks
+        # Its next look follows its report.
+        wait_until(lambda: self._num_looks >= looks + 2, interval=0.001)
 
 
 @pytest.fixture

@@ -6,15 +6,8 @@ import time
 
 import pytest
 
-from xlstm.testing.patience import PATIENCE
+from xlstm.testing.patience import PATIENCE, wait_until
 from xlstm.trainer.base.signals import on_stop_signal, stop_message
-
-
-def _wait_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -22,7 +15,7 @@ def test_a_signal_asks(number):
     names = []
     with on_stop_signal(names.append):
         os.kill(os.getpid(), number)
-        _wait_until(lambda: names)
+        wait_until(lambda: names)
     assert names == [number.name]
 
 
@@ -32,7 +25,7 @@ def test_other_signals_do_nothing():
     try:
         with on_stop_signal(names.append):
             os.kill(os.getpid(), signal.SIGUSR1)
-            _wait_until(lambda: handled)
+            wait_until(lambda: handled)
             time.sleep(0.1)
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -47,7 +40,7 @@ def test_signals_that_are_ignored_stay_so(number):
             os.kill(os.getpid(), number)
             assert signal.getsignal(number) == signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGTERM)
-            _wait_until(lambda: names)
+            wait_until(lambda: names)
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -59,7 +52,7 @@ def test_a_terminal_may_say_several_times_that_it_is_gone():
     with on_stop_signal(names.append):
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGHUP)
-            _wait_until(lambda: names)
+            wait_until(lambda: names)
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
