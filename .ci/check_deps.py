@@ -160,17 +160,18 @@ def main(argv: list[str]) -> int:
         for target in found
         if target.rule == "py_library" and not target.srcs
     }
+    texts = {build: build.read_text() for build in packages}
     forgotten = sorted(
         path
         for build, found in packages.items()
         for path in build.parent.glob("*.py")
-        if found and f'"{path.name}"' not in build.read_text()
+        if found and f'"{path.name}"' not in texts[build]
     )
     for path in forgotten:
         print(f"{path} is not in its BUILD file")
     is_right = not forgotten
     for build, found in packages.items():
-        lines, edits = build.read_text().split("\n"), {}
+        lines, edits = texts[build].split("\n"), {}
         for target in found:
             if target.label in aggregates:
                 continue  # Its dependencies are its content.

@@ -54,14 +54,9 @@ def _batch():
 
 
 def _run(compute, mesh, params, out_specs):
-    """Calls `compute(params, batch, num_targets)` inside `shard_map`."""
-
-    def run(params, batch):
-        num_targets = jnp.sum(batch[0].targets_mask, dtype=jnp.float32)
-        return compute(params, batch, lax.psum(num_targets, BATCH_AXES))
-
+    """Calls `compute(params, batch)` inside `shard_map`."""
     in_specs = (nn.get_partition_spec(params), P(BATCH_AXES))
-    run = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    run = jax.shard_map(compute, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     run = jax.jit(run)
     return jax.device_get(run(params, _batch()))
 
@@ -70,8 +65,7 @@ def _forward(num_devices=8, model_options=None, **sizes):
     """Returns the metrics of a batch."""
     mesh, model, params = _setup(num_devices, model_options or {}, **sizes)
 
-    def compute(params, batch, num_targets):
-        del num_targets
+    def compute(params, batch):
         pattern = model.config.model.pattern
         metrics = loss_metrics(params, model.apply, *batch, gate_pattern=pattern)
         return lax.psum(metrics, mesh.axis_names)
@@ -85,7 +79,9 @@ def _step(gate_statistics):
     mesh, model, params = _setup(8, {"remat": "block"}, fsdp=2, pp=2, tp=2)
     pattern = model.config.model.pattern if gate_statistics else None
 
-    def compute(params, batch, num_targets):
+    def compute(params, batch):
+        num_targets = lax.psum(jnp.sum(batch[0].targets_mask, dtype=jnp.float32), BATCH_AXES)
+
         def loss_fn(params, apply_fn, batch, rng):
             metrics = loss_metrics(params, apply_fn, *batch, gate_pattern=pattern)
             return 2 * metrics["loss"][0] / num_targets, (metrics, None)

@@ -101,7 +101,6 @@ def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
     """
     num_steps, confirmed = run.config.trainer.num_steps, checkpointer.confirmed_step()
     is_confirmed = confirmed == step or not run.config.trainer.confirm_steps
-    last = "none is" if confirmed is None else f"the last one that is: step {confirmed:,}"
     if step < num_steps:
         if is_confirmed:
             what_next = "the same command resumes from there"
@@ -115,6 +114,7 @@ def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
         run.say(f"stopped after step {step:,}, which is saved in {run.workdir.path}: {what_next}")
         return False
     if not is_confirmed:
+        last = "none is" if confirmed is None else f"the last one that is: step {confirmed:,}"
         raise ValueError(
             f"{step:,} steps are done, but the last ones were not sound, and their checkpoint is"
             f" not confirmed ({last}): lower schedule.peak_lr or optimizer.grad_clip_norm, or name"
