@@ -11,6 +11,8 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMArgumen
 
 # The names of the backends; `registry.BACKENDS` has their classes.
 BACKEND_NAMES = ("fwbw", "parallel_stabilized", "recurrent")
+# The programs that compute `fwbw`; `auto` takes the kernels where they can run.
+IMPLEMENTATIONS = ("auto", "xla", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,18 @@ class BackendConfig:
     keep_gates: bool = True  # Whether fwbw keeps the sums of the gates within the chunks.
     keep_M: bool = True  # Whether fwbw keeps the log scales of the tokens.
     keep_c: bool = True  # Whether fwbw keeps the states between the chunks.
+    implementation: str = "auto"  # The program of fwbw: xla, mosaic (kernels for Hopper GPUs), or
+    # auto, which takes mosaic where it can run.
 
     def __post_init__(self):
         if self.name not in BACKEND_NAMES:
             raise ValueError(
                 f"backend.name={self.name!r} is unknown; expected one of {', '.join(BACKEND_NAMES)}"
+            )
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"backend.implementation={self.implementation!r} is unknown; expected one of"
+                f" {', '.join(IMPLEMENTATIONS)}"
             )
         if self.name == "fwbw" and self.chunk_size < 0:
             raise ValueError(

@@ -80,6 +80,7 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
     keep_M: bool = False  # Keep the log scales m of the tokens: T per head.
     keep_c: bool = False  # Keep the states between the chunks: T / L * DHQK * DHV per head.
     stabilize_correctly: bool = False  # Bound the normalizer by exp(-m) instead of 1.
+    implementation: str = "auto"  # Program of `mlstm_fwbw_custom_grad`: auto, xla or mosaic.
 
     def __post_init__(self):
         if self.chunk_size is not None and self.chunk_size < 1:

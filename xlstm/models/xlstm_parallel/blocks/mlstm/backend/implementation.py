@@ -1,0 +1,87 @@
+"""Which program computes the chunkwise mLSTM: Pallas kernels for Hopper GPUs, or XLA."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Data-center cards of the Hopper generation (sm_90), by the names that their drivers report.
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
+_LARGEST_HEAD = 512  # Features of a head that a kernel holds in fast memory.
+
+
+class Device(NamedTuple):
+    """What a program is compiled for.
+
+    Attributes:
+        platform: `cpu`, `gpu` or `tpu`.
+        kind: Name of the device.
+    """
+
+    platform: str
+    kind: str
+
+
+class Implementation(NamedTuple):
+    """The chosen implementation.
+
+    Attributes:
+        name: `mosaic` or `xla`.
+        reason: Why it is not `mosaic`; "" if it is, or if `xla` was asked for.
+    """
+
+    name: str
+    reason: str
+
+
+def current_device() -> Device:
+    """Returns the device of the mesh in context, as in `jax.shard_map`, or JAX's first device."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return Device(described.platform, described.device_kind)
+    first = jax.devices()[0]
+    return Device(first.platform, first.device_kind)
+
+
+def choose_implementation(
+    requested: str, device: Device, dtype: jnp.dtype, qk_dim: int, v_dim: int
+) -> Implementation:
+    """Chooses the implementation of `fwbw`.
+
+    Args:
+        requested: `auto`, `xla` or `mosaic`.
+        device: The device that computes.
+        dtype: Type of `q`, `k` and `v`.
+        qk_dim: `DHQK`.
+        v_dim: `DHV`.
+
+    Returns:
+        The implementation. `auto` takes `mosaic` where it can run.
+
+    Raises:
+        ValueError: If `mosaic` is requested and cannot run.
+    """
+    if requested == "xla":
+        return Implementation("xla", "")
+    problem = _mosaic_problem(device, dtype, qk_dim, v_dim)
+    if not problem:
+        return Implementation("mosaic", "")
+    if requested == "mosaic":
+        raise ValueError(
+            f"backend.implementation=mosaic cannot be used: {problem}; use auto or xla"
+        )
+    return Implementation("xla", problem)
+
+
+def _mosaic_problem(device: Device, dtype: jnp.dtype, qk_dim: int, v_dim: int) -> str:
+    """Returns why the kernels cannot run, or ""."""
+    if device.platform not in ("gpu", "cuda") or not _HOPPER.search(device.kind):
+        return f"it needs a Hopper GPU, such as the H100, and the device is {device.kind}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16 queries, keys and values, and they are {dtype}"
+    if max(qk_dim, v_dim) > _LARGEST_HEAD:
+        return (
+            f"it needs heads of at most {_LARGEST_HEAD} features, and DHQK={qk_dim}, DHV={v_dim}"
+        )
+    return ""
