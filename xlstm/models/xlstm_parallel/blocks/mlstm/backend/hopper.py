@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 
 import jax
@@ -43,6 +44,8 @@ _BARRIERS = 1024  # Bytes set aside for the barriers.
 _COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24  # Of a thread; the register file holds no more.
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _LOG_ZERO = -1e30
+_LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # Until jax 0.10.
+_PART = 32  # Columns of the pairs that are multiplied by the partner's at a time.
 
 _INTERPRET = contextvars.ContextVar("interpret", default=None)
 
@@ -284,12 +287,12 @@ class _Block:
 
     def gate(self, row: int):
         """Returns a row of the chunk's gates, along the rows of a tile."""
-        return plgpu.load(self.refs["gates_smem"].at[row], layout=_ROWS)
+        return _load(self.refs["gates_smem"].at[row], layout=_ROWS)
 
-    def gate_of_columns(self, row: int, nil):
-        """Returns a row of the chunk's gates, along the columns of a tile."""
+    def gate_of_columns(self, row: int, columns, nil):
+        """Returns a part of a row of the chunk's gates, along the columns of a tile."""
         # Without `nil`, Mosaic would take it for the same value as `gate(row)`, in its layout.
-        return plgpu.load(self.refs["gates_smem"].at[row + nil], layout=_COLUMNS)
+        return _load(self.refs["gates_smem"].at[row + nil, columns], layout=_COLUMNS)
 
     # Computing warpgroups.
 
@@ -300,7 +303,7 @@ class _Block:
         shape = (self.kernel.d, self.tiling.width)
         if self.has["init"]:
             init = refs["init"].at[self.segment, :, features]
-            state = plgpu.load(init, layout=plgpu.Layout.WGMMA, optimized=False)
+            state = _load(init, layout=plgpu.Layout.WGMMA, optimized=False)
         else:
             state = _zeros(shape)
         refs["state_smem"].at[warpgroup][...] = state.astype(self.kernel.dtype)
@@ -317,13 +320,13 @@ class _Block:
         # addresses that do not change from chunk to chunk.
         state, nil = carry
         refs, t, options, dtype = self.refs, self.tiling, self.options, self.kernel.dtype
-        chunk = self.chunk(i)
-        index = self.head * self.kernel.num_chunks + chunk  # Among the chunks of all heads.
+        chunk, head, warpgroup = self.chunk(i), self.head + nil, warpgroup + nil
+        index = head * self.kernel.num_chunks + chunk  # Among the chunks of all heads.
         ib, ix = lax.rem(i, t.b_stages) + nil, lax.rem(i, t.x_stages) + nil
         my_b = refs["b_smem"].at[ib]
-        my_x = refs["x_smem"].at[ix, warpgroup + nil]
-        my_state = refs["state_smem"].at[warpgroup + nil]
-        keep = refs["keep"][self.head, chunk]
+        my_x = refs["x_smem"].at[ix, warpgroup]
+        my_state = refs["state_smem"].at[warpgroup]
+        keep = refs["keep"][head, chunk]
         # One warpgroup of a head does what is the same in all, another one in each chunk.
         is_mine = lax.rem(chunk, 2 * self.kernel.num_tiles) == self.tile * 2 + warpgroup
 
@@ -331,27 +334,33 @@ class _Block:
             features = self.features(warpgroup)
             plgpu.copy_smem_to_gmem(my_state, refs["states"].at[index, :, features])
         if self.has["partner_states"]:
-            overlaps = self.overlaps(warpgroup + nil, state)
-            refs["overlaps"][self.head, self.tile * 2 + warpgroup, chunk] = overlaps
+            overlaps = self.overlaps(warpgroup, state)
+            refs["overlaps"][head, self.tile * 2 + warpgroup, chunk] = overlaps
         if options.outputs:
             ia = lax.rem(i, t.a_stages) + nil
             plgpu.barrier_wait(refs["a_full"].at[ia])
         plgpu.barrier_wait(refs["b_full"].at[ib])
         if options.outputs:
             my_a = refs["a_smem"].at[ia]
-            weighted, out, total = self.scores_and_state_read(
+            weighted, total, out = self.scores_and_state_read(
                 my_a, my_b, my_state, is_mine, index, nil
             )
             plgpu.barrier_arrive(refs["a_empty"].at[ia])
-            out = self.scale_state_read(warpgroup, chunk, out)
+            out = self.scale_state_read(head, warpgroup, chunk, out)
             plgpu.barrier_wait(refs["x_full"].at[ix])
             if self.has["partner"]:
-                partner = plgpu.load(
-                    refs["partner_smem"].at[ix, warpgroup + nil], layout=plgpu.Layout.WGMMA
+                partner = _load(
+                    refs["partner_smem"].at[ix, warpgroup], layout=plgpu.Layout.WGMMA
                 )
                 dots = (partner.astype(jnp.float32) * out).sum(axis=1)
-                refs["dots"][self.head, self.tile * 2 + warpgroup, chunk] = dots
+                refs["dots"][head, self.tile * 2 + warpgroup, chunk] = dots
             out = _add_product(out, weighted, my_x)
+            if options.emit_scores:
+
+                @pl.when(is_mine)
+                def _():
+                    refs["scores"][index] = weighted.astype(jnp.float32)
+
             if options.normalize:
                 normalizer = total + self.gate(CARRIED)
                 divisor = jnp.maximum(jnp.abs(normalizer), self.gate(BOUND))
@@ -359,7 +368,7 @@ class _Block:
 
                 @pl.when(is_mine)
                 def _():
-                    refs["normalizer"][self.head, chunk] = normalizer
+                    refs["normalizer"][head, chunk] = normalizer
 
             out = out.astype(dtype)  # Fewer registers during the next product.
         else:
@@ -367,7 +376,7 @@ class _Block:
             plgpu.barrier_wait(refs["x_full"].at[ix])
 
         # x with the weight of each token in the state, in place of x.
-        x = plgpu.load(my_x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        x = _load(my_x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         weight = self.gate(self.to_state)
         plgpu.barrier_arrive(refs["gates_empty"])
         my_x[...] = (x * lax.broadcast_in_dim(weight, x.shape, [0])).astype(dtype)
@@ -395,7 +404,7 @@ class _Block:
             plgpu.barrier_wait(self.refs["partner_states_full"])
             for start in range(0, rows, CHUNK):
                 part = self.refs["partner_states_smem"].at[warpgroup, pl.ds(start, CHUNK)]
-                other = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                other = _load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
                 first = piece * rows + start
                 product = (state[first : first + CHUNK] * other).sum(axis=1)
                 total = product if total is None else total + product
@@ -403,87 +412,109 @@ class _Block:
         return total
 
     def scores_and_state_read(self, my_a, my_b, my_state, is_mine, index, nil):
-        """Returns the weighted scores, `a` times the state, and the sums of the rows of scores."""
+        """Returns the weighted scores, the sums of their rows, and `a` times the state."""
         width, size = self.tiling.width, CHUNK
+        my_b = my_b.transpose((1, 0))
+        scores_acc = plgpu.ACC((size, size), jnp.float32)
+
+        def scores_alone(scores_acc):
+            # Computes the weights while the product runs.
+            plgpu.wgmma(scores_acc, my_a, my_b)
+            weights = self.pair_weights(nil)
+            return self.weigh(scores_acc[...], weights, is_mine, index, nil)
 
         def both(scores_acc, out_acc):
-            plgpu.wgmma(scores_acc, my_a, my_b.transpose((1, 0)))
+            # Computes the weights, and weighs the scores, while the second product runs.
+            plgpu.wgmma(scores_acc, my_a, my_b)
             plgpu.wgmma(out_acc, my_a, my_state)
-            # Weighs the scores while the second product runs.
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-            return *self.weigh(scores, is_mine, index, nil), out_acc[...]
+            return *self.weigh(scores, None, is_mine, index, nil), out_acc[...]
 
         if is_interpreted():
-            scores = _add_product(_zeros((size, size)), my_a, my_b.transpose((1, 0)))
-            weighted, total = self.weigh(scores, is_mine, index, nil)
-            return weighted, _add_product(_zeros((size, width)), my_a, my_state), total
-        weighted, total, out = pl.run_scoped(
-            both, plgpu.ACC((size, size), jnp.float32), plgpu.ACC((size, width), jnp.float32)
-        )
-        return weighted, out, total
+            scores = _add_product(_zeros((size, size)), my_a, my_b)
+            weighted = self.weigh(scores, None, is_mine, index, nil)
+        elif self.has["partner_states"]:  # Two products at a time would need too many registers.
+            weighted = pl.run_scoped(scores_alone, scores_acc)
+        else:
+            return pl.run_scoped(both, scores_acc, plgpu.ACC((size, width), jnp.float32))
+        return *weighted, _add_product(_zeros((size, width)), my_a, my_state)
 
-    def weigh(self, scores, is_mine, index, nil):
+    def weigh(self, scores, weights, is_mine, index, nil):
         """Returns the weighted scores of a chunk's pairs, and the sums of their rows."""
-        refs, shape = self.refs, scores.shape
-        plgpu.barrier_wait(refs["gates_full"])
-        if self.has["vector"]:
-            if self.options.reverse:
-                scores += lax.broadcast_in_dim(self.gate_of_columns(BIAS, nil), shape, [1])
-            else:
-                scores += lax.broadcast_in_dim(self.gate(BIAS), shape, [0])
         if self.has["partner_scores"]:
 
             @pl.when(is_mine)
             def _():
-                partner = plgpu.load(
-                    refs["partner_scores"].at[index], layout=plgpu.Layout.WGMMA, optimized=False
-                )
-                pairs = scores * partner
-                refs["pairs"][index] = pairs
-                chunk = lax.rem(index, self.kernel.num_chunks)
-                refs["pair_sums"][self.head, chunk] = pairs.sum(axis=1)
+                self.multiply_partner_scores(scores, index, nil)
 
-        scores = scores * self.pair_weights(shape, nil)
+        weights = self.pair_weights(nil) if weights is None else weights
+        scores = self.add_bias(scores, pl.ds(0, CHUNK), nil) * weights
         total = scores.sum(axis=1) if self.options.normalize else None
-        if self.options.emit_scores:
-
-            @pl.when(is_mine)
-            def _():
-                refs["scores"][index] = scores
-
         return scores.astype(self.kernel.dtype), total
 
-    def pair_weights(self, shape, nil):
+    def add_bias(self, scores, columns, nil):
+        """Returns some columns of the scores plus the bias of their readers."""
+        if not self.has["vector"]:
+            return scores
+        if self.options.reverse:
+            bias, axis = self.gate_of_columns(BIAS, columns, nil), 1
+        else:
+            bias, axis = self.gate(BIAS), 0
+        return scores + lax.broadcast_in_dim(bias, scores.shape, [axis])
+
+    def multiply_partner_scores(self, scores, index, nil) -> None:
+        """Writes the products of the scores and the partner's, and the sums of their rows."""
+        refs, total = self.refs, None
+        for start in range(0, CHUNK, _PART):
+            columns = pl.ds(start, _PART)
+            partner = _load(
+                refs["partner_scores"].at[index, :, columns],
+                layout=plgpu.Layout.WGMMA,
+                optimized=False,
+            )
+            pairs = partner * self.add_bias(scores[:, start : start + _PART], columns, nil)
+            refs["pairs"][index, :, columns] = pairs
+            part_total = pairs.sum(axis=1)
+            total = part_total if total is None else total + part_total
+        chunk = lax.rem(index, self.kernel.num_chunks)
+        refs["pair_sums"][self.head + nil, chunk] = total
+
+    def pair_weights(self, nil):
         """Returns the weights of columns in rows, or of rows in columns; see `decayed_attention`."""
-        reverse = self.options.reverse
+        plgpu.barrier_wait(self.refs["gates_full"])
+        reverse, shape = self.options.reverse, (CHUNK, CHUNK)
         along_rows, along_columns = (WRITER, READER) if reverse else (READER, WRITER)
 
-        def from_rows(x):
-            return lax.broadcast_in_dim(x, shape, [0])
+        def from_rows(row):
+            return lax.broadcast_in_dim(self.gate(row), shape, [0])
 
         def from_columns(row):
-            return lax.broadcast_in_dim(self.gate_of_columns(row, nil), shape, [1])
+            return lax.broadcast_in_dim(self.gate_of_columns(row, pl.ds(0, CHUNK), nil), shape, [1])
 
-        coarse = from_rows(self.gate(COARSE)) - from_columns(COARSE)
-        fine = from_rows(self.gate(along_rows)) + from_columns(along_columns)
-        log_weights = fine - coarse if reverse else fine + coarse
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-            for axis in (0, 1)
+        if reverse:
+            log_weights = from_columns(COARSE) - from_rows(COARSE)
+        else:
+            log_weights = from_rows(COARSE) - from_columns(COARSE)
+        log_weights = log_weights + from_rows(along_rows) + from_columns(along_columns)
+        log_weights = jnp.minimum(log_weights, LARGEST_LOG_WEIGHT)
+        row = lax.broadcast_in_dim(
+            plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=_ROWS) + nil, shape, [0]
         )
-        limit = from_rows(self.gate(LAST if reverse else FIRST).astype(jnp.int32))
+        column = lax.broadcast_in_dim(
+            plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=_COLUMNS) + nil, shape, [1]
+        )
+        limit = from_rows(LAST if reverse else FIRST).astype(jnp.int32)
         if reverse:
             mask = (column >= row) & (column <= limit)
         else:
             mask = (column <= row) & (column >= limit)
-        log_weights = jnp.minimum(log_weights, LARGEST_LOG_WEIGHT)
         return jnp.exp(jnp.where(mask, log_weights, _LOG_ZERO))
 
-    def scale_state_read(self, warpgroup, chunk, out):
+    def scale_state_read(self, head, warpgroup, chunk, out):
         """Returns the output through the state: `a` times the state, with weights and vector."""
         if self.has["vector"]:
-            vector = plgpu.load(
-                self.refs["vector"].at[self.head, chunk, self.features(warpgroup)],
+            vector = _load(
+                self.refs["vector"].at[head, chunk, self.features(warpgroup)],
                 layout=_COLUMNS,
                 optimized=False,
             )
@@ -570,6 +601,12 @@ class _Block:
                 self.refs["partner_states_smem"].at[warpgroup],
                 self.refs["partner_states_full"],
             )
+
+
+def _load(ref, *, layout, optimized=True):
+    """Returns the values of a reference, in registers."""
+    index = ((),) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def _zeros(shape: tuple[int, int]):
