@@ -245,18 +245,18 @@ def _decays(sums: _ChunkSums, initial_m: jax.Array) -> tuple[jax.Array, jax.Arra
         the state before each chunk `(N, NC)`.
     """
 
-    def since_start(x, first):
-        """Shifts by a chunk: entry `t` is of chunk `t - 1`, whose sums end before chunk `t`."""
-        return jnp.concatenate([jnp.full_like(x[:, :1], first), x[:, :-1]], axis=1)
+    def shift(first, x):
+        """Moves what is of chunk `t - 1` to entry `t`."""
+        return jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
 
+    zero = jnp.zeros_like(initial_m)
     has_reset = sums.carry == -jnp.inf
-    log_f = since_start(jnp.where(has_reset, 0, sums.carry), 0)
-    document = jnp.cumsum(since_start(has_reset, False), axis=1)
-    source_m = since_start(sums.m, 0).at[:, 0].set(initial_m)
-    log_decays = pair_log_weights(jnp.zeros_like(source_m), log_f, document)
-    bound = source_m
+    log_f = shift(zero, jnp.where(has_reset, 0, sums.carry))
+    document = jnp.cumsum(shift(zero.astype(bool), has_reset), axis=1)
+    log_decays = pair_log_weights(jnp.zeros_like(log_f), log_f, document)
+    source_m = bound = shift(initial_m, sums.m)
     if sums.floor is not None:
-        bound = jnp.maximum(bound, since_start(sums.floor, -jnp.inf))
+        bound = jnp.maximum(source_m, shift(jnp.full_like(zero, -jnp.inf), sums.floor))
     m = jnp.max(log_decays + bound[:, None, :], axis=-1)
     weights = jnp.exp(log_decays + source_m[:, None, :] - m[..., None])
     of_chunks = jnp.pad(weights[..., 1:], [(0, 0), (0, 0), (0, 1)])
