@@ -176,7 +176,7 @@ def test_the_cache_of_transformers_fits(sizes, layers, cache):
     computed = dict(zip(("qk_head_dim", "v_head_dim"), cache, strict=True))
     found = [hf_config[names[name]] if name in names else computed[name] for name in computed]
     assert tuple(found) == layers
-    assert from_hf_config(hf_config, _ENOUGH) == (model, BackendConfig())
+    assert from_hf_config(hf_config, _ENOUGH) == (model, BackendConfig(chunk_size=64))
 
 
 def test_a_size_that_is_missing(hf_config):
