@@ -43,15 +43,14 @@ def test_a_model_takes_the_default_at_the_call(monkeypatch, device, qk_dim, v_di
     assert ctx.h.shape[2] == default_chunk_size(device, qk_dim, v_dim)
 
 
-def test_both_passes_agree_wherever_the_backward_pass_is_traced(monkeypatch):
+def test_the_backward_pass_takes_the_chunks_of_the_forward_pass(monkeypatch):
     config = backend_config(BackendConfig())
     arguments = testing.random_arguments(0, (1,), 65)
-    dh, _ = testing.random_cotangents(1, arguments)
-    _, ctx = fwbw.fwbw_forward(*arguments[:5], config)
-    here = fwbw.fwbw_backward(ctx, dh, config)
+    _, ctx = jax.eval_shape(lambda *x: fwbw.fwbw_forward(*x, config), *arguments[:5])
     monkeypatch.setattr(fwbw, "current_device", lambda: GPU)
-    for x, y in zip(fwbw.fwbw_backward(ctx, dh, config), here, strict=True):
-        assert testing.relative_error(x, y, 1e-30) < 1e-6
+    assert ctx.chunk_size != min(65, default_chunk_size(GPU, 4, 6))
+    gradients = jax.eval_shape(lambda *x: fwbw.fwbw_backward(*x, config), ctx, arguments.v)
+    assert [x.shape for x in gradients[:5]] == [x.shape for x in arguments[:5]]
 
 
 @pytest.mark.parametrize(("given", "taken"), [(-1, -1), (0, None), (48, 48)])
