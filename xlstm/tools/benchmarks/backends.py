@@ -114,7 +114,7 @@ def time_candidates(
             "shape": str(shape),
             "dtype": jnp.dtype(dtype).name,
             "backend": candidate.name,
-            "chunk_size": candidate.chunk_size,
+            "chunk_size": candidate.tokens_per_chunk(shape),
             "options": candidate.options,
             "matmul_rate_gflop_per_s": rate / 1e9,
         }

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    current_device,
+    default_chunk_size,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     backend_config,
     create_backend,
@@ -34,13 +38,18 @@ class Candidate:
     """An mLSTM that can be timed."""
 
     name: str  # The backend's name, or module:function.
-    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, None for backends without chunks.
+    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, -1 for the device's default, None
+    # for backends without chunks.
     options: dict[str, Any]  # The other options of the backend.
     function: Callable[..., jax.Array]  # Maps q, k, v, i, f to h.
 
     def fits(self, shape: Shape) -> bool:
         """Returns whether the sequence is at least as long as a chunk."""
         return (self.chunk_size or 0) <= shape.time
+
+    def tokens_per_chunk(self, shape: Shape) -> int | None:
+        """Returns the chunk size, in which -1 is replaced by the default for the shape."""
+        return _tokens_per_chunk(self.chunk_size, shape.qk_dim, shape.v_dim)
 
     def forward_operations(self, shape: Shape) -> int:
         """Returns the useful floating-point operations of the forward pass.
@@ -56,11 +65,16 @@ class Candidate:
         Returns:
             The operations for the whole input. Forward and backward need three times as many.
         """
-        pairs = (self.chunk_size or shape.time) * (shape.qk_dim + shape.v_dim)
+        chunk_size = min(self.tokens_per_chunk(shape) or shape.time, shape.time)
+        pairs = chunk_size * (shape.qk_dim + shape.v_dim)
         state = shape.qk_dim * shape.v_dim
         per_token = {"parallel_stabilized": pairs, "recurrent": 5 * state}
         tokens = shape.batch * shape.num_heads * shape.time
         return tokens * per_token.get(self.name, pairs + 4 * state)
+
+
+def _tokens_per_chunk(chunk_size: int | None, qk_dim: int, v_dim: int) -> int | None:
+    return default_chunk_size(current_device(), qk_dim, v_dim) if chunk_size == -1 else chunk_size
 
 
 def parse_shape(text: str) -> Shape:
@@ -122,12 +136,13 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
 
     def candidate(chunk_size: int) -> Candidate:
         def function(q, k, v, i, f):
+            tokens = _tokens_per_chunk(chunk_size, q.shape[-1], v.shape[-1]) or None
             try:
-                h = external(q, k, v, i, f, chunk_size=chunk_size or None)
+                h = external(q, k, v, i, f, chunk_size=tokens)
             except Exception as error:  # A user's function may raise anything.
                 raise ValueError(
                     f"--external={name} failed for q {q.shape}, v {v.shape} and"
-                    f" chunk_size={chunk_size or None}: {type(error).__name__}: {error}"
+                    f" chunk_size={tokens}: {type(error).__name__}: {error}"
                 ) from error
             if getattr(h, "shape", None) != v.shape:
                 given = getattr(h, "shape", type(h).__name__)

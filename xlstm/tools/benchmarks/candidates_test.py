@@ -91,14 +91,16 @@ def test_operations():
 
     assert per_token("fwbw", 10) == 10 * 10 + 4 * 24
     assert per_token("fwbw", 0) == 100 * 10 + 4 * 24
+    assert per_token("fwbw", -1) == 32 * 10 + 4 * 24  # That of a CPU.
     assert per_token("their:mlstm", 10) == per_token("fwbw", 10)
     assert per_token("parallel_stabilized", None) == 100 * 10
     assert per_token("recurrent", None) == 5 * 24
 
 
 def test_an_external_function_gets_the_chunk_size(module):
-    one, some = external_candidates(f"{module}:mean", [0, 5])
+    one, some, default = external_candidates(f"{module}:mean", [0, 5, -1])
     assert (one.name, one.chunk_size, some.chunk_size) == ("their_mlstm:mean", 0, 5)
+    assert default.function(*inputs())[0, 0, 0, 0] == 32  # That of a CPU.
     assert one.function(*inputs())[0, 0, 0, 0] == 2
     assert some.function(*inputs())[0, 0, 0, 0] == 5
 
