@@ -2,17 +2,24 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    MOSAIC_CHUNK_SIZE,
+    choose_implementation,
+    current_device,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     backend_config,
     create_backend,
 )
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.tools.benchmarks.timed import TimedFunction, compile_passes
 
 
 class Shape(NamedTuple):
@@ -33,10 +40,15 @@ class Shape(NamedTuple):
 class Candidate:
     """An mLSTM that can be timed."""
 
-    name: str  # The backend's name, or module:function.
+    name: str  # The backend's name, module:function, or the name of another library.
     chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, None for backends without chunks.
     options: dict[str, Any]  # The other options of the backend.
-    function: Callable[..., jax.Array]  # Maps q, k, v, i, f to h.
+    function: Callable[..., Any]  # Maps q, k, v, i, f to h.
+    implementation: str = ""  # The program of fwbw, or the kernel of another library.
+
+    def timed_passes(self, inputs: Sequence[jax.Array]) -> Iterator[tuple[str, TimedFunction]]:
+        """Prepares the passes; see `compile_passes`."""
+        return compile_passes(self.function, inputs)
 
     def fits(self, shape: Shape) -> bool:
         """Returns whether the sequence is at least as long as a chunk."""
@@ -48,7 +60,8 @@ class Candidate:
         The chunkwise form with chunks of L tokens needs, per token and head, half of its L pairs at
         2 (DHQK + DHV) each, and 4 DHQK DHV to read and update the state. The parallel form needs
         only the pairs, with L = T. The recurrent form reads the state (2 DHQK DHV), decays it and
-        adds an outer product (3 DHQK DHV). An external function is counted as chunkwise.
+        adds an outer product (3 DHQK DHV). Functions and kernels of
+        other libraries are counted as chunkwise.
 
         Args:
             shape: The sizes of the inputs.
@@ -81,27 +94,46 @@ def parse_chunk_size(text: str) -> int:
 
 
 def backend_candidates(
-    choice: BackendConfig, chunk_sizes: Sequence[int], model: ModelConfig | None = None
+    choice: BackendConfig,
+    chunk_sizes: Sequence[int],
+    implementations: Sequence[str],
+    shape: Shape,
+    dtype: jnp.dtype,
+    model: ModelConfig | None = None,
 ) -> list[Candidate]:
     """Returns the candidates of one backend.
 
     Args:
         choice: The backend and its options.
-        chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them, and
+            so does `mosaic`, which has chunks of 64.
+        implementations: Implementations of `fwbw`; other backends ignore them.
+        shape: The sizes of the inputs.
+        dtype: Dtype of `q`, `k` and `v`.
         model: The model whose matmul precision is used; None for JAX's default.
 
     Returns:
-        A candidate for each chunk size, or one for a backend without chunks.
+        A candidate for each implementation, as `auto` chooses it, and chunk size, without
+        repetitions; or one for a backend without chunks.
+
+    Raises:
+        ValueError: If an implementation is unknown or cannot run.
     """
-    if not hasattr(backend_config(choice), "chunk_size"):
-        return [_backend_candidate(choice, None, model)]
-    return [
-        _backend_candidate(dataclasses.replace(choice, chunk_size=size), size, model)
-        for size in chunk_sizes
-    ]
+    if choice.name != "fwbw":
+        return [_backend_candidate(choice, None, "", model)]
+    device, candidates = current_device(), {}
+    for requested in implementations:
+        requested = dataclasses.replace(choice, implementation=requested).implementation
+        chosen = choose_implementation(
+            requested, device, jnp.dtype(dtype), shape.qk_dim, shape.v_dim
+        ).name
+        for size in [MOSAIC_CHUNK_SIZE] if chosen == "mosaic" else chunk_sizes:
+            fwbw = dataclasses.replace(choice, chunk_size=size, implementation=chosen)
+            candidates[chosen, size] = _backend_candidate(fwbw, size, chosen, model)
+    return list(candidates.values())
 
 
-def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate]:
+def external_candidates(name: str, chunk_sizes: Sequence[int], shape: Shape) -> list[Candidate]:
     """Returns the candidates of an external function.
 
     Args:
@@ -110,9 +142,10 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
             `i, f (B, NH, T)`, chunk size None for one chunk, under `jit` and `grad`, and returns
             `h (B, NH, T, DHV)`.
         chunk_sizes: Tokens in a chunk, 0 for one chunk.
+        shape: The sizes of the inputs.
 
     Returns:
-        A candidate for each chunk size.
+        A candidate for each chunk size. Like all candidates it takes inputs with one axis `B * NH`.
 
     Raises:
         ValueError: If the module or function does not exist. A candidate raises it if the function
@@ -121,7 +154,8 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
     external = _load_function(name)
 
     def candidate(chunk_size: int) -> Candidate:
-        def function(q, k, v, i, f):
+        def function(*inputs):
+            q, k, v, i, f = (x.reshape(shape.batch, shape.num_heads, *x.shape[1:]) for x in inputs)
             try:
                 h = external(q, k, v, i, f, chunk_size=chunk_size or None)
             except Exception as error:  # A user's function may raise anything.
@@ -132,7 +166,7 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
             if getattr(h, "shape", None) != v.shape:
                 given = getattr(h, "shape", type(h).__name__)
                 raise ValueError(f"--external={name} returned {given}, expected h {v.shape}")
-            return h
+            return h.reshape(inputs[2].shape)
 
         return Candidate(name, chunk_size, {}, function)
 
@@ -140,12 +174,13 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
 
 
 def _backend_candidate(
-    choice: BackendConfig, chunk_size: int | None, model: ModelConfig | None
+    choice: BackendConfig, chunk_size: int | None, implementation: str, model: ModelConfig | None
 ) -> Candidate:
     taken = {field.name for field in dataclasses.fields(backend_config(choice))}
     given = dataclasses.asdict(choice)
     options = {name: given[name] for name in given if name in taken - {"chunk_size"}}
-    return Candidate(choice.name, chunk_size, options, create_backend(choice, model))
+    backend = create_backend(choice, model)
+    return Candidate(choice.name, chunk_size, options, backend, implementation)
 
 
 def _load_function(name: str) -> Callable:

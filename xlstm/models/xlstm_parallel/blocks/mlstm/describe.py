@@ -11,9 +11,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
-def model_implementation(
-    config: LanguageModelConfig, device: jax.Device
-) -> Implementation | None:
+def model_implementation(config: LanguageModelConfig, device: jax.Device) -> Implementation | None:
     """Chooses the implementation of the mLSTM cells of a model.
 
     Args:
@@ -31,9 +29,7 @@ def model_implementation(
         return None
     head_dims = model.qk_dim // model.num_heads, model.v_dim // model.num_heads
     described = Device(device.platform, device.device_kind)
-    return choose_implementation(
-        backend.implementation, described, model.compute_dtype, *head_dims
-    )
+    return choose_implementation(backend.implementation, described, model.compute_dtype, *head_dims)
 
 
 def mlstm_line(config: LanguageModelConfig, device: jax.Device) -> str:

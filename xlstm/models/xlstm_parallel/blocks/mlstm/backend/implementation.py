@@ -82,7 +82,5 @@ def _mosaic_problem(device: Device, dtype: jnp.dtype, qk_dim: int, v_dim: int) -
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16 queries, keys and values, and they are {dtype}"
     if max(qk_dim, v_dim) > _LARGEST_HEAD:
-        return (
-            f"it needs heads of at most {_LARGEST_HEAD} features, and DHQK={qk_dim}, DHV={v_dim}"
-        )
+        return f"it needs heads of at most {_LARGEST_HEAD} features, and DHQK={qk_dim}, DHV={v_dim}"
     return ""
