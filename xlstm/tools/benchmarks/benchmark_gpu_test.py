@@ -85,6 +85,19 @@ def test_rows_of_a_failing_group_say_what_failed(tmp_path, monkeypatch, capsys):
     assert "first; 1.500 ms; fine" in capsys.readouterr().out
 
 
+def test_the_best_peer_is_named():
+    def row(name, program, chunk_size, ms):
+        return {"pass": name, "program": program, "chunk_size": chunk_size, "ms": ms, "what": name}
+
+    peer = "mlstm_kernels triton"
+    forward = [row("forward", "mosaic", 64, 2.0), row("forward", peer, 64, 7.0)]
+    forward += [row("forward", peer, 128, 5.0), {"what": "x", "program": peer, "ok": False}]
+    backward = [row("forward_backward", peer, 64, 9.0)]  # Ours has failed.
+    (compared,) = gpu_groups.compare_with_peers(forward + backward)
+    assert compared["result"] == f"2.50 times as fast as {peer}, chunk 128"
+    assert (compared["what"], compared["program"]) == ("forward", "mosaic")
+
+
 def test_every_group_is_in_one_stage():
     names = [name for stage in benchmark_gpu._STAGES for name in stage]
     assert sorted(names) == sorted(gpu_groups.GROUPS)
