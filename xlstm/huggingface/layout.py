@@ -45,6 +45,8 @@ _MAX_EPS = 1e-6
 _COMPUTATION = {"mode": "inference", "use_cache": True}
 # `transformers` rounds head sizes up to a multiple of this for its cache, but not in its layers.
 _CACHE_ROUNDS_UP_TO = 64
+# Replaces our chunk sizes -1, of the device, and 0, the whole sequence: `transformers` has neither.
+_EXPORTED_CHUNK_SIZE = 64
 _TYPES = typing.get_type_hints(ModelConfig)
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -230,8 +232,7 @@ def to_hf_config(model: ModelConfig, backend: BackendConfig, dtype: str) -> dict
     ours = {name: getattr(model, name) for name in (*_SIZES, *_FACTORS, *_CONSTANTS)}
     _check_constants(ours)
     others = {other: ours[name] for name, other in _OTHER_NAMES.items()}
-    # Our chunk size 0, the whole sequence, is not supported there.
-    chunk_size = backend.chunk_size or BackendConfig.chunk_size
+    chunk_size = backend.chunk_size if backend.chunk_size > 0 else _EXPORTED_CHUNK_SIZE
     numerics = {"chunk_size": chunk_size, "dtype": dtype, "autocast_kernel_dtype": dtype}
     numerics["eps"] = _MAX_EPS
     architecture = {"architectures": ["xLSTMForCausalLM"]}

@@ -176,7 +176,7 @@ def test_the_cache_of_transformers_fits(sizes, layers, cache):
     computed = dict(zip(("qk_head_dim", "v_head_dim"), cache, strict=True))
     found = [hf_config[names[name]] if name in names else computed[name] for name in computed]
     assert tuple(found) == layers
-    assert from_hf_config(hf_config, _ENOUGH) == (model, BackendConfig())
+    assert from_hf_config(hf_config, _ENOUGH) == (model, BackendConfig(chunk_size=64))
 
 
 def test_a_size_that_is_missing(hf_config):
@@ -196,5 +196,7 @@ def test_what_the_hugging_face_format_does_not_support():
         to_hf_config(ModelConfig(gate_soft_cap=0.0), BackendConfig(), "float32")
 
 
-def test_a_chunk_of_the_whole_sequence_is_not_known_there():
-    assert to_hf_config(ModelConfig(), BackendConfig(chunk_size=0), "float32")["chunk_size"] == 64
+def test_an_export_has_a_positive_chunk_size():
+    for size in (-1, 0):
+        backend = BackendConfig(chunk_size=size)
+        assert to_hf_config(ModelConfig(), backend, "float32")["chunk_size"] == 64

@@ -3,12 +3,17 @@
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
+# Tokens in a chunk that are counted where the device decides: few, so that the useful work is the
+# same on every device, and a larger chunk does not count as more of it.
+_COUNTED_CHUNK_SIZE = 64
+
 
 def count_flops_per_token(config: LanguageModelConfig, context_length: int) -> int:
     """Counts the useful operations of a training step, in matrix products and convolutions.
 
     The backward pass counts twice as much as the forward pass. Recomputation (`model.remat`),
-    masked pairs of tokens, and padding do not count.
+    masked pairs of tokens, and padding do not count. `backend.chunk_size=-1` counts as 64, whatever
+    the device takes.
 
     Args:
         config: Configuration of the model and its backend, whose work per token differs.
@@ -61,7 +66,11 @@ def _mlstm_flops(model: ModelConfig, backend: BackendConfig, context_length: int
     per_pair = model.qk_dim + model.v_dim
     if backend.name == "parallel_stabilized":
         return context_length * per_pair
-    chunk_size = backend.chunk_size or context_length if backend.name == "fwbw" else 1
+    chunk_size = 1
+    if backend.name == "fwbw":
+        chunk_size = {-1: _COUNTED_CHUNK_SIZE, 0: context_length}.get(
+            backend.chunk_size, backend.chunk_size
+        )
     # Two more products, to write the state and to read it.
     state = 4 * model.qk_dim * model.v_dim // model.num_heads
     return min(chunk_size, context_length) * per_pair + state

@@ -102,11 +102,20 @@ def test_a_chunk_is_not_longer_than_the_sequence():
         return count_flops_per_token(LanguageModelConfig(_MODEL, BackendConfig(**backend)), 48)
 
     assert count(chunk_size=1000) == count(chunk_size=48) == count(chunk_size=0)
+    assert count(chunk_size=-1) == count(chunk_size=64)
     assert count(name="recurrent") == count(chunk_size=1) < count(chunk_size=2)
     # Without a state nothing is written or read.
     state = 4 * _MODEL.qk_dim * _MODEL.v_dim // _MODEL.num_heads
     expected = count(chunk_size=0) - 3 * _MODEL.num_blocks * state
     assert count(name="parallel_stabilized") == expected
+
+
+def test_the_count_does_not_depend_on_the_chunk_size_that_the_device_takes():
+    counts = [
+        count_flops_per_token(LanguageModelConfig(_MODEL, BackendConfig(chunk_size=size)), 1024)
+        for size in (-1, 64, 128)
+    ]
+    assert counts[0] == counts[1] < counts[2]
 
 
 def test_xlstm_7b():

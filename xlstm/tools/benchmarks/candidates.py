@@ -13,6 +13,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
     MOSAIC_CHUNK_SIZE,
     choose_implementation,
     current_device,
+    default_chunk_size,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     backend_config,
@@ -69,7 +70,8 @@ class Candidate:
         Returns:
             The operations for the whole input. Forward and backward need three times as many.
         """
-        pairs = (self.chunk_size or shape.time) * (shape.qk_dim + shape.v_dim)
+        chunk_size = min(self.chunk_size or shape.time, shape.time)
+        pairs = chunk_size * (shape.qk_dim + shape.v_dim)
         state = shape.qk_dim * shape.v_dim
         per_token = {"parallel_stabilized": pairs, "recurrent": 5 * state}
         tokens = shape.batch * shape.num_heads * shape.time
@@ -105,8 +107,8 @@ def backend_candidates(
 
     Args:
         choice: The backend and its options.
-        chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them, and
-            so does `mosaic`, which has chunks of 64.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk, -1 for the default of the device; a backend
+            without chunks ignores them, and so does `mosaic`, which has chunks of 64.
         implementations: Implementations of `fwbw`; other backends ignore them.
         shape: The sizes of the inputs.
         dtype: Dtype of `q`, `k` and `v`.
@@ -127,7 +129,8 @@ def backend_candidates(
         chosen = choose_implementation(
             requested, device, jnp.dtype(dtype), shape.qk_dim, shape.v_dim
         ).name
-        for size in [MOSAIC_CHUNK_SIZE] if chosen == "mosaic" else chunk_sizes:
+        sizes = [MOSAIC_CHUNK_SIZE] if chosen == "mosaic" else chunk_sizes
+        for size in (_resolve_chunk_size(size, shape) for size in sizes):
             fwbw = dataclasses.replace(choice, chunk_size=size, implementation=chosen)
             candidates[chosen, size] = _backend_candidate(fwbw, size, chosen, model)
     return list(candidates.values())
@@ -141,7 +144,7 @@ def external_candidates(name: str, chunk_sizes: Sequence[int], shape: Shape) -> 
             `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the gates' pre-activations
             `i, f (B, NH, T)`, chunk size None for one chunk, under `jit` and `grad`, and returns
             `h (B, NH, T, DHV)`.
-        chunk_sizes: Tokens in a chunk, 0 for one chunk.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk, -1 for the default of the device.
         shape: The sizes of the inputs.
 
     Returns:
@@ -170,7 +173,13 @@ def external_candidates(name: str, chunk_sizes: Sequence[int], shape: Shape) -> 
 
         return Candidate(name, chunk_size, {}, function)
 
-    return [candidate(size) for size in chunk_sizes]
+    return [candidate(_resolve_chunk_size(size, shape)) for size in chunk_sizes]
+
+
+def _resolve_chunk_size(chunk_size: int, shape: Shape) -> int:
+    if chunk_size == -1:
+        return default_chunk_size(current_device(), shape.qk_dim, shape.v_dim)
+    return chunk_size
 
 
 def _backend_candidate(

@@ -97,9 +97,12 @@ def test_each_implementation_is_a_candidate_and_kernels_have_their_own_chunk(mon
     assert found(jnp.bfloat16, "mosaic", "xla") == [("mosaic", 64), *xla]
     assert found(jnp.bfloat16, "auto", "mosaic") == [("mosaic", 64)]
     assert found(jnp.float32, "auto", "xla") == xla  # Without repetitions.
+    assert found(jnp.bfloat16, "xla", "auto")[-1] == ("mosaic", 64)
+    (default,) = backend_candidates(BackendConfig(), [-1, 128], ["xla"], SHAPE, jnp.bfloat16)
+    assert default.chunk_size == default.function.config.chunk_size == 128  # That of a GPU.
     (kernels,) = backend_candidates(BackendConfig(), [0], ["mosaic"], SHAPE, jnp.bfloat16)
     assert kernels.options["implementation"] == "mosaic"
-    assert kernels.forward_operations(SHAPE) == 16 * (64 * 10 + 4 * 24)
+    assert kernels.forward_operations(SHAPE) == 16 * (8 * 10 + 4 * 24)
     with pytest.raises(ValueError, match="mosaic cannot be used: it needs bfloat16"):
         found(jnp.float32, "xla", "mosaic")
 
@@ -124,7 +127,8 @@ def test_operations():
 
 
 def test_an_external_function_gets_the_chunk_size(module):
-    one, some = external_candidates(f"{module}:mean", [0, 5], SHAPE)
+    one, some, default = external_candidates(f"{module}:mean", [0, 5, -1], SHAPE)
+    assert default.function(*inputs())[0, 0, 0] == default.chunk_size == 32  # That of a CPU.
     assert (one.name, one.chunk_size, some.chunk_size) == ("their_mlstm:mean", 0, 5)
     assert one.function(*inputs()).shape == (2, 8, 6)
     assert one.function(*inputs())[0, 0, 0] == 2

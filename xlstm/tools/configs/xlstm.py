@@ -29,7 +29,6 @@ def get_config(size: str = ""):
     config.model.num_blocks = num_blocks  # From the table above.
     config.model.num_heads = num_heads  # From the table above.
     config.model.dtype = "bfloat16"  # Parameters, gates, states and norms stay in float32.
-    config.backend.chunk_size = 64  # Several fit into an accelerator's fast memory.
     config.data.stores = ("data",)  # Your token store, made by prepare_data.
     config.data.context_length = 8192  # As xLSTM-7B.
     config.data.batch_size = 512  # 4.2M tokens per step.

@@ -32,7 +32,6 @@ def get_config(size: str = ""):
     config.model.gate_soft_cap = 0.0  # The paper has no soft caps.
     config.model.output_logit_soft_cap = 0.0  # The paper has no soft caps.
     config.model.dtype = "bfloat16"  # Parameters, gates, states and norms stay in float32.
-    config.backend.chunk_size = 64  # Several fit into an accelerator's fast memory.
     config.data.stores = ("data",)  # Your token store, made by prepare_data.
     config.data.context_length = 2048  # As in the paper.
     config.data.batch_size = 256  # 0.5M tokens per step.

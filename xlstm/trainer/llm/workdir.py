@@ -29,6 +29,8 @@ from xlstm.visible_text import short_repr
 # Sections, and fields as `section.field`, that may differ when a run resumes.
 _FREE_TO_CHANGE = {
     "mesh",
+    "backend.chunk_size",
+    "backend.implementation",
     "logger",
     "data.validation_stores",
     *(f"trainer.{field.name}" for field in dataclasses.fields(TrainerConfig)),

@@ -75,6 +75,7 @@ def test_the_same_configuration_goes_on(claimed):
     "sections",
     [
         {"mesh": {"dp": 1, "tp": 4}},
+        {"backend": {"chunk_size": 32, "implementation": "xla"}},
         {"logger": {"interval": 3, "tensorboard": False, "sample_prompt": "def"}},
         {"trainer": {"num_steps": 7}},
         {"trainer": {"num_minibatches": 2, "eval_interval": 5}},
@@ -96,7 +97,10 @@ def test_what_may_differ_is_written_anew(claimed, sections):
     "sections, named",
     [
         ({"model": {"embedding_dim": 64}}, "model.embedding_dim was 128, is 64"),
-        ({"backend": {"chunk_size": 32}}, "backend.chunk_size was 64, is 32"),
+        (
+            {"backend": {"stabilize_correctly": False}},
+            "backend.stabilize_correctly was True, is False",
+        ),
         ({"data": {"stores": ("a", "b")}}, "data.stores was ['stdlib'], is ['a', 'b']"),
         ({"data": {"batch_size": 32}}, "data.batch_size was 16, is 32"),
         ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 was 0.95, is 0.99"),
@@ -255,6 +259,20 @@ def test_what_the_absence_of_a_field_meant(claimed):
     config = with_new_fields(_saved(claimed)["config"])
     assert config["data"] == _saved(claimed)["config"]["data"] | {"shuffle": "grain"}
     assert config["optimizer"] == _saved(claimed)["config"]["optimizer"]
+
+
+def test_a_run_from_before_chunk_sizes_of_the_device_takes_them_in_silence(claimed):
+    def change(config):
+        del config["backend"]["implementation"]
+        config["backend"]["chunk_size"] = 64
+
+    _rewrite(claimed, change)
+    before = with_new_fields(_saved(claimed)["config"])["backend"]
+    assert (before["chunk_size"], before["implementation"]) == (64, "auto")
+    assert inherited_fields(claimed, RunConfig().with_decay_steps()) == {}
+    _claim(claimed, RunConfig())
+    after = _saved(claimed)["config"]["backend"]
+    assert (after["chunk_size"], after["implementation"]) == (-1, "auto")
 
 
 def test_a_field_that_there_is_no_more_is_named(claimed):

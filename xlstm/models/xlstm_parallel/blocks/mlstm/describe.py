@@ -7,8 +7,9 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
     Device,
     Implementation,
     choose_implementation,
+    default_chunk_size,
 )
-from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
 
 def model_implementation(config: LanguageModelConfig, device: jax.Device) -> Implementation | None:
@@ -27,9 +28,9 @@ def model_implementation(config: LanguageModelConfig, device: jax.Device) -> Imp
     model, backend = config.model, config.backend
     if backend.name != "fwbw" or model.block not in model.pattern.counts:
         return None
-    head_dims = model.qk_dim // model.num_heads, model.v_dim // model.num_heads
-    described = Device(device.platform, device.device_kind)
-    return choose_implementation(backend.implementation, described, model.compute_dtype, *head_dims)
+    return choose_implementation(
+        backend.implementation, _describe(device), model.compute_dtype, *_head_dims(model)
+    )
 
 
 def mlstm_line(config: LanguageModelConfig, device: jax.Device) -> str:
@@ -52,6 +53,17 @@ def mlstm_line(config: LanguageModelConfig, device: jax.Device) -> str:
     if chosen.name == "mosaic":
         return f"mLSTM: mosaic kernels, chunks of {MOSAIC_CHUNK_SIZE} tokens"
     size = config.backend.chunk_size
+    if size == -1:
+        size = default_chunk_size(_describe(device), *_head_dims(config.model))
     chunks = f"chunks of {size:,} tokens" if size else "one chunk"
     reason = f" (not mosaic: {chosen.reason})" if chosen.reason else ""
     return f"mLSTM: XLA program, {chunks}{reason}"
+
+
+def _describe(device: jax.Device) -> Device:
+    return Device(device.platform, device.device_kind)
+
+
+def _head_dims(model: ModelConfig) -> tuple[int, int]:
+    """Returns `DHQK` and `DHV`."""
+    return model.qk_dim // model.num_heads, model.v_dim // model.num_heads

@@ -45,6 +45,12 @@ def test_a_program_that_was_asked_for_needs_no_reason():
     assert mlstm_line(config(backend), CPU) == "mLSTM: XLA program, one chunk"
 
 
+def test_the_default_chunk_size_is_that_of_the_device():
+    model = config(BackendConfig(implementation="xla"), embedding_dim=2048, num_heads=4)
+    assert mlstm_line(model, H100) == "mLSTM: XLA program, chunks of 256 tokens"
+    assert mlstm_line(model, CPU) == "mLSTM: XLA program, chunks of 128 tokens"
+
+
 def test_kernels_that_cannot_run_are_an_error():
     with pytest.raises(ValueError, match="backend.implementation=mosaic cannot be used: .* cpu"):
         model_implementation(config(BackendConfig(implementation="mosaic")), CPU)

@@ -290,5 +290,5 @@ def test_unknown_backend():
 
 
 def test_negative_chunk_size():
-    with pytest.raises(ValueError, match="chunk_size=-1"):
-        BackendConfig("fwbw", chunk_size=-1)
+    with pytest.raises(ValueError, match="chunk_size=-2"):
+        BackendConfig("fwbw", chunk_size=-2)

@@ -8,17 +8,17 @@ derives the backward pass, and `xlstm.common_types` describes the notation.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
-    ChunkGates,
     chunk_gates,
     chunk_state_gradients,
     chunk_states,
+    chunk_states_by_decays,
     fold_state,
     log_scales,
     merge_chunks,
@@ -38,6 +38,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     rev_cumsum_off,
     sum_of_spanning_pairs,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    current_device,
+    default_chunk_size,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMArguments,
     MLSTMInputs,
@@ -49,6 +53,12 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     divide_by_normalizer,
     normalizer_gradients,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
+    FwbwContext,
+    recompute,
+    split_tokens,
+    weigh_pairs,
 )
 
 __all__ = [
@@ -72,7 +82,8 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
     `stabilize_correctly` changes results.
     """
 
-    chunk_size: int | None = 512  # Number of tokens in a chunk, L; None for one chunk.
+    chunk_size: int | None = 512  # Number of tokens in a chunk, L; None for one chunk, -1 for
+    # `default_chunk_size`.
     return_state: bool = False  # Whether the function returns the last state as well.
     use_initial_state: bool = False  # Whether to expect an initial state; a given one is used.
     keep_G: bool = False  # Keep weights and scores of all pairs in a chunk: 2 * T * L per head.
@@ -83,34 +94,8 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
     implementation: str = "auto"  # Program of `mlstm_fwbw_custom_grad`: auto, xla or mosaic.
 
     def __post_init__(self):
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size={self.chunk_size}: it must be at least 1, or None")
-
-
-class FwbwContext(NamedTuple):
-    """Residuals of the forward pass for the backward pass.
-
-    Attributes:
-        arguments: Arguments of the forward pass.
-        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
-        h: Output `(N, NC, L, DHV)`, at least float32.
-        qn: `n_t . q_t`, `(N, NC, L)`.
-        last_state: State after the last token.
-        gates: Gates of the chunks with `keep_gates`, else None.
-        m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
-        pairs: Weights and gated scores, each `(N, NC, L, L)`, with `keep_G`, else None.
-        before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
-    """
-
-    arguments: MLSTMArguments
-    reset: jax.Array | None
-    h: jax.Array
-    qn: jax.Array
-    last_state: MLSTMState
-    gates: ChunkGates | None
-    m: jax.Array | None
-    pairs: tuple[jax.Array, jax.Array] | None
-    before: MLSTMState | None
+        if self.chunk_size is not None and self.chunk_size < 1 and self.chunk_size != -1:
+            raise ValueError(f"chunk_size={self.chunk_size}: it must be at least 1, None or -1")
 
 
 def fwbw_forward(
@@ -149,16 +134,30 @@ def fwbw_forward(
         ValueError: If shapes or types are wrong, or the initial state is incomplete.
     """
     arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
+    return _forward(arguments, reset, config, precision, chunk_states)
+
+
+def _forward(
+    arguments: MLSTMArguments,
+    reset: jax.Array | None,
+    config: mLSTMBackendFwbwConfig,
+    precision: lax.Precision | None,
+    compute_states: Callable[..., tuple[MLSTMState, MLSTMState]],
+) -> tuple[jax.Array, FwbwContext]:
+    """Implements `fwbw_forward`; `compute_states` is `chunk_states`, or does the same."""
     inputs = prepare_inputs(arguments)
     reset = check_reset(reset, inputs.i.shape)
-    q, k, v = _split_tokens(inputs, config.chunk_size)
-    gates = chunk_gates(inputs.i, inputs.log_f, reset, config.chunk_size)
-    before, last = chunk_states(k, v, gates, fold_state(inputs.state), precision)
+    chunk_size = config.chunk_size
+    if chunk_size == -1:
+        chunk_size = default_chunk_size(current_device(), inputs.q.shape[-1], inputs.v.shape[-1])
+    q, k, v = split_tokens(inputs, chunk_size)
+    gates = chunk_gates(inputs.i, inputs.log_f, reset, chunk_size)
+    before, last = compute_states(k, v, gates, fold_state(inputs.state), precision)
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
     multiply = functools.partial(product, precision=precision)
-    pairs = _, scores = _weigh_pairs(q, k, log_weights, m, precision)
+    pairs = _, scores = weigh_pairs(q, k, log_weights, m, precision)
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
     numerator = multiply("ncts,ncsv->nctv", scores.astype(v.dtype), v)
     numerator += multiply("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
@@ -233,58 +232,6 @@ def fwbw_backward(
     return tuple(d_arguments)
 
 
-def _split_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
-    """Splits `q`, `k` and `v` into chunks `(N, NC, L, DHQK or DHV)`."""
-    return [split_chunks(x, inputs.i.ndim - 1, chunk_size) for x in (inputs.q, inputs.k, inputs.v)]
-
-
-def _weigh_pairs(
-    q: jax.Array,
-    k: jax.Array,
-    log_weights: jax.Array,
-    m: jax.Array,
-    precision: lax.Precision | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns weights and gated scores of the pairs in each chunk, both `(N, NC, L, L)`."""
-    weights = jnp.exp(log_weights - m[..., None])
-    return weights, product("nctk,ncsk->ncts", q, k, precision=precision) * weights
-
-
-class _Recomputed(NamedTuple):
-    """Intermediate results of the forward pass, as in `FwbwContext`."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    gates: ChunkGates
-    before: MLSTMState
-    m: jax.Array
-    weights: jax.Array  # exp(D_ts - m_t), (N, NC, L, L).
-    scores: jax.Array  # q_t . k_s times the weights.
-
-
-def _recompute(
-    ctx: FwbwContext,
-    inputs: MLSTMInputs,
-    config: mLSTMBackendFwbwConfig,
-    precision: lax.Precision | None,
-) -> _Recomputed:
-    """Takes from the residuals what was kept, and recomputes the rest."""
-    gates, m, pairs, before = ctx.gates, ctx.m, ctx.pairs, ctx.before
-    q, k, v = _split_tokens(inputs, config.chunk_size)
-    if gates is None:
-        gates = chunk_gates(inputs.i, inputs.log_f, ctx.reset, config.chunk_size)
-    if before is None:
-        before, _ = chunk_states(k, v, gates, fold_state(inputs.state), precision)
-    if m is None or pairs is None:
-        log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
-    if m is None:
-        m = log_scales(log_weights, gates, before.m)
-    if pairs is None:
-        pairs = _weigh_pairs(q, k, log_weights, m, precision)
-    return _Recomputed(q, k, v, gates, before, m, *pairs)
-
-
 def _dot(a: MLSTMState, d_C: jax.Array, d_n: jax.Array) -> jax.Array:
     """Returns `<C, dC> + <n, dn>`, over all but the leading axes."""
     return jnp.sum(a.C * d_C, axis=(-2, -1)) + jnp.sum(a.n * d_n, axis=-1)
@@ -300,10 +247,10 @@ def _gradient_of_inputs(
     precision: lax.Precision | None,
 ) -> MLSTMInputs:
     """Returns the gradients of the prepared inputs; see `fwbw_backward`."""
-    q, k, v, gates, before, m, weights, scores = _recompute(ctx, inputs, config, precision)
+    q, k, v, gates, before, m, weights, scores = recompute(ctx, inputs, precision)
     dtype, (*leading, time) = v.dtype, inputs.i.shape
     multiply = functools.partial(product, precision=precision)
-    dh = split_chunks(dh, len(leading), config.chunk_size).astype(ctx.h.dtype)
+    dh = split_chunks(dh, len(leading), ctx.chunk_size).astype(ctx.h.dtype)
     d_numerator, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
     d_numerator = d_numerator.astype(dtype)
 
@@ -375,12 +322,16 @@ def _fwbw(
     config: mLSTMBackendFwbwConfig,
     precision: lax.Precision | None,
 ) -> jax.Array | tuple[jax.Array, MLSTMState]:
-    """Implements the function that `mlstm_fwbw_custom_grad` returns."""
-    return _fwbw_forward_rule(arguments, reset, config, precision)[0]
+    """Implements the function that `mlstm_fwbw_custom_grad` returns, without its gradient."""
+    # On an H100 the decays are the faster way forward, but the slower one with a backward pass.
+    by_decays = current_device().platform != "cpu"
+    compute_states = chunk_states_by_decays if by_decays else chunk_states
+    h, ctx = _forward(arguments, reset, config, precision, compute_states)
+    return (h, ctx.last_state) if config.return_state else h
 
 
 def _fwbw_forward_rule(arguments, reset, config, precision):
-    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset=reset, precision=precision)
+    h, ctx = _forward(arguments, reset, config, precision, chunk_states)
     return ((h, ctx.last_state) if config.return_state else h), ctx
 
 

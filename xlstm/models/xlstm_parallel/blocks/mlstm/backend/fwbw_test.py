@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import fwbw, testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import mLSTMBackend
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     fwbw_backward,
@@ -18,6 +18,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     mLSTMBackendFwbw,
     mLSTMBackendFwbwConfig,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import Device
 
 CONFIG = mLSTMBackendFwbwConfig(chunk_size=4, stabilize_correctly=True)
 
@@ -66,6 +67,7 @@ def test_defaults():
         "keep_M": False,
         "keep_c": False,
         "stabilize_correctly": False,
+        "implementation": "auto",
     }
 
 
@@ -87,7 +89,7 @@ def test_names_and_positions():
     assert CONFIG.assign_model_config_params(None) == CONFIG
 
 
-@pytest.mark.parametrize("chunk_size", [0, -3])
+@pytest.mark.parametrize("chunk_size", [0, -2, -3])
 def test_wrong_chunk_size(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size={chunk_size}"):
         mLSTMBackendFwbwConfig(chunk_size=chunk_size)
@@ -165,6 +167,24 @@ def test_vmap_over_heads_is_the_heads_folded_in(axis):
     expected = with_gradients(CONFIG, arguments, cotangents)
     mapped = jax.vmap(lambda *x: with_gradients(CONFIG, *x), in_axes=axis, out_axes=axis)
     assert_trees_close(mapped(arguments, cotangents), expected)
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_an_accelerator_needs_no_loop_without_a_backward_pass(monkeypatch, with_reset):
+    monkeypatch.setattr(fwbw, "current_device", lambda: Device("gpu", "NVIDIA A100"))
+    problem = testing.problem(65, with_reset=with_reset)
+    function = mlstm_fwbw_custom_grad(dataclasses.replace(CONFIG, return_state=True))
+    reset = problem.reset if with_reset else None
+    run = lambda arguments: function(*arguments, reset=reset)  # noqa: E731
+    h, state = jax.jit(run)(problem.arguments)
+    testing.assert_solves(problem, (h, tuple(state)), problem.gradients)
+
+    def num_loops(run):
+        equations = _equations(jax.make_jaxpr(run)(problem.arguments).jaxpr)
+        return sum(equation.primitive.name == "scan" for equation in equations)
+
+    assert num_loops(lambda arguments: jax.vjp(run, arguments)[0]) == 1
+    assert num_loops(jax.jit(run)) == 0
 
 
 def test_scan_and_remat_of_layers():

@@ -1,5 +1,6 @@
 """Which program computes the chunkwise mLSTM: Pallas kernels for Hopper GPUs, or XLA."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -10,6 +11,16 @@ import jax.numpy as jnp
 _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 _LARGEST_HEAD = 512  # Features of a head that a kernel holds in fast memory.
 MOSAIC_CHUNK_SIZE = 64  # Tokens in a chunk of the kernels: the rows of one tensor-core instruction.
+
+# Tokens in a chunk for heads of at most so many features, DHQK or DHV, in rising order; the last
+# row is for all others. `docs/mlstm.md` has the figures.
+_CHUNK_SIZES = {
+    # Measured with DHQK/DHV of 32/64, 64/128, 128/256 and 256/512.
+    "cpu": ((64, 32), (128, 64), (math.inf, 128)),
+    # Measured on an H100: of 64, 128 and 256, 256 is the fastest with 256/512. With 64/128 only
+    # 128 was measured. TPUs were not measured, and take the same.
+    "gpu": ((128, 128), (math.inf, 256)),
+}
 
 
 class Device(NamedTuple):
@@ -43,6 +54,21 @@ def current_device() -> Device:
         return Device(described.platform, described.device_kind)
     first = jax.devices()[0]
     return Device(first.platform, first.device_kind)
+
+
+def default_chunk_size(device: Device, qk_dim: int, v_dim: int) -> int:
+    """Returns the chunk size of `fwbw` that was measured to be the fastest.
+
+    Args:
+        device: The device that computes; accelerators other than GPUs are taken for one.
+        qk_dim: `DHQK`.
+        v_dim: `DHV`.
+
+    Returns:
+        The number of tokens in a chunk.
+    """
+    rows = _CHUNK_SIZES["cpu" if device.platform == "cpu" else "gpu"]
+    return next(size for largest, size in rows if max(qk_dim, v_dim) <= largest)
 
 
 def choose_implementation(
