@@ -93,7 +93,7 @@ _PEERS = flags.DEFINE_list(
     "Other libraries whose kernels to time next to the backends: mlstm_kernels (chunks of"
     f" {', '.join(map(str, PEER_CHUNK_SIZES))} tokens unless --chunk_sizes is given).",
 )
-_FOR_BACKENDS = (*(_BACKENDS, _SHAPES, _CHUNK_SIZES, _IMPLEMENTATIONS, _DTYPE, _EXTERNAL, _PEERS),)
+_FOR_BACKENDS = (_BACKENDS, _SHAPES, _CHUNK_SIZES, _IMPLEMENTATIONS, _DTYPE, _EXTERNAL, _PEERS)
 
 
 def main(argv: list[str]) -> None:

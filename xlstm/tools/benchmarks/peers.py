@@ -52,6 +52,8 @@ class TorchCandidate(Candidate):
 
         dtype = getattr(torch, inputs[0].dtype.name)
         *arguments, dh = (to_tensor(x) for x in inputs)
+        for argument in arguments:
+            argument.requires_grad_()
         options = {"chunk_size": self.chunk_size, **self.options}
         options["autocast_kernel_dtype"] = dtype
 
@@ -64,15 +66,14 @@ class TorchCandidate(Candidate):
             return torch.autograd.grad(h, arguments, dh)
 
         for name, call in zip(PASSES, (forward, backward), strict=True):
-            for argument in arguments:
-                argument.requires_grad_(name != "forward")
             try:
-                yield name, self._prepare(call)
+                timed = self._prepare(call)
             except Exception as error:  # Another library may raise anything.
                 raise ValueError(
                     f"--peers={self.name} failed for --shapes={shape} and chunk_size="
                     f"{self.chunk_size}: {type(error).__name__}: {error}"
                 ) from error
+            yield name, timed
 
     def _prepare(self, call: Callable[[], Any]) -> TimedFunction:
         """Runs a pass twice: once to compile its kernels, and once to measure its memory."""

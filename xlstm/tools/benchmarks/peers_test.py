@@ -16,8 +16,8 @@ class FakeTensor:
         self.values, self.dtype, self.device = values, dtype, device
         self.requires_grad = False
 
-    def requires_grad_(self, value):
-        self.requires_grad = value
+    def requires_grad_(self):
+        self.requires_grad = True
 
 
 class FakeCuda:
@@ -120,6 +120,7 @@ def test_a_kernel_gets_the_same_values_and_is_waited_for(packages):
     q, v, i, options = calls[0]
     assert np.array_equal(q.values, arrays[0].reshape(1, 2, 128, 4))
     assert i.values.shape == (1, 2, 128) and v.device == "cuda" and i.dtype == "float32"
+    assert q.requires_grad and v.requires_grad and i.requires_grad
     assert options["chunk_size"] == 32 and options["autocast_kernel_dtype"] == "float32"
     assert options["recompute_states_in_bw"] is False
     assert [x.temporary_memory for x in passes.values()] == [70, 70]
