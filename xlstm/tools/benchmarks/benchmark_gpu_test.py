@@ -125,7 +125,7 @@ def test_a_dry_run_times_the_xla_program(tmp_path):
     assert 0 < forward["of_sheet"] < 1 and forward["of_measured"] > 0 and forward["ms"] > 0
     assert by_what["target", "1x2x64x8x16, forward + backward"]["ms"] > 0
     assert "not timed: --peers=mlstm_kernels needs" in by_what["target", "1x2x64x8x16"]["result"]
-    assert " tokens/s" in by_what["400M", "training step, xlstm:400M"]["result"]
+    assert " tokens/s" in by_what["400M", "training step, smoke"]["result"]
     tests = by_what["tests", "tests of the backends"]
     assert tests["ok"] and " passed in " in tests["result"]
     assert f"{forward['ms']:,.3f}" in result.stdout

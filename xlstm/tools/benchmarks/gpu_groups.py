@@ -184,7 +184,8 @@ def steps_1b(setting: Setting) -> Iterator[Row]:
 
 
 def _time_steps(name: str, batch_size: int, setting: Setting) -> Iterator[Row]:
-    values = load_config("smoke" if setting.dry_run else name)
+    name = "smoke" if setting.dry_run else name
+    values = load_config(name)
     if not setting.dry_run:
         values.data.context_length, values.data.batch_size = 2048, batch_size
     for implementation in setting.implementations:
