@@ -28,6 +28,7 @@ from xlstm.dataset.batch import Batch
 from xlstm.distributed.hlo_collectives import Collective, find_collectives
 from xlstm.distributed.mesh import BATCH_AXES
 from xlstm.distributed.pipeline_parallel import bubble_fraction
+from xlstm.models.xlstm_parallel.blocks.mlstm.describe import mlstm_line
 from xlstm.tools.config import define_config_flags, run_config
 from xlstm.tools.processes import initialize_devices
 from xlstm.trainer.base.clock import Clock, report_waits
@@ -219,7 +220,9 @@ def main(argv: list[str]) -> None:
     initialize_devices()
     mesh = create_run_mesh(config)
     console = Console()
-    console.print(mesh_line(mesh), highlight=False, soft_wrap=True)
+    for line in (mesh_line(mesh), mlstm_line(config.language_model, mesh.devices.flat[0])):
+        if line:
+            console.print(line, highlight=False, soft_wrap=True)
     clock = Clock()
     with report_waits(clock, print_line), clock.phase("compile"):
         description = describe_step(config, mesh)

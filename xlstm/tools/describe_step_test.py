@@ -139,6 +139,7 @@ def test_the_tool_prints_tables():
     )
     lines = [line.split() for line in process.stdout.splitlines()]
     assert "mesh: dp=2, fsdp=1, pp=2, tp=2 (8 CPU devices)" in process.stdout
+    assert "\nmLSTM: XLA program, chunks of 16 tokens (not mosaic: it needs a " in process.stdout
     assert "pipeline bubble: 33%" in process.stdout
     # 42,064 of 42,224 float32 parameters are sharded over four devices, 128 over two, 32 over none.
     assert [line[1:] for line in lines if line[:1] == ["parameters"]] == [["41.5", "KiB"]]

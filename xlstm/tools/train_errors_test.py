@@ -97,6 +97,10 @@ _BAD_INPUT = {
     ),
     "unreadable": (["--config.data.stores=FOLDER/unreadable"], "unreadable: meta.json"),
     "vocabulary": (["--config.model.vocab_size=100"], "only model.vocab_size=100"),
+    "implementation": (
+        ["--config.backend.implementation=mosaic"],
+        "backend.implementation=mosaic cannot be used: it needs a Hopper GPU",
+    ),
     "processes": (["--num_processes=2"], "go together"),
 }
 
@@ -124,6 +128,11 @@ def errors_of_bad_input(folder):
 def test_bad_input_is_one_line_and_status_2(errors_of_bad_input, name):
     _, named = _BAD_INPUT[name]
     assert named in errors_of_bad_input[name]
+
+
+def test_bad_input_makes_no_folder(folder):
+    assert "mosaic cannot be used" in _error(_start_with(folder, "never", "implementation"))
+    assert not os.path.exists(folder / "never")
 
 
 def test_help_lists_the_flags_and_succeeds(folder):

@@ -10,51 +10,32 @@ import numpy as np
 from jax import lax
 
 from xlstm.tools.benchmarks.candidates import Candidate, Shape
+from xlstm.tools.benchmarks.timed import PASSES, TimedFunction
 from xlstm.trainer.base.throughput import measure_matmul_rate
 
 FORGET_GATE_BIAS = 4.0  # Between the biases of the first and the last head of a new model.
 _MATMUL_INTERVAL = 2.0  # Seconds; a measurement takes a quarter of a second.
-
-# Useful operations of each pass, in multiples of the forward pass.
-PASSES = {"forward": 1, "forward_backward": 3}
-
-
-class _TimedFunction:
-    """A compiled function with the seconds of its compilation and of its runs."""
-
-    def __init__(self, function: Callable, arguments: Sequence[jax.Array]):
-        jax.clear_caches()  # Otherwise a function may reuse the traces of another.
-        begin = time.perf_counter()
-        self._compiled = jax.jit(function).lower(*arguments).compile()
-        self.compile_time = time.perf_counter() - begin
-        self.temporary_memory = self._compiled.memory_analysis().temp_size_in_bytes
-        self._arguments = arguments
-        self.times: list[float] = []
-        jax.block_until_ready(self._compiled(*arguments))  # The first run warms up.
-
-    def run(self) -> None:
-        """Runs the function and records the time."""
-        begin = time.perf_counter()
-        jax.block_until_ready(self._compiled(*self._arguments))
-        self.times.append(time.perf_counter() - begin)
+# Calls in a timed run. Starting a call on an accelerator and waiting for it takes 0.1 ms.
+_CALLS, _CALLS_ON_CPU = 3, 1
 
 
 def random_inputs(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     """Returns inputs as in a new model: gates near their biases, everything else normal.
 
     Args:
-        shape: The sizes.
+        shape: The sizes; `N = B * NH`.
         dtype: Dtype of all inputs except the gates, which are float32.
 
     Returns:
-        `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)`, `i, f (B, NH, T)`, and a cotangent of `h`,
-        `(B, NH, T, DHV)`; deterministic for a shape.
+        `q, k (N, T, DHQK)`, `v (N, T, DHV)`, `i, f (N, T)`, and a cotangent of `h`, `(N, T, DHV)`;
+        deterministic for a shape. Axes `(B, NH, T)` would cost copies: the kernels for GPUs expect
+        that such arrays are transposed views of `(B, T, NH)`, as in a layer.
     """
     rng = np.random.default_rng(0)
-    *tokens, qk_dim, v_dim = shape
+    batch, num_heads, length, qk_dim, v_dim = shape
 
     def draw(*features: int) -> np.ndarray:
-        return rng.standard_normal((*tokens, *features), np.float32)
+        return rng.standard_normal((batch * num_heads, length, *features), np.float32)
 
     q, k, v, i, f, dh = draw(qk_dim), draw(qk_dim), draw(v_dim), draw(), draw(), draw(v_dim)
     q, k, v, dh = (jnp.asarray(x, dtype) for x in (q, k, v, dh))
@@ -68,6 +49,7 @@ def time_candidates(
     repeats: int,
     advance: Callable[[], None],
     precision: lax.Precision | None = None,
+    on_failure: Callable[[Candidate, Exception], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Compiles all candidates, then runs them in turn, repeatedly.
 
@@ -80,6 +62,8 @@ def time_candidates(
         repeats: Number of timed runs of each candidate.
         advance: Called after each compilation and each timed run.
         precision: The precision with which the dense matmul multiplies float32.
+        on_failure: Called with a candidate that cannot be compiled or run, and with its error; the
+            candidate is left out. None raises the error.
 
     Returns:
         A row for each candidate; its keys name the units. Fractions are useful operations per
@@ -89,32 +73,40 @@ def time_candidates(
         ValueError: If an external function fails.
     """
     inputs = random_inputs(shape, dtype)
-    timed = []
+    calls = _CALLS_ON_CPU if jax.default_backend() == "cpu" else _CALLS
+    timed: list[tuple[Candidate, dict[str, TimedFunction]]] = []
     for candidate in candidates:
         functions = {}
-        for name, function in _passes(candidate.function).items():
-            functions[name] = _TimedFunction(function, inputs)
-            advance()
-        timed.append(functions)
+        try:
+            for name, function in candidate.timed_passes(inputs):
+                functions[name] = function
+                advance()
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(candidate, error)
+            continue
+        timed.append((candidate, functions))
 
     rates, last_measured = [], -np.inf
     for _ in range(repeats):
         if time.perf_counter() - last_measured > _MATMUL_INTERVAL:
             rates.append(_matmul_rate(dtype, precision))
             last_measured = time.perf_counter()
-        for functions in timed:
+        for _, functions in timed:
             for function in functions.values():
-                function.run()
+                function.run(calls)
                 advance()
     rate = float(np.median([*rates, _matmul_rate(dtype, precision)]))
 
     rows: list[dict[str, Any]] = []
-    for candidate, functions in zip(candidates, timed, strict=True):
+    for candidate, functions in timed:
         row = {
             "shape": str(shape),
             "dtype": jnp.dtype(dtype).name,
             "backend": candidate.name,
-            "chunk_size": candidate.tokens_per_chunk(shape),
+            "implementation": candidate.implementation,
+            "chunk_size": candidate.chunk_size,
             "options": candidate.options,
             "matmul_rate_gflop_per_s": rate / 1e9,
         }
@@ -130,20 +122,6 @@ def time_candidates(
             row[f"{name}_ratio_to_first"] = row[f"{name}_median_ms"] / first
         rows.append(row)
     return rows
-
-
-def _passes(function: Callable[..., jax.Array]) -> dict[str, Callable]:
-    """Returns the functions to time; each takes the inputs and the cotangent."""
-
-    def forward(q, k, v, i, f, dh):
-        del dh
-        return function(q, k, v, i, f)
-
-    def loss(q, k, v, i, f, dh):
-        return jnp.sum(function(q, k, v, i, f).astype(jnp.float32) * dh)
-
-    functions = forward, jax.grad(loss, argnums=(0, 1, 2, 3, 4))
-    return dict(zip(PASSES, functions, strict=True))
 
 
 def _matmul_rate(dtype: jnp.dtype, precision: lax.Precision | None) -> float:

@@ -1,6 +1,7 @@
 """Times mLSTM backends, or the training step of a config with `--train_step`.
 
     bazel run //xlstm/tools:benchmark -- --backends=fwbw,recurrent --chunk_sizes=32,64
+    bazel run //xlstm/tools:benchmark -- --dtype=bfloat16 --implementations=mosaic,xla
     bazel run //xlstm/tools:benchmark -- --train_step --config=NAME
 
 The rate of a large dense matmul is measured in the same process between the runs. The backends take
@@ -14,6 +15,7 @@ To compare an mLSTM of another library, write a module with
 that maps `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the pre-activations of the gates
 `i, f (B, NH, T)` to `h (B, NH, T, DHV)`, where a chunk size of None means one chunk, and name it
 with `--external=module:function`. It multiplies with its own precision or JAX's default.
+`--peers=mlstm_kernels` times the Triton kernels of that package, if it is installed next to torch.
 """
 
 import dataclasses
@@ -31,14 +33,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from xlstm.files import write_atomically
+from xlstm.models.xlstm_parallel.blocks.mlstm.describe import mlstm_line
 from xlstm.tools import processes
-from xlstm.tools.benchmarks.backends import PASSES, time_candidates
+from xlstm.tools.benchmarks.backends import time_candidates
 from xlstm.tools.benchmarks.candidates import (
+    Candidate,
+    Shape,
     backend_candidates,
     external_candidates,
     parse_chunk_size,
     parse_shape,
 )
+from xlstm.tools.benchmarks.peers import PEER_CHUNK_SIZES, peer_candidates
+from xlstm.tools.benchmarks.timed import PASSES
 from xlstm.tools.benchmarks.train_step import time_train_step
 from xlstm.tools.command_line import output_path, print_table, resolve_path, run
 from xlstm.tools.config import config_name, define_config_flags, run_config
@@ -65,6 +72,12 @@ _CHUNK_SIZES = flags.DEFINE_list(
     "Tokens in a chunk; 0 means one chunk, and sizes above T are skipped. The default is the chunk"
     " size of the config.",
 )
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations",
+    None,
+    "Programs of fwbw to time: mosaic (kernels for Hopper GPUs; they need --dtype=bfloat16 and have"
+    " chunks of 64 tokens), xla, or auto, which chooses one. The default is that of the config.",
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Dtype of q, k and v. Gates are float32."
 )
@@ -74,7 +87,13 @@ _EXTERNAL = flags.DEFINE_list(
     "Functions to time next to the backends, as module:function. Modules are also searched in the"
     " folder in which the tool was called.",
 )
-_FOR_BACKENDS = (_BACKENDS, _SHAPES, _CHUNK_SIZES, _DTYPE, _EXTERNAL)
+_PEERS = flags.DEFINE_list(
+    "peers",
+    [],
+    "Other libraries whose kernels to time next to the backends: mlstm_kernels (chunks of"
+    f" {', '.join(map(str, PEER_CHUNK_SIZES))} tokens unless --chunk_sizes is given).",
+)
+_FOR_BACKENDS = (_BACKENDS, _SHAPES, _CHUNK_SIZES, _IMPLEMENTATIONS, _DTYPE, _EXTERNAL, _PEERS)
 
 
 def main(argv: list[str]) -> None:
@@ -115,25 +134,14 @@ def _reject_flags_of_the_other_mode() -> None:
 def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
     """Times all candidates at all shapes; returns a row for each pair."""
     shapes = [parse_shape(text) for text in _SHAPES.value]
-    chunk_sizes = [config.backend.chunk_size]
-    if _CHUNK_SIZES.value is not None:
-        chunk_sizes = [parse_chunk_size(text) for text in _CHUNK_SIZES.value]
-    candidates = []
-    names = [config.backend.name] if _BACKENDS.value is None else _BACKENDS.value
-    for name in names:
-        choice = dataclasses.replace(config.backend, name=name)
-        candidates += backend_candidates(choice, chunk_sizes, config.model)
     if _EXTERNAL.value:
         sys.path.append(resolve_path(""))
-    for name in _EXTERNAL.value:
-        candidates += external_candidates(name, chunk_sizes)
-
-    fitting = {shape: [x for x in candidates if x.fits(shape)] for shape in shapes}
+    fitting = {shape: _candidates(config, shape) for shape in shapes}
     for shape, found in fitting.items():
         if not found:
             raise ValueError(
-                f"nothing to time for --shapes={shape}: expected --backends or --external, and a"
-                f" --chunk_sizes of at most T={shape.time} (0 is one chunk)"
+                f"nothing to time for --shapes={shape}: expected --backends, --external or --peers,"
+                f" and a --chunk_sizes of at most T={shape.time} (0 is one chunk)"
             )
     rows = []
     steps = len(PASSES) * (_REPEATS.value + 1)
@@ -151,12 +159,36 @@ def _time_backends(config: RunConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def _candidates(config: RunConfig, shape: Shape) -> list[Candidate]:
+    """Returns the candidates that the flags choose, if their chunks fit into the shape."""
+    chunk_sizes, peer_chunk_sizes = [config.backend.chunk_size], PEER_CHUNK_SIZES
+    if _CHUNK_SIZES.value is not None:
+        chunk_sizes = [parse_chunk_size(text) for text in _CHUNK_SIZES.value]
+        peer_chunk_sizes = [size or shape.time for size in chunk_sizes]
+    # The peers come first, since they have to be loaded before JAX starts the devices.
+    peers = [x for name in _PEERS.value for x in peer_candidates(name, peer_chunk_sizes, shape)]
+    names = [config.backend.name] if _BACKENDS.value is None else _BACKENDS.value
+    implementations = _IMPLEMENTATIONS.value
+    if implementations is None:
+        implementations = [config.backend.implementation]
+    candidates = []
+    for name in names:
+        choice = dataclasses.replace(config.backend, name=name)
+        candidates += backend_candidates(
+            choice, chunk_sizes, implementations, shape, jnp.dtype(_DTYPE.value), config.model
+        )
+    for name in _EXTERNAL.value:
+        candidates += external_candidates(name, chunk_sizes, shape)
+    return [x for x in candidates + peers if x.fits(shape)]
+
+
 def _time_train_step(config: RunConfig) -> list[dict[str, Any]]:
     """Times the training step; returns its row."""
     with _progress_bar() as progress:
         task = progress.add_task("training step", total=_REPEATS.value + 1)
         figures = time_train_step(config, _REPEATS.value, _advancer(progress, task))
-    return [{"config": config_name()} | figures]
+    program = mlstm_line(config.language_model, jax.devices()[0])
+    return [{"config": config_name(), "program": program} | figures]
 
 
 def _progress_bar() -> Progress:
@@ -178,9 +210,10 @@ def _backend_tables(rows: list[dict[str, Any]]) -> list[Table]:
         if row["shape"] not in tables:
             tables[row["shape"]] = _backend_table(row)
         chunk_size = {None: "", 0: "one"}.get(row["chunk_size"], row["chunk_size"])
+        backend = f"{row['backend']} {row['implementation']}".rstrip()
         for index, name in enumerate(PASSES):
             tables[row["shape"]].add_row(
-                *(("", "") if index else (row["backend"], str(chunk_size))),
+                *(("", "") if index else (backend, str(chunk_size))),
                 "+ backward" if index else name,
                 f"{row[f'{name}_median_ms']:.2f}",
                 f"{row[f'{name}_min_ms']:.2f}",
@@ -195,8 +228,8 @@ def _backend_tables(rows: list[dict[str, Any]]) -> list[Table]:
 def _backend_table(row: dict[str, Any]) -> Table:
     """Returns an empty table, titled with the row's shape."""
     title = (
-        f"\nBxNHxTxDHQKxDHV {row['shape']}, {row['dtype']}, {row['device']};"
-        f" dense matmul: {row['matmul_rate_gflop_per_s']:,.0f} GFLOP/s"
+        f"\nBxNHxTxDHQKxDHV {row['shape']}, {row['dtype']}, {row['device']},"
+        f" jax {row['jax_version']}; dense matmul: {row['matmul_rate_gflop_per_s']:,.0f} GFLOP/s"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
     table.add_column("backend", overflow="fold")
@@ -211,7 +244,10 @@ def _backend_table(row: dict[str, Any]) -> Table:
 def _train_step_table(row: dict[str, Any]) -> Table:
     """Returns a table of the figures of a training step."""
     on_device = row.get("peak_device_memory_mib")
-    table = Table(title=f"training step of {row['config']} on {row['device']}")
+    table = Table(
+        title=f"training step of {row['config']} on {row['device']}, jax {row['jax_version']}",
+        caption=row["program"],
+    )
     for column, justify in (("figure", "left"), ("value", "right")):
         table.add_column(column, justify=justify)
     for name, value in (

@@ -36,6 +36,7 @@ from xlstm.inference.decode import (
 )
 from xlstm.inference.sampling import SamplingConfig
 from xlstm.models.shared.precision import product_precision
+from xlstm.models.xlstm_parallel.blocks.mlstm.describe import mlstm_line
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
@@ -165,15 +166,18 @@ def main(argv: list[str]) -> None:
     batch_sizes = _sizes("batch_sizes", _BATCH_SIZES.value)
     prompt_lengths = _sizes("prompt_lengths", _PROMPT_LENGTHS.value)
     json_path = output_path("json", _JSON.value)
+    program = mlstm_line(config, jax.devices()[0])
     init = jax.jit(xLSTMLMModel(config).init)
     params = unboxed(init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"])
     cases = [(batch, length) for batch in batch_sizes for length in prompt_lengths]
     rows = []
     for case in track(cases, "timing", console=Console(stderr=True), auto_refresh=False):
         figures = time_generation(config, params, *case, _REPEATS.value)
-        rows.append({"device": jax.devices()[0].device_kind} | figures)
+        rows.append({"device": jax.devices()[0].device_kind, "program": program} | figures)
     if json_path:
         write_atomically(json_path, json.dumps(rows, indent=2) + "\n")
+    if program:
+        Console().print(program, highlight=False, soft_wrap=True)
     Console().print(_table(rows))
 
 

@@ -33,6 +33,7 @@ def test_backends_and_an_external_function(tmp_path):
     result = benchmark(
         tmp_path,
         "--backends=fwbw,recurrent",
+        "--implementations=auto,xla",
         "--shapes=1x2x8x4x6,1x2x3x4x6",
         "--chunk_sizes=4",
         "--external=their_mlstm:scaled",
@@ -45,12 +46,14 @@ def test_backends_and_an_external_function(tmp_path):
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert os.listdir(tmp_path).count("figures.json.tmp") == 0
     # A chunk of 4 does not fit into 3 tokens.
-    assert [(row["shape"], row["backend"], row["chunk_size"]) for row in rows] == [
-        ("1x2x8x4x6", "fwbw", 4),
-        ("1x2x8x4x6", "recurrent", None),
-        ("1x2x8x4x6", "their_mlstm:scaled", 4),
-        ("1x2x3x4x6", "recurrent", None),
+    names = ("shape", "backend", "implementation", "chunk_size")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("1x2x8x4x6", "fwbw", "xla", 4),
+        ("1x2x8x4x6", "recurrent", "", None),
+        ("1x2x8x4x6", "their_mlstm:scaled", "", 4),
+        ("1x2x3x4x6", "recurrent", "", None),
     ]
+    assert "fwbw xla" in result.stdout
     assert rows[0]["options"]["keep_G"] is False
     figures = ("median_ms", "min_ms", "compile_s", "matmul_fraction", "ratio_to_first")
     for row in rows:
@@ -70,6 +73,7 @@ def test_train_step(tmp_path):
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "step.json").read_text())
     assert row.pop("config") == "smoke"
+    assert row.pop("program").startswith("mLSTM: XLA program")
     assert row.pop("device") and row.pop("jax_version")
     assert row.pop("matmul_precision") == "highest"
     assert "peak_device_memory_mib" not in row  # A CPU does not count it.
@@ -101,6 +105,10 @@ def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(mon
         (["--chunk_sizes=64,-1"], "--chunk_sizes=-1: expected a whole number"),
         (["--shapes=1x1x8x4x4", "--chunk_sizes=16"], "nothing to time for --shapes=1x1x8x4x4"),
         (["--backends="], "nothing to time"),
+        (["--implementations=triton"], "'triton' is unknown; expected one of auto, xla, mosaic"),
+        (["--implementations=mosaic,xla"], "mosaic cannot be used: it needs a Hopper GPU"),
+        (["--peers=flax"], "--peers=flax is unknown; expected mlstm_kernels"),
+        (["--peers=mlstm_kernels"], "--peers=mlstm_kernels needs the packages torch, triton and"),
         (["--dtype=float8"], "--dtype=float8: value should be one of <float32|bfloat16>"),
         (["--external=no_such_module:f"], "--external=no_such_module:f: the module cannot be"),
         (["--json=none/x.json"], "--json=none/x.json: expected a file in a folder that exists"),

@@ -2,13 +2,16 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    MOSAIC_CHUNK_SIZE,
+    choose_implementation,
     current_device,
     default_chunk_size,
 )
@@ -17,6 +20,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
     create_backend,
 )
 from xlstm.models.xlstm_parallel.config import ModelConfig
+from xlstm.tools.benchmarks.timed import TimedFunction, compile_passes
 
 
 class Shape(NamedTuple):
@@ -37,19 +41,19 @@ class Shape(NamedTuple):
 class Candidate:
     """An mLSTM that can be timed."""
 
-    name: str  # The backend's name, or module:function.
-    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, -1 for the device's default, None
-    # for backends without chunks.
+    name: str  # The backend's name, module:function, or the name of another library.
+    chunk_size: int | None  # Tokens in a chunk; 0 for one chunk, None for backends without chunks.
     options: dict[str, Any]  # The other options of the backend.
-    function: Callable[..., jax.Array]  # Maps q, k, v, i, f to h.
+    function: Callable[..., Any]  # Maps q, k, v, i, f to h.
+    implementation: str = ""  # The program of fwbw, or the kernel of another library.
+
+    def timed_passes(self, inputs: Sequence[jax.Array]) -> Iterator[tuple[str, TimedFunction]]:
+        """Prepares the passes; see `compile_passes`."""
+        return compile_passes(self.function, inputs)
 
     def fits(self, shape: Shape) -> bool:
         """Returns whether the sequence is at least as long as a chunk."""
         return (self.chunk_size or 0) <= shape.time
-
-    def tokens_per_chunk(self, shape: Shape) -> int | None:
-        """Returns the chunk size, in which -1 is replaced by the default for the shape."""
-        return _tokens_per_chunk(self.chunk_size, shape.qk_dim, shape.v_dim)
 
     def forward_operations(self, shape: Shape) -> int:
         """Returns the useful floating-point operations of the forward pass.
@@ -57,7 +61,8 @@ class Candidate:
         The chunkwise form with chunks of L tokens needs, per token and head, half of its L pairs at
         2 (DHQK + DHV) each, and 4 DHQK DHV to read and update the state. The parallel form needs
         only the pairs, with L = T. The recurrent form reads the state (2 DHQK DHV), decays it and
-        adds an outer product (3 DHQK DHV). An external function is counted as chunkwise.
+        adds an outer product (3 DHQK DHV). Functions and kernels of
+        other libraries are counted as chunkwise.
 
         Args:
             shape: The sizes of the inputs.
@@ -65,16 +70,12 @@ class Candidate:
         Returns:
             The operations for the whole input. Forward and backward need three times as many.
         """
-        chunk_size = min(self.tokens_per_chunk(shape) or shape.time, shape.time)
+        chunk_size = min(self.chunk_size or shape.time, shape.time)
         pairs = chunk_size * (shape.qk_dim + shape.v_dim)
         state = shape.qk_dim * shape.v_dim
         per_token = {"parallel_stabilized": pairs, "recurrent": 5 * state}
         tokens = shape.batch * shape.num_heads * shape.time
         return tokens * per_token.get(self.name, pairs + 4 * state)
-
-
-def _tokens_per_chunk(chunk_size: int | None, qk_dim: int, v_dim: int) -> int | None:
-    return default_chunk_size(current_device(), qk_dim, v_dim) if chunk_size == -1 else chunk_size
 
 
 def parse_shape(text: str) -> Shape:
@@ -95,27 +96,47 @@ def parse_chunk_size(text: str) -> int:
 
 
 def backend_candidates(
-    choice: BackendConfig, chunk_sizes: Sequence[int], model: ModelConfig | None = None
+    choice: BackendConfig,
+    chunk_sizes: Sequence[int],
+    implementations: Sequence[str],
+    shape: Shape,
+    dtype: jnp.dtype,
+    model: ModelConfig | None = None,
 ) -> list[Candidate]:
     """Returns the candidates of one backend.
 
     Args:
         choice: The backend and its options.
-        chunk_sizes: Tokens in a chunk, 0 for one chunk; a backend without chunks ignores them.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk, -1 for the default of the device; a backend
+            without chunks ignores them, and so does `mosaic`, which has chunks of 64.
+        implementations: Implementations of `fwbw`; other backends ignore them.
+        shape: The sizes of the inputs.
+        dtype: Dtype of `q`, `k` and `v`.
         model: The model whose matmul precision is used; None for JAX's default.
 
     Returns:
-        A candidate for each chunk size, or one for a backend without chunks.
+        A candidate for each implementation, as `auto` chooses it, and chunk size, without
+        repetitions; or one for a backend without chunks.
+
+    Raises:
+        ValueError: If an implementation is unknown or cannot run.
     """
-    if not hasattr(backend_config(choice), "chunk_size"):
-        return [_backend_candidate(choice, None, model)]
-    return [
-        _backend_candidate(dataclasses.replace(choice, chunk_size=size), size, model)
-        for size in chunk_sizes
-    ]
+    if choice.name != "fwbw":
+        return [_backend_candidate(choice, None, "", model)]
+    device, candidates = current_device(), {}
+    for requested in implementations:
+        requested = dataclasses.replace(choice, implementation=requested).implementation
+        chosen = choose_implementation(
+            requested, device, jnp.dtype(dtype), shape.qk_dim, shape.v_dim
+        ).name
+        sizes = [MOSAIC_CHUNK_SIZE] if chosen == "mosaic" else chunk_sizes
+        for size in (_resolve_chunk_size(size, shape) for size in sizes):
+            fwbw = dataclasses.replace(choice, chunk_size=size, implementation=chosen)
+            candidates[chosen, size] = _backend_candidate(fwbw, size, chosen, model)
+    return list(candidates.values())
 
 
-def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate]:
+def external_candidates(name: str, chunk_sizes: Sequence[int], shape: Shape) -> list[Candidate]:
     """Returns the candidates of an external function.
 
     Args:
@@ -123,10 +144,11 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
             `q, k (B, NH, T, DHQK)`, `v (B, NH, T, DHV)` and the gates' pre-activations
             `i, f (B, NH, T)`, chunk size None for one chunk, under `jit` and `grad`, and returns
             `h (B, NH, T, DHV)`.
-        chunk_sizes: Tokens in a chunk, 0 for one chunk.
+        chunk_sizes: Tokens in a chunk, 0 for one chunk, -1 for the default of the device.
+        shape: The sizes of the inputs.
 
     Returns:
-        A candidate for each chunk size.
+        A candidate for each chunk size. Like all candidates it takes inputs with one axis `B * NH`.
 
     Raises:
         ValueError: If the module or function does not exist. A candidate raises it if the function
@@ -135,32 +157,39 @@ def external_candidates(name: str, chunk_sizes: Sequence[int]) -> list[Candidate
     external = _load_function(name)
 
     def candidate(chunk_size: int) -> Candidate:
-        def function(q, k, v, i, f):
-            tokens = _tokens_per_chunk(chunk_size, q.shape[-1], v.shape[-1]) or None
+        def function(*inputs):
+            q, k, v, i, f = (x.reshape(shape.batch, shape.num_heads, *x.shape[1:]) for x in inputs)
             try:
-                h = external(q, k, v, i, f, chunk_size=tokens)
+                h = external(q, k, v, i, f, chunk_size=chunk_size or None)
             except Exception as error:  # A user's function may raise anything.
                 raise ValueError(
                     f"--external={name} failed for q {q.shape}, v {v.shape} and"
-                    f" chunk_size={tokens}: {type(error).__name__}: {error}"
+                    f" chunk_size={chunk_size or None}: {type(error).__name__}: {error}"
                 ) from error
             if getattr(h, "shape", None) != v.shape:
                 given = getattr(h, "shape", type(h).__name__)
                 raise ValueError(f"--external={name} returned {given}, expected h {v.shape}")
-            return h
+            return h.reshape(inputs[2].shape)
 
         return Candidate(name, chunk_size, {}, function)
 
-    return [candidate(size) for size in chunk_sizes]
+    return [candidate(_resolve_chunk_size(size, shape)) for size in chunk_sizes]
+
+
+def _resolve_chunk_size(chunk_size: int, shape: Shape) -> int:
+    if chunk_size == -1:
+        return default_chunk_size(current_device(), shape.qk_dim, shape.v_dim)
+    return chunk_size
 
 
 def _backend_candidate(
-    choice: BackendConfig, chunk_size: int | None, model: ModelConfig | None
+    choice: BackendConfig, chunk_size: int | None, implementation: str, model: ModelConfig | None
 ) -> Candidate:
     taken = {field.name for field in dataclasses.fields(backend_config(choice))}
     given = dataclasses.asdict(choice)
     options = {name: given[name] for name in given if name in taken - {"chunk_size"}}
-    return Candidate(choice.name, chunk_size, options, create_backend(choice, model))
+    backend = create_backend(choice, model)
+    return Candidate(choice.name, chunk_size, options, backend, implementation)
 
 
 def _load_function(name: str) -> Callable:

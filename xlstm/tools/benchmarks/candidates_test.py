@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import implementation
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
+from xlstm.tools.benchmarks import candidates
 from xlstm.tools.benchmarks.candidates import (
     Candidate,
     Shape,
@@ -42,8 +44,11 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("their_mlstm", None)
 
 
+SHAPE = Shape(1, 2, 8, 4, 6)
+
+
 def inputs():
-    q, v = jnp.ones((1, 2, 8, 4)), jnp.ones((1, 2, 8, 6))
+    q, v = jnp.ones((2, 8, 4)), jnp.ones((2, 8, 6))
     return q, q, v, q[..., 0], q[..., 0]
 
 
@@ -68,13 +73,38 @@ def test_malformed_chunk_sizes(text):
 
 def test_a_backend_takes_its_options_and_the_chunk_sizes_if_it_knows_chunks():
     choice = BackendConfig("fwbw", stabilize_correctly=False, keep_G=False)
-    one, some = backend_candidates(choice, [0, 4])
+    one, some = backend_candidates(choice, [0, 4], ["xla"], SHAPE, jnp.float32)
     assert (one.name, one.chunk_size, some.chunk_size) == ("fwbw", 0, 4)
     assert some.options["keep_G"] is False and "chunk_size" not in some.options
     h, same_h = (jax.jit(candidate.function)(*inputs()) for candidate in (one, some))
     assert jnp.allclose(h, same_h, rtol=1e-4)
-    (recurrent,) = backend_candidates(BackendConfig("recurrent"), [0, 4])
+    recurrent = BackendConfig("recurrent")
+    (recurrent,) = backend_candidates(recurrent, [0, 4], ["xla", "auto"], SHAPE, jnp.float32)
     assert (recurrent.chunk_size, recurrent.options) == (None, {"stabilize_correctly": True})
+    assert (one.implementation, recurrent.implementation) == ("xla", "")
+
+
+def test_each_implementation_is_a_candidate_and_kernels_have_their_own_chunk(monkeypatch):
+    hopper = implementation.Device("gpu", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(candidates, "current_device", lambda: hopper)
+
+    def found(dtype, *implementations):
+        choice = BackendConfig("fwbw")
+        rows = backend_candidates(choice, [32, 256], implementations, SHAPE, dtype)
+        return [(row.implementation, row.chunk_size) for row in rows]
+
+    xla = [("xla", 32), ("xla", 256)]
+    assert found(jnp.bfloat16, "mosaic", "xla") == [("mosaic", 64), *xla]
+    assert found(jnp.bfloat16, "auto", "mosaic") == [("mosaic", 64)]
+    assert found(jnp.float32, "auto", "xla") == xla  # Without repetitions.
+    assert found(jnp.bfloat16, "xla", "auto")[-1] == ("mosaic", 64)
+    (default,) = backend_candidates(BackendConfig(), [-1, 128], ["xla"], SHAPE, jnp.bfloat16)
+    assert default.chunk_size == default.function.config.chunk_size == 128  # That of a GPU.
+    (kernels,) = backend_candidates(BackendConfig(), [0], ["mosaic"], SHAPE, jnp.bfloat16)
+    assert kernels.options["implementation"] == "mosaic"
+    assert kernels.forward_operations(SHAPE) == 16 * (8 * 10 + 4 * 24)
+    with pytest.raises(ValueError, match="mosaic cannot be used: it needs bfloat16"):
+        found(jnp.float32, "xla", "mosaic")
 
 
 def test_a_chunk_above_the_sequence_does_not_fit():
@@ -91,18 +121,18 @@ def test_operations():
 
     assert per_token("fwbw", 10) == 10 * 10 + 4 * 24
     assert per_token("fwbw", 0) == 100 * 10 + 4 * 24
-    assert per_token("fwbw", -1) == 32 * 10 + 4 * 24  # That of a CPU.
     assert per_token("their:mlstm", 10) == per_token("fwbw", 10)
     assert per_token("parallel_stabilized", None) == 100 * 10
     assert per_token("recurrent", None) == 5 * 24
 
 
 def test_an_external_function_gets_the_chunk_size(module):
-    one, some, default = external_candidates(f"{module}:mean", [0, 5, -1])
+    one, some, default = external_candidates(f"{module}:mean", [0, 5, -1], SHAPE)
+    assert default.function(*inputs())[0, 0, 0] == default.chunk_size == 32  # That of a CPU.
     assert (one.name, one.chunk_size, some.chunk_size) == ("their_mlstm:mean", 0, 5)
-    assert default.function(*inputs())[0, 0, 0, 0] == 32  # That of a CPU.
-    assert one.function(*inputs())[0, 0, 0, 0] == 2
-    assert some.function(*inputs())[0, 0, 0, 0] == 5
+    assert one.function(*inputs()).shape == (2, 8, 6)
+    assert one.function(*inputs())[0, 0, 0] == 2
+    assert some.function(*inputs())[0, 0, 0] == 5
 
 
 @pytest.mark.parametrize(
@@ -118,7 +148,7 @@ def test_an_external_function_gets_the_chunk_size(module):
 )
 def test_unknown_external_functions(module, name, message):
     with pytest.raises(ValueError, match=f"--external={name}: .*{message}"):
-        external_candidates(name, [0])
+        external_candidates(name, [0], SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +160,6 @@ def test_unknown_external_functions(module, name, message):
     ],
 )
 def test_external_functions_that_fail(module, name, message):
-    (candidate,) = external_candidates(f"{module}:{name}", [3])
+    (candidate,) = external_candidates(f"{module}:{name}", [3], SHAPE)
     with pytest.raises(ValueError, match=message):
         candidate.function(*inputs())

@@ -14,6 +14,7 @@ from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.dataset.validation import ValidationSet, stores_of
 from xlstm.distributed.pipeline_parallel import bubble_fraction
+from xlstm.models.xlstm_parallel.blocks.mlstm.describe import model_implementation
 from xlstm.trainer.base.clock import Clock
 from xlstm.trainer.base.coordinator import check_agreement
 from xlstm.trainer.base.multihost import Request, Requests, broadcast_from_process_0
@@ -107,6 +108,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     decay_steps_of_new_run = config.with_decay_steps().schedule.decay_steps
     config = config.with_fields(inherited).with_decay_steps()
     check_workdir(workdir, config, allow_config_change=allow_config_change)
+    model_implementation(config.language_model, mesh.devices.flat[0])  # Raises if it cannot run.
     has_checkpoints = broadcast_from_process_0(CheckpointFolder(workdir.checkpoints).steps)
     init_from = "" if has_checkpoints else config.trainer.init_from
     source = find_checkpoint(init_from) if init_from else None

@@ -14,6 +14,7 @@ import jax
 from xlstm.common_types import Metrics, TrainState
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.store_guard import StoreGuard
+from xlstm.models.xlstm_parallel.blocks.mlstm.describe import mlstm_line
 from xlstm.trainer.base.clock import report_waits, watchdog
 from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.base.param_utils import tabulate_params
@@ -131,6 +132,8 @@ def open_training(
         # Data. All inputs are checked before anything but the built-in store is created.
         run = prepare_run(config, workdir_path, allow_config_change)
         run.say(mesh_line(run.mesh))
+        if line := mlstm_line(run.config.language_model, run.mesh.devices.flat[0]):
+            run.say(line)
         stack.enter_context(report_waits(run.clock, run.say))
         guard = StoreGuard(run.stores, run.say)
         guard.verify_first(verify_data)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 # Data-center cards of the Hopper generation (sm_90), by the names that their drivers report.
 _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 _LARGEST_HEAD = 512  # Features of a head that a kernel holds in fast memory.
+MOSAIC_CHUNK_SIZE = 64  # Tokens in a chunk of the kernels: the rows of one tensor-core instruction.
 
 # Tokens in a chunk for heads of at most so many features, DHQK or DHV, in rising order; the last
 # row is for all others. `docs/mlstm.md` has the figures.
