@@ -36,44 +36,61 @@ def _find_python(repository_ctx):
              "or name another interpreter with XLSTM_PYTHON=/path/python3.")
     return path, base
 
+def _find_locks(repository_ctx):
+    """Returns the paths of the locks to install: the lock, and what XLSTM_REQUIREMENTS adds to it."""
+    label = repository_ctx.attr.requirements
+    lock = repository_ctx.path(label)
+    accelerator = repository_ctx.os.environ.get("XLSTM_REQUIREMENTS")
+    if not accelerator:
+        return [lock]
+    prefix = lock.basename.replace(".txt", "_")
+    names = [file.basename for file in lock.dirname.readdir() if file.basename.endswith(".txt")]
+    choices = [name[len(prefix):-len(".txt")] for name in names if name.startswith(prefix)]
+    if accelerator not in choices:
+        fail("XLSTM_REQUIREMENTS is '%s'; it can be %s, or empty for the CPU." % (
+            accelerator,
+            " or ".join(sorted(choices)),
+        ))
+    return [lock, repository_ctx.path(label.relative(prefix + accelerator + ".txt"))]
+
 def _pip_repository_impl(repository_ctx):
-    locks = {name: label for label, name in repository_ctx.attr.requirements.items()}
-    choice = repository_ctx.os.environ.get("XLSTM_REQUIREMENTS") or "cpu"
-    if choice not in locks:
-        fail("XLSTM_REQUIREMENTS is '%s'; it can be %s." % (choice, " or ".join(sorted(locks))))
-    lock = repository_ctx.path(locks[choice])
+    locks = _find_locks(repository_ctx)
+    names = " and ".join([lock.basename for lock in locks])
     generator = repository_ctx.path(repository_ctx.attr._generator)
     python, base_python = _find_python(repository_ctx)
 
-    repository_ctx.report_progress("installing the packages of %s" % lock.basename)
+    repository_ctx.report_progress("installing the packages of %s" % names)
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--no-compile", "--only-binary", ":all:", "--target", "site-packages"]
+    for lock in locks:
+        command += ["-r", lock]
     result = repository_ctx.execute(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--no-compile"] +
-        ["--only-binary", ":all:", "--target", "site-packages", "-r", lock],
+        command,
         # Overrides settings in a user's pip configuration that reject `--target`.
         environment = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0"},
         timeout = 3600,
     )
     if result.return_code:
         fail("pip could not install %s; is the package registry reachable? It said:\n%s" % (
-            lock.basename,
+            names,
             result.stderr,
         ))
 
     repository_ctx.report_progress("writing the BUILD file")
     result = repository_ctx.execute(
-        [python, "-B", generator, lock, base_python],
+        [python, "-B", generator, base_python] + locks,
         environment = {"PYTHONPATH": "site-packages"},
         timeout = 3600,
     )
     if result.return_code:
-        fail("The installed packages of %s cannot be used: %s" % (lock.basename, result.stderr))
+        fail("The installed packages of %s cannot be used: %s" % (names, result.stderr))
 
 pip_repository = repository_rule(
-    doc = "Installs a hash-locked requirements file; one `py_library` per distribution.",
+    doc = "Installs hash-locked requirements; one `py_library` per distribution.",
     implementation = _pip_repository_impl,
     attrs = {
-        "requirements": attr.label_keyed_string_dict(
-            doc = "The locks, each with the value of XLSTM_REQUIREMENTS that chooses it.",
+        "requirements": attr.label(
+            doc = "The lock NAME.txt. XLSTM_REQUIREMENTS=x adds the packages of NAME_x.txt beside it.",
             mandatory = True,
         ),
         "_generator": attr.label(default = Label("//third_party:pip_repository.py")),

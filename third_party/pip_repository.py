@@ -1,7 +1,7 @@
 """A program that turns the packages that pip installed into a Bazel repository.
 
 `pip_repository.bzl` runs it in the folder that holds `site-packages`:
-python pip_repository.py LOCK INTERPRETER.
+python pip_repository.py INTERPRETER LOCK...
 
 Every distribution becomes a `py_library` whose data are its own files and the files of all its
 requirements. The requirements are listed in full because distributions may require each other,
@@ -101,7 +101,7 @@ def requirements(packages: Mapping[str, Distribution], roots: Iterable[Requireme
 
     Args:
         packages: the installed distributions by their canonical names.
-        roots: what the lock requests; a distribution has every extra that is requested anywhere.
+        roots: what the locks request; a distribution has every extra that is requested anywhere.
 
     Raises:
         ValueError: a distribution that is required is not installed.
@@ -114,7 +114,7 @@ def requirements(packages: Mapping[str, Distribution], roots: Iterable[Requireme
         user, need = unread.pop()
         name = canonicalize_name(need.name)
         if name not in packages:
-            raise ValueError(f"{user or 'the lock'} requires {need}, which is not installed")
+            raise ValueError(f"{user or 'a lock'} requires {need}, which is not installed")
         if user:
             direct[user].add(name)
         for extra in need.extras - extras[name]:
@@ -139,7 +139,7 @@ def _reachable(start: str, edges: Mapping[str, set[str]]) -> set[str]:
 
 
 def locked_requirements(lock: str) -> list[Requirement]:
-    """Returns the requirements in the text of a lock that apply to this platform."""
+    """Returns the requirements in the text of one or more locks that apply to this platform."""
     lines = re.findall(r"^[A-Za-z0-9][^\\\n]*", lock, flags=re.MULTILINE)
     locked = [Requirement(line) for line in lines]
     return [r for r in locked if r.marker is None or r.marker.evaluate()]
@@ -163,7 +163,7 @@ def build_file(site: Path, lock: str, interpreter: str) -> str:
     return text
 
 
-def main(lock: str, interpreter: str) -> None:
+def main(interpreter: str, *locks: str) -> None:
     """Writes the repository's files, and compiles the packages once for all tests."""
     site = Path(_SITE)
     # Bazel treats the folder of such a file as another package.
@@ -171,7 +171,8 @@ def main(lock: str, interpreter: str) -> None:
         for file in site.rglob(name):
             if file.is_file():
                 file.unlink()
-    Path("BUILD").write_text(build_file(site, Path(lock).read_text(), interpreter))
+    lock = "".join(Path(path).read_text() for path in locks)
+    Path("BUILD").write_text(build_file(site, lock, interpreter))
     Path("python3").write_text(_INTERPRETER.format(interpreter=interpreter))
     Path("python3").chmod(0o755)
     # Unchecked, because nothing here changes later. What does not compile (templates, tests of

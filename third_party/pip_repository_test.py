@@ -1,9 +1,14 @@
-from pathlib import PurePosixPath
+import re
+from pathlib import Path, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
 
 from third_party import pip_repository
+
+_HERE = Path(__file__).parent
+_LOCKS = {path.stem: path.read_text() for path in sorted(_HERE.glob("requirements*.txt"))}
+_ACCELERATORS = [name.removeprefix("requirements_") for name in _LOCKS if "_" in name]
 
 
 def _install(site, name, files=(), requires=()):
@@ -75,3 +80,41 @@ def test_build_file_has_a_library_for_each_distribution(tmp_path):
     assert '"site-packages/some"' in text and '"site-packages/Some.Name-1.0.dist-info"' in text
     assert "bin" not in text.split("py_library", 1)[1] and "pycache" not in text
     assert '"#!/opt/python3 -S"' in text
+
+
+def test_two_locks_are_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _install(tmp_path / "site-packages", "array", requires=['plugin; extra == "card"'])
+    _install(tmp_path / "site-packages", "plugin", ["plugin.py"])
+    Path("lock.txt").write_text("array==1.0\n")
+    Path("lock_card.txt").write_text("array[card]==1.0\nplugin==1.0\n")
+    uses = []
+    for locks in (["lock.txt"], ["lock.txt", "lock_card.txt"]):
+        pip_repository.main("/opt/python3", *locks)
+        array = Path("BUILD").read_text().split("py_library(")[1]
+        uses.append('"site-packages/plugin.py"' in array)
+    assert uses == [False, True]
+
+
+def _pins(lock):
+    """Returns the pins of a lock without extras, and the names of the packages."""
+    pins = re.findall(r"^([a-z0-9-]+)(?:\[.*\])?(==.*) \\$", lock, flags=re.MULTILINE)
+    return {name + version for name, version in pins}, {name for name, _ in pins}
+
+
+@pytest.mark.parametrize("accelerator", _ACCELERATORS)
+def test_an_accelerator_adds_to_the_packages_and_changes_none(accelerator):
+    pins, names = _pins(_LOCKS["requirements"])
+    its_pins, its_names = _pins(_LOCKS[f"requirements_{accelerator}"])
+    assert its_names & names == {"jax"}
+    assert {pin for pin in its_pins if pin.startswith("jax==")} <= pins
+    assert len(its_names) > 1
+
+
+def test_every_lock_has_a_config_of_its_name():
+    configs = dict(
+        re.findall(r"^common:(\w+) (.*)$", (_HERE.parent / ".bazelrc").read_text(), re.MULTILINE)
+    )
+    assert {"cuda12", "cuda13", "tpu"} <= set(_ACCELERATORS)
+    assert configs.pop("cuda").removeprefix("--config=") in configs
+    assert configs == {name: f"--repo_env=XLSTM_REQUIREMENTS={name}" for name in _ACCELERATORS}

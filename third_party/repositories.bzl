@@ -11,9 +11,6 @@ def xlstm_dependencies():
     bazel_defaults()
     pip_repository(
         name = "pip",
-        requirements = {
-            Label("//third_party:requirements.txt"): "cpu",
-            Label("//third_party:requirements_cuda.txt"): "cuda",
-        },
+        requirements = Label("//third_party:requirements.txt"),
     )
     native.register_toolchains("@pip//:python_toolchain")
