@@ -23,7 +23,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
 )
 
 # Input gate of padding: below every other gate, and finite, so that differences are never NaN.
-_PADDING_GATE = -10 * LARGEST_GATE
+PADDING_GATE = -10 * LARGEST_GATE
 # The work of the product with the decays grows with the square of the number of chunks. With this
 # many chunks of 64 tokens it still pays: 9.1 instead of 14.7 ms forward, counted for an H100.
 _MOST_CHUNKS_BY_DECAYS = 128
@@ -102,7 +102,7 @@ def chunk_gates(
         The gates and their sums.
     """
     leading = i.ndim - 1
-    i = split_chunks(i, leading, chunk_size, _PADDING_GATE)
+    i = split_chunks(i, leading, chunk_size, PADDING_GATE)
     log_f = split_chunks(log_f, leading, chunk_size)
     carry, write = jnp.cumsum(log_f, axis=-1), rev_cumsum_off(log_f) + i
     if reset is None:

@@ -142,8 +142,8 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
     heads, dtype, reverse = n // batch, inputs.x.dtype, options.reverse
 
     def chunks(y: jax.Array) -> jax.Array:  # (B, T, NH * D) -> (N, NC, L, D)
-        return y.reshape(batch, nc, size, heads, -1).transpose(0, 3, 1, 2, 4).reshape(
-            n, nc, size, -1
+        return (
+            y.reshape(batch, nc, size, heads, -1).transpose(0, 3, 1, 2, 4).reshape(n, nc, size, -1)
         )
 
     def product(spec: str, *operands: jax.Array) -> jax.Array:

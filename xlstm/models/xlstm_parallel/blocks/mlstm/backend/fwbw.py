@@ -39,6 +39,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     sum_of_spanning_pairs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    choose_implementation,
     current_device,
     default_chunk_size,
 )
@@ -49,6 +50,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     check_reset,
     check_shape,
     prepare_inputs,
+    state_product,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     divide_by_normalizer,
@@ -232,11 +234,6 @@ def fwbw_backward(
     return tuple(d_arguments)
 
 
-def _dot(a: MLSTMState, d_C: jax.Array, d_n: jax.Array) -> jax.Array:
-    """Returns `<C, dC> + <n, dn>`, over all but the leading axes."""
-    return jnp.sum(a.C * d_C, axis=(-2, -1)) + jnp.sum(a.n * d_n, axis=-1)
-
-
 def _gradient_of_inputs(
     ctx: FwbwContext,
     inputs: MLSTMInputs,
@@ -294,15 +291,15 @@ def _gradient_of_inputs(
     d_i = jnp.sum(d_pairs, axis=-2) + k_write
     d_log_f = sum_of_spanning_pairs(d_pairs)
     d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
-    d_log_f += (keep * _dot(before, d_C, d_n))[..., None]
+    d_log_f += (keep * state_product(before, MLSTMState(d_C, d_n, before.m)))[..., None]
     d_i, d_log_f = merge_chunks(d_i, leading, time), merge_chunks(d_log_f, leading, time)
     if ctx.reset is not None:
         d_log_f = jnp.where(ctx.reset, 0, d_log_f)
 
     if config.stabilize_correctly:
-        d_m = _dot(inputs.state, *d_initial[:2])
+        d_m = state_product(inputs.state, d_initial)
         if has_d_last:
-            d_last_m = d_last.m - _dot(ctx.last_state, *d_last[:2])
+            d_last_m = d_last.m - state_product(ctx.last_state, d_last)
             more_i, more_f, more_m = gradient_of_last_m(
                 inputs.i, inputs.log_f, inputs.state.m, ctx.reset, d_last_m
             )
@@ -361,7 +358,14 @@ def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig, precision: lax.Precis
 
     def mlstm_fwbw(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None):
         arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
-        return _fwbw(arguments, reset, config, precision)
+        dtype, dims = jnp.result_type(q, k, v), (q.shape[-1], v.shape[-1])
+        chosen = choose_implementation(config.implementation, current_device(), dtype, *dims)
+        if chosen.name == "xla":
+            return _fwbw(arguments, reset, config, precision)
+        # Imported only where it is used: not every jaxlib has Mosaic GPU.
+        from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic import mlstm_mosaic
+
+        return mlstm_mosaic(arguments, reset, config)
 
     return mlstm_fwbw
 

@@ -30,6 +30,19 @@ def _split_for_exact_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return coarse, x - coarse
 
 
+def exact_and_small_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns inclusive sums over the last axis in two parts, whose differences are accurate.
+
+    Args:
+        x: Array `(..., S)`.
+
+    Returns:
+        Sums without rounding errors, and the small rest of the sums; both `(..., S)`.
+    """
+    coarse, fine = (jnp.cumsum(part, axis=-1) for part in _split_for_exact_sums(x))
+    return coarse, fine
+
+
 def sum_since(x: jax.Array, start: jax.Array) -> jax.Array:
     """Returns sums over the last axis from given indices on.
 
@@ -58,7 +71,7 @@ def causal_forget_matrix(forget_gates: jax.Array) -> jax.Array:
         Log weights `(..., S, S)`; entry `[t, s]` is the sum over `(s, t]`, -inf above the diagonal.
     """
     size = forget_gates.shape[-1]
-    coarse, fine = (jnp.cumsum(x, axis=-1) for x in _split_for_exact_sums(forget_gates))
+    coarse, fine = exact_and_small_sums(forget_gates)
     # The difference of the coarse sums is exact; the fine sums are small, and so is their error.
     sums = coarse[..., :, None] - coarse[..., None, :] + (fine[..., :, None] - fine[..., None, :])
     return jnp.where(jnp.tril(jnp.ones((size, size), bool)), sums, -jnp.inf)

@@ -7,12 +7,9 @@ loads the arrays chunk by chunk. States leave the chip only where `Options` ask 
 `decayed_attention` defines the operation; `docs/gpu.md` explains the kernel.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -38,6 +35,9 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     Options,
     Outputs,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    are_kernels_interpreted,
+)
 
 _SHARED_MEMORY = 227 * 1024  # Bytes of a block.
 _BARRIERS = 1024  # Bytes set aside for the barriers.
@@ -46,23 +46,6 @@ _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _LOG_ZERO = -1e30
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # Until jax 0.10.
 _PART = 32  # Columns of the pairs that are multiplied by the partner's at a time.
-
-_INTERPRET = contextvars.ContextVar("interpret", default=None)
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Runs the kernels that are traced in the context on the CPU, in Pallas's interpreter (jax 0.12)."""
-    token = _INTERPRET.set(plgpu.InterpretGPUParams())
-    try:
-        yield
-    finally:
-        _INTERPRET.reset(token)
-
-
-def is_interpreted() -> bool:
-    """Returns whether `interpreted` is in effect."""
-    return _INTERPRET.get() is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +147,7 @@ def decayed_attention_hopper(inputs: Inputs, options: Options) -> Outputs:
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        **({"interpret": _INTERPRET.get()} if is_interpreted() else {}),
+        **({"interpret": plgpu.InterpretGPUParams()} if are_kernels_interpreted() else {}),
     )
     results = call(*given.values())
     return Outputs(**dict(zip(shapes, results, strict=True)))
@@ -233,7 +216,9 @@ class _Kernel:
             scratch["partner_smem"] = plgpu.SMEM(shape, dtype, transforms=tiled)
         if self.has["partner_states"]:
             scratch |= {
-                "partner_states_smem": plgpu.SMEM((2, d // t.pieces, t.width), dtype, transforms=tiled),
+                "partner_states_smem": plgpu.SMEM(
+                    (2, d // t.pieces, t.width), dtype, transforms=tiled
+                ),
                 "partner_states_full": plgpu.Barrier(num_arrivals=2),
                 "partner_states_empty": plgpu.Barrier(num_arrivals=2),
             }
@@ -349,9 +334,7 @@ class _Block:
             out = self.scale_state_read(head, warpgroup, chunk, out)
             plgpu.barrier_wait(refs["x_full"].at[ix])
             if self.has["partner"]:
-                partner = _load(
-                    refs["partner_smem"].at[ix, warpgroup], layout=plgpu.Layout.WGMMA
-                )
+                partner = _load(refs["partner_smem"].at[ix, warpgroup], layout=plgpu.Layout.WGMMA)
                 dots = (partner.astype(jnp.float32) * out).sum(axis=1)
                 refs["dots"][head, self.tile * 2 + warpgroup, chunk] = dots
             out = _add_product(out, weighted, my_x)
@@ -430,7 +413,7 @@ class _Block:
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
             return *self.weigh(scores, None, is_mine, index, nil), out_acc[...]
 
-        if is_interpreted():
+        if are_kernels_interpreted():
             scores = _add_product(_zeros((size, size)), my_a, my_b)
             weighted = self.weigh(scores, None, is_mine, index, nil)
         elif self.has["partner_states"]:  # Two products at a time would need too many registers.
@@ -615,7 +598,9 @@ def _zeros(shape: tuple[int, int]):
 
 def _add_product(accumulator, a, b):
     """Returns `accumulator + a @ b`; `a` is in shared memory or registers, `b` in shared memory."""
-    if is_interpreted():  # The interpreter knows neither this accumulator nor `a` in registers.
+    if (
+        are_kernels_interpreted()
+    ):  # The interpreter knows neither this accumulator nor `a` in registers.
         a = a if isinstance(a, jax.Array) else a[...]
         return accumulator + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(accumulator))

@@ -1,7 +1,10 @@
 """Which program computes the chunkwise mLSTM: Pallas kernels for Hopper GPUs, or XLA."""
 
+import contextlib
+import contextvars
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,6 +24,24 @@ _CHUNK_SIZES = {
     # 128 was measured. TPUs were not measured, and take the same.
     "gpu": ((128, 128), (math.inf, 256)),
 }
+
+
+_INTERPRETED = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """Lets the kernels traced in the context run anywhere, in Pallas's interpreter (jax 0.12)."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def are_kernels_interpreted() -> bool:
+    """Returns whether `interpreted_kernels` is in effect."""
+    return _INTERPRETED.get()
 
 
 class Device(NamedTuple):
@@ -103,7 +124,8 @@ def choose_implementation(
 
 def _mosaic_problem(device: Device, dtype: jnp.dtype, qk_dim: int, v_dim: int) -> str:
     """Returns why the kernels cannot run, or ""."""
-    if device.platform not in ("gpu", "cuda") or not _HOPPER.search(device.kind):
+    is_hopper = device.platform == "gpu" and _HOPPER.search(device.kind)
+    if not is_hopper and not are_kernels_interpreted():
         return f"it needs a Hopper GPU, such as the H100, and the device is {device.kind}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16 queries, keys and values, and they are {dtype}"

@@ -30,6 +30,11 @@ class MLSTMState(NamedTuple):
     m: jax.Array
 
 
+def state_product(a: MLSTMState, b: MLSTMState) -> jax.Array:
+    """Returns `<a.C, b.C> + <a.n, b.n>`, over all but the leading axes."""
+    return jnp.sum(a.C * b.C, axis=(-2, -1)) + jnp.sum(a.n * b.n, axis=-1)
+
+
 class MLSTMArguments(NamedTuple):
     """Arguments of a backend, with respect to which it is differentiated.
 

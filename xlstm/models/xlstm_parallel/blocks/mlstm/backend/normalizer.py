@@ -9,11 +9,25 @@ import jax.numpy as jnp
 _LARGEST_GRADIENT = 1e20
 
 
+def normalizer_bound(m: jax.Array, stabilize_correctly: bool) -> jax.Array:
+    """Returns the least absolute value of the denominator.
+
+    Args:
+        m: Log scale `(...)`.
+        stabilize_correctly: See `divide_by_normalizer`.
+
+    Returns:
+        The bound `(...)`, above zero.
+    """
+    if not stabilize_correctly:
+        return jnp.ones_like(m)
+    # With a large m, exp(-m) underflows to zero, by which we must not divide.
+    return jnp.maximum(jnp.exp(-m), float(jnp.finfo(m.dtype).tiny) ** 0.25)
+
+
 def _denominator(qn: jax.Array, m: jax.Array, stabilize_correctly: bool):
     """Returns the denominator, and where it is `|qn|`."""
-    # With a large m, exp(-m) underflows to zero, by which we must not divide.
-    smallest = float(jnp.finfo(qn.dtype).tiny) ** 0.25
-    bound = jnp.maximum(jnp.exp(-m), smallest) if stabilize_correctly else jnp.ones_like(m)
+    bound = normalizer_bound(m, stabilize_correctly)
     return jnp.maximum(jnp.abs(qn), bound), jnp.abs(qn) > bound
 
 
@@ -59,8 +73,12 @@ def normalizer_gradients(
     if not stabilize_correctly:
         return d_numerator, jnp.zeros_like(qn)
     d_qn = -jnp.sign(qn) * jnp.sum(dh * h, axis=-1) / denominator
-    d_qn = jnp.clip(d_qn, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
-    return d_numerator, jnp.where(is_qn, d_qn, 0)
+    return d_numerator, jnp.where(is_qn, bound_gradient(d_qn), 0)
+
+
+def bound_gradient(d_qn: jax.Array) -> jax.Array:
+    """Bounds the magnitude of a gradient of `qn`, so that products with it stay finite."""
+    return jnp.clip(d_qn, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
 
 
 def _forward(numerator, qn, m, stabilize_correctly):

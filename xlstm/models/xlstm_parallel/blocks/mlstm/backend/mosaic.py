@@ -1,0 +1,541 @@
+"""The chunkwise mLSTM by decayed attention: four kernels, and the gates and normalizers in XLA.
+
+Every pass is one `decayed_attention`, so that no state has to leave the chip, except for one
+thing: the exact gradient of the forget gates needs the products of the states with their gradients,
+and the backward pass reads the states for it. `docs/gpu.md` has the picture, and `docs/mlstm.md`
+the equations.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
+    PADDING_GATE,
+    ChunkGates,
+    chunk_gates,
+    fold_state,
+    log_scales,
+    merge_chunks,
+    unfold_state,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
+    CHUNK,
+    Inputs,
+    Options,
+    Outputs,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
+    exact_and_small_sums,
+    gradient_of_last_m,
+    pair_log_weights,
+    rev_cumsum,
+    rev_cumsum_off,
+    sum_of_spanning_pairs,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
+    MLSTMArguments,
+    MLSTMInputs,
+    MLSTMState,
+    check_reset,
+    prepare_inputs,
+    state_product,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
+    bound_gradient,
+    normalizer_bound,
+)
+
+Attend = Callable[[Inputs, Options], Outputs]
+
+_LEAST_CHUNKS = 4  # In a segment; shorter ones cost more than they win.
+_FEATURES = 64  # The heads' sizes are padded to multiples of this.
+_MULTIPROCESSORS = 132  # Of an H100; fewer blocks than these leave some of them idle.
+
+
+class Tokens(NamedTuple):
+    """How arrays `(..., T, D)` become the kernels' `(B, T, NH * D)`, padded.
+
+    The last leading axis is taken for the heads. In a layer, the transposition undoes the layer's
+    own, and no copy remains.
+
+    Attributes:
+        leading: The leading axes.
+        time: `T`.
+    """
+
+    leading: tuple[int, ...]
+    time: int
+
+    @property
+    def heads(self) -> int:
+        """NH; 1 with less than two leading axes."""
+        return self.leading[-1] if len(self.leading) > 1 else 1
+
+    @property
+    def padding(self) -> int:
+        """The number of tokens to add."""
+        return -self.time % CHUNK
+
+    def fold(self, x: jax.Array) -> jax.Array:
+        """Returns `x (..., T, D)` as bfloat16 `(B, T, NH * D)`."""
+        x = x.reshape(-1, self.heads, *x.shape[-2:]).swapaxes(1, 2)
+        widths = (0, 0), (0, self.padding), (0, 0), (0, -x.shape[-1] % _FEATURES)
+        x = jnp.pad(x.astype(jnp.bfloat16), widths)
+        return x.reshape(*x.shape[:2], -1)
+
+    def unfold(self, x: jax.Array, dim: int) -> jax.Array:
+        """Inverts `fold`; `dim` is the number of features."""
+        x = x.reshape(*x.shape[:2], self.heads, -1)[:, : self.time, :, :dim].swapaxes(1, 2)
+        return x.reshape(*self.leading, self.time, dim)
+
+    def sum_features(self, x: jax.Array) -> jax.Array:
+        """Sums `x (B, T, NH * D)` over the features; returns `(N, NC, L)`, float32."""
+        x = x.reshape(*x.shape[:2], self.heads, -1)
+        return self.chunks(jnp.sum(x, axis=-1, dtype=jnp.float32))
+
+    def chunks(self, x: jax.Array) -> jax.Array:
+        """Returns `x (B, T, NH)` as `(N, NC, L)`."""
+        return x.swapaxes(1, 2).reshape(x.shape[0] * self.heads, -1, CHUNK)
+
+    def tokens(self, x: jax.Array, dim: int) -> jax.Array:
+        """Returns `x (N, NC, L or 1, D or 1)` as `(B, NC, L or 1, NH, D or 1)`."""
+        x = x.reshape(-1, self.heads, *x.shape[1:])
+        return x.transpose(0, 2, 3, 1, 4)
+
+
+class TokenGates(NamedTuple):
+    """What the gates say about each token and chunk, float32; `N` sequences and heads.
+
+    Attributes:
+        chunk: The gates in chunks.
+        coarse: Sums of the log forget gates in the chunk, without rounding errors `(N, NC, L)`.
+        fine: The small rest of the sums.
+        m: Log scale of every token `(N, NC, L)`.
+        before_m: Log scale before every chunk `(N, NC)`.
+        last_m: Log scale after the last chunk `(N,)`.
+        read: Weight of the state before the chunk in a token, over `sqrt(DHQK)`, `(N, NC, L)`.
+        write: Weight of a token in the state after the chunk `(N, NC, L)`.
+        keep: Factor of the state over each chunk `(N, NC)`.
+        first: First token of the chunk in the document of each token `(N, NC, L)`.
+        last: Last one.
+    """
+
+    chunk: ChunkGates
+    coarse: jax.Array
+    fine: jax.Array
+    m: jax.Array
+    before_m: jax.Array
+    last_m: jax.Array
+    read: jax.Array
+    write: jax.Array
+    keep: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
+class MosaicContext(NamedTuple):
+    """Residuals of the forward pass for the backward pass.
+
+    Attributes:
+        arguments: Arguments of the forward pass.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
+        h: Output as the kernels have it, `(B, T, NH * DHV)`.
+        qn: `n_t . q_t`, `(N, NC, L)`.
+        before_n: `n` before every chunk `(N, NC, DHQK)`.
+        last_state: State after the last token; `C` is None if it is not returned.
+        gates: The gates.
+        states: `C` before every chunk `(N * NC, DHQK, DHV)`, bfloat16, with `keep_c`, else None.
+    """
+
+    arguments: MLSTMArguments
+    reset: jax.Array | None
+    h: jax.Array
+    qn: jax.Array
+    before_n: jax.Array
+    last_state: MLSTMState
+    gates: TokenGates
+    states: jax.Array | None
+
+
+def _pad_time(x: jax.Array, padding: int, value: float = 0) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)], constant_values=value)
+
+
+def _token_gates(inputs: MLSTMInputs, reset: jax.Array | None, padding: int) -> TokenGates:
+    """Computes what the gates say; `padding` tokens are added that change nothing."""
+    i, log_f = _pad_time(inputs.i, padding, PADDING_GATE), _pad_time(inputs.log_f, padding)
+    index = jnp.arange(CHUNK, dtype=jnp.float32)
+    if reset is not None:
+        reset = _pad_time(reset, padding)
+    chunk = chunk_gates(i, log_f, reset, CHUNK)
+    if reset is None:
+        first, last = jnp.zeros_like(chunk.i), jnp.full_like(chunk.i, CHUNK - 1)
+    else:
+        reset = reset.reshape(chunk.i.shape)
+        first = lax.cummax(jnp.where(reset, index, 0), axis=2)
+        ends = jnp.where(reset, index, CHUNK) - 1
+        last = lax.cummin(_pad_time(ends[..., 1:], 1, CHUNK - 1), axis=2, reverse=True)
+
+    # The log scales between the chunks: max-plus, in log steps.
+    carry, local_m = chunk.carry[..., -1], jnp.max(chunk.write, axis=-1)
+    if chunk.floor is not None:
+        local_m = jnp.maximum(local_m, chunk.floor[..., -1])
+
+    def combine(x, y):
+        return x[0] + y[0], jnp.maximum(x[1] + y[0], y[1])
+
+    carry, local_m = lax.associative_scan(combine, (carry, local_m), axis=1)
+    initial_m = inputs.state.m.reshape(-1, 1)
+    after_m = jnp.maximum(carry + initial_m, local_m)
+    before_m = jnp.concatenate([initial_m, after_m[:, :-1]], axis=1)
+
+    coarse, fine = exact_and_small_sums(chunk.log_f)
+    m = log_scales(pair_log_weights(chunk.i, chunk.log_f, chunk.document), chunk, before_m)
+    log_carry = chunk.carry + before_m[..., None]
+    return TokenGates(
+        chunk=chunk,
+        coarse=coarse,
+        fine=fine,
+        m=m,
+        before_m=before_m,
+        last_m=after_m[:, -1],
+        read=jnp.exp(log_carry - m) * inputs.q.shape[-1] ** -0.5,
+        write=jnp.exp(chunk.write - after_m[..., None]),
+        keep=jnp.exp(log_carry[..., -1] - after_m),
+        first=first,
+        last=last,
+    )
+
+
+def _gate_rows(gates: TokenGates, dim: int, log_norm, norm, row_6, row_7) -> jax.Array:
+    """Returns `decayed_attention.Inputs.gates`; `dim` is `DHQK`."""
+    reader = gates.fine - gates.m - 0.5 * math.log(dim) - log_norm
+    writer = gates.chunk.i - gates.fine
+    rows = gates.coarse, reader, writer, gates.first, gates.read / norm, gates.write, row_6, row_7
+    return jnp.stack(rows, axis=2)
+
+
+def _carry_over(local: jax.Array, keep: jax.Array, initial: jax.Array, reverse: bool):
+    """Hands a vector on from chunk to chunk: `after = keep * before + local`, in log steps.
+
+    Args:
+        local: What each chunk adds `(N, NC, D)`.
+        keep: Factor over each chunk `(N, NC)`.
+        initial: The vector before the first chunk, or after the last one if `reverse`, `(N, D)`.
+        reverse: Whether to begin with the last chunk.
+
+    Returns:
+        The vector before each chunk in that direction `(N, NC, D)`, and the last one `(N, D)`.
+    """
+
+    def combine(x, y):
+        return x[0] * y[0], x[1] * y[0] + y[1]
+
+    factors, sums = lax.associative_scan(combine, (keep[..., None], local), axis=1, reverse=reverse)
+    after = factors * initial[:, None] + sums
+    if reverse:
+        return jnp.concatenate([after[:, 1:], initial[:, None]], axis=1), after[:, 0]
+    return jnp.concatenate([initial[:, None], after[:, :-1]], axis=1), after[:, -1]
+
+
+def _weighted_sums(tokens: Tokens, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the sums over each chunk of `x (B, T, NH * D)` times `weights (N, NC, L)`."""
+    batch, time, _ = x.shape
+    x = x.reshape(batch, time // CHUNK, CHUNK, tokens.heads, -1).astype(jnp.float32)
+    sums = jnp.sum(x * tokens.tokens(weights[..., None], 1), axis=2)
+    return sums.swapaxes(1, 2).reshape(batch * tokens.heads, *sums.shape[1:2], -1)
+
+
+def _read_vector(tokens: Tokens, x: jax.Array, vector: jax.Array) -> jax.Array:
+    """Returns the products `(N, NC, L)` of `x (B, T, NH * D)` and `vector (N, NC, D)`."""
+    batch, time, _ = x.shape
+    y = x.reshape(batch, time // CHUNK, CHUNK, tokens.heads, -1).astype(jnp.float32)
+    products = jnp.sum(y * tokens.tokens(vector[:, :, None], 1), axis=-1)
+    return tokens.chunks(products.reshape(batch, time, tokens.heads))
+
+
+def _pad_state(x: jax.Array) -> jax.Array:
+    """Pads the features of a state `(N, D, E)` as `Tokens.fold` does."""
+    return jnp.pad(x, [(0, 0)] + [(0, -size % _FEATURES) for size in x.shape[1:]])
+
+
+def _segments(inputs: Inputs, num_tiles: int) -> int:
+    """Returns into how many segments to cut the sequence, so that few heads fill the card."""
+    n, num_chunks = inputs.keep.shape
+    segments = 1
+    while (
+        n * num_tiles * segments * 2 <= _MULTIPROCESSORS
+        and num_chunks % (segments * 2) == 0
+        and num_chunks // (segments * 2) >= _LEAST_CHUNKS
+    ):
+        segments *= 2
+    return segments
+
+
+def _run(attend: Attend, inputs: Inputs, options: Options) -> Outputs:
+    """Runs a pass; with few heads, in segments that run side by side, after their first states."""
+    n, num_chunks = inputs.keep.shape
+    heads = n // inputs.b.shape[0]
+    segments = _segments(inputs, inputs.x.shape[-1] // heads // 128 or 1)
+    if segments == 1:
+        return attend(inputs, options)
+    reverse = options.reverse
+    states_alone = Options(reverse=reverse, outputs=False, emit_last=True, segments=segments)
+    alone = Inputs(None, inputs.b, inputs.x, inputs.gates, inputs.keep)
+    added = attend(alone, states_alone).last
+    dims = added.shape[1:]
+    keep = jnp.prod(inputs.keep.reshape(n, segments, num_chunks // segments), axis=-1)
+    initial = jnp.zeros((n, *dims), jnp.float32) if inputs.init is None else inputs.init
+    before, _ = _carry_over(
+        added.reshape(n, segments, -1), keep, initial.reshape(n, -1), reverse=reverse
+    )
+    inputs = inputs._replace(init=before.reshape(n * segments, *dims))
+    outputs = attend(inputs, dataclasses.replace(options, segments=segments))
+    if options.emit_last:
+        last = outputs.last.reshape(n, segments, *dims)
+        outputs = outputs._replace(last=last[:, 0 if reverse else -1])
+    return outputs
+
+
+def mosaic_forward(
+    arguments: MLSTMArguments,
+    reset: jax.Array | None,
+    *,
+    stabilize_correctly: bool,
+    keep_states: bool,
+    return_state: bool,
+    attend: Attend,
+) -> tuple[jax.Array, MosaicContext]:
+    """Runs the forward pass.
+
+    Args:
+        arguments: Arguments of the backend.
+        reset: See `mLSTMBackend.__call__`.
+        stabilize_correctly: See `mLSTMBackendFwbwConfig`.
+        keep_states: Whether the states before the chunks are kept for the backward pass.
+        return_state: Whether to compute the last `C`.
+        attend: The implementation of `decayed_attention`.
+
+    Returns:
+        `h (..., T, DHV)` in the type of `v`, and the residuals for `mosaic_backward`.
+
+    Raises:
+        ValueError: If shapes or types are wrong, or the initial state is incomplete.
+    """
+    inputs = prepare_inputs(arguments)
+    reset = check_reset(reset, inputs.i.shape)
+    *leading, time, qk_dim = arguments.q.shape
+    tokens = Tokens(tuple(leading), time)
+    gates = _token_gates(inputs, reset, tokens.padding)
+    q, k, v = (tokens.fold(x) for x in arguments[:3])
+
+    initial = fold_state(inputs.state)
+    initial_n = jnp.pad(initial.n, ((0, 0), (0, -qk_dim % _FEATURES)))
+    before_n, last_n = _carry_over(
+        _weighted_sums(tokens, k, gates.write), gates.keep, initial_n, reverse=False
+    )
+    carried_qn = _read_vector(tokens, q, before_n) * gates.read
+    bound = normalizer_bound(gates.m, stabilize_correctly)
+    results = _run(
+        attend,
+        Inputs(
+            a=q,
+            b=k,
+            x=v,
+            gates=_gate_rows(gates, qk_dim, 0, 1, carried_qn, bound),
+            keep=gates.keep,
+            init=None if arguments.initial_C is None else _pad_state(initial.C),
+        ),
+        Options(normalize=True, emit_states=keep_states, emit_last=return_state),
+    )
+    last_C = None
+    if return_state:
+        last_C = results.last[:, :qk_dim, : arguments.v.shape[-1]].reshape(inputs.state.C.shape)
+    last_n = last_n[:, :qk_dim].reshape(inputs.state.n.shape)
+    context = MosaicContext(
+        arguments=arguments,
+        reset=reset,
+        h=results.out,
+        qn=results.normalizer,
+        before_n=before_n,
+        last_state=MLSTMState(last_C, last_n, gates.last_m.reshape(inputs.state.m.shape)),
+        gates=gates,
+        states=results.states,
+    )
+    h = tokens.unfold(results.out, arguments.v.shape[-1])
+    return h.astype(arguments.v.dtype), context
+
+
+def mosaic_backward(
+    ctx: MosaicContext,
+    dh: jax.Array,
+    d_last: MLSTMState | None,
+    *,
+    stabilize_correctly: bool,
+    attend: Attend,
+) -> MLSTMArguments:
+    """Runs the backward pass; see `fwbw_backward` for what it is the gradient of.
+
+    Args:
+        ctx: Residuals that `mosaic_forward` returned.
+        dh: Gradient of the output `(..., T, DHV)`.
+        d_last: Gradient of the last state; None for zero.
+        stabilize_correctly: See `mLSTMBackendFwbwConfig`.
+        attend: The implementation of `decayed_attention`.
+
+    Returns:
+        The gradients of the arguments; None for those that were not given.
+    """
+    arguments, gates = ctx.arguments, ctx.gates
+    inputs, pull_back = jax.vjp(prepare_inputs, arguments)
+    # See `fwbw_backward`.
+    ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
+    d_q, d_k, d_v, d_i, d_log_f, d_initial = _token_gradients(
+        ctx, dh, d_last, stabilize_correctly, attend
+    )
+    leading = inputs.state.m.shape
+    d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros(math.prod(leading))), leading)
+    d_i, d_log_f = (merge_chunks(x, leading, inputs.i.shape[-1]) for x in (d_i, d_log_f))
+    if ctx.reset is not None:
+        d_log_f = jnp.where(ctx.reset, 0, d_log_f)
+    if stabilize_correctly:
+        d_m = state_product(inputs.state, d_initial)
+        if d_last is not None:
+            d_last_m = d_last.m - state_product(ctx.last_state, d_last)
+            more_i, more_f, more_m = gradient_of_last_m(
+                inputs.i, inputs.log_f, inputs.state.m, ctx.reset, d_last_m
+            )
+            d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
+        d_initial = d_initial._replace(m=d_m)
+    # The gates' and the states' path; q, k and v do not go through `prepare_inputs` here.
+    zeros = (jnp.zeros_like(x) for x in inputs[:3])
+    (through,) = pull_back(MLSTMInputs(*zeros, d_i, d_log_f, d_initial))
+    return through._replace(q=d_q, k=d_k, v=d_v)
+
+
+def _token_gradients(
+    ctx: MosaicContext,
+    dh: jax.Array,
+    d_last: MLSTMState | None,
+    stabilize_correctly: bool,
+    attend: Attend,
+):
+    """Returns the gradients of q, k, v, of the gates in chunks, and of the initial C and n."""
+    arguments, gates, keep = ctx.arguments, ctx.gates, ctx.gates.keep
+    *leading, time, qk_dim = arguments.q.shape
+    v_dim = arguments.v.shape[-1]
+    tokens = Tokens(tuple(leading), time)
+    q, k, v, dh = (tokens.fold(x) for x in (*arguments[:3], dh))
+    initial_C = last_dC = None
+    last_dn = jnp.zeros_like(ctx.before_n[:, 0])
+    if arguments.initial_C is not None:
+        initial_C = _pad_state(arguments.initial_C.reshape(-1, qk_dim, v_dim)).astype(jnp.float32)
+    if d_last is not None:
+        last_dC = _pad_state(d_last.C.reshape(-1, qk_dim, v_dim)).astype(jnp.float32)
+        last_dn = d_last.n.reshape(-1, qk_dim).astype(jnp.float32)
+        last_dn = jnp.pad(last_dn, ((0, 0), (0, -qk_dim % _FEATURES)))
+
+    # The gradient of the normalizer, times the normalizer.
+    bound = normalizer_bound(gates.m, stabilize_correctly)
+    norm = jnp.maximum(jnp.abs(ctx.qn), bound)
+    bias = jnp.zeros_like(norm)
+    if stabilize_correctly:
+        d_qn = -jnp.sign(ctx.qn) * tokens.sum_features(dh.astype(jnp.float32) * ctx.h) / norm
+        bias = norm * jnp.where(jnp.abs(ctx.qn) > bound, bound_gradient(d_qn), 0)
+    rows = _gate_rows(gates, qk_dim, jnp.log(norm), norm, bias, gates.last)
+    after_dn, initial_dn = _carry_over(
+        _weighted_sums(tokens, q, bias * gates.read / norm), keep, last_dn, reverse=True
+    )
+
+    states = ctx.states
+    if states is None:
+        alone = Inputs(None, k, v, rows, keep, init=initial_C)
+        states = _run(attend, alone, Options(outputs=False, emit_states=True)).states
+    run = functools.partial(_run, attend)
+    by_v = run(
+        Inputs(k, q, dh, rows, keep, init=last_dC, partner_states=states),
+        Options(reverse=True, emit_last=True, emit_scores=True),
+    )
+    by_q = run(
+        Inputs(dh, v, k, rows, keep, _transpose(initial_C), ctx.before_n, partner=q), Options()
+    )
+    by_k = run(
+        Inputs(
+            *(v, dh, q, rows, keep, _transpose(last_dC), after_dn),
+            partner=k,
+            partner_scores=by_v.scores,
+        ),
+        Options(reverse=True),
+    )
+
+    # The gates, by sums of the terms that span them alone; see `docs/mlstm.md`.
+    through_q, through_k = jnp.sum(by_q.dots, axis=1), jnp.sum(by_k.dots, axis=1)
+    d_i = by_k.pair_sums + through_k
+    pairs = by_k.pairs.reshape(*keep.shape, CHUNK, CHUNK)
+    d_log_f = sum_of_spanning_pairs(pairs.swapaxes(-1, -2))
+    d_log_f += rev_cumsum(through_q) + rev_cumsum_off(through_k[..., ::-1])[..., ::-1]
+    overlaps = jnp.sum(by_v.overlaps, axis=(1, 3)) + jnp.sum(ctx.before_n * after_dn, axis=-1)
+    d_log_f += (keep * overlaps)[..., None]
+
+    d_tokens = (
+        tokens.unfold(dx, x.shape[-1]).astype(x.dtype)
+        for dx, x in zip((by_q.out, by_k.out, by_v.out), arguments[:3], strict=True)
+    )
+    d_initial = by_v.last[:, :qk_dim, :v_dim], initial_dn[:, :qk_dim]
+    return *d_tokens, d_i, d_log_f, d_initial
+
+
+def _transpose(state: jax.Array | None) -> jax.Array | None:
+    return None if state is None else state.swapaxes(-1, -2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def mlstm_mosaic(
+    arguments: MLSTMArguments,
+    reset: jax.Array | None,
+    config: Any,
+    attend: Attend = decayed_attention_hopper,
+) -> jax.Array | tuple[jax.Array, MLSTMState]:
+    """Computes the mLSTM with the kernels, and its gradient.
+
+    Args:
+        arguments: Arguments of the backend; `q`, `k` and `v` are bfloat16 or float16.
+        reset: See `mLSTMBackend.__call__`.
+        config: Options of `fwbw`; `stabilize_correctly`, `keep_c` and `return_state` have an effect.
+        attend: The implementation of `decayed_attention`.
+
+    Returns:
+        `h (..., T, DHV)`, or `(h, (C, n, m))` with `config.return_state`.
+    """
+    return _forward_rule(arguments, reset, config, attend, keep_states=False)[0]
+
+
+def _forward_rule(arguments, reset, config, attend, keep_states=None):
+    h, ctx = mosaic_forward(
+        arguments,
+        reset,
+        stabilize_correctly=config.stabilize_correctly,
+        keep_states=config.keep_c if keep_states is None else keep_states,
+        return_state=config.return_state,
+        attend=attend,
+    )
+    return ((h, ctx.last_state) if config.return_state else h), ctx
+
+
+def _backward_rule(config, attend, ctx, cotangents):
+    dh, d_last = cotangents if config.return_state else (cotangents, None)
+    grads = mosaic_backward(
+        ctx, dh, d_last, stabilize_correctly=config.stabilize_correctly, attend=attend
+    )
+    return grads, None
+
+
+mlstm_mosaic.defvjp(_forward_rule, _backward_rule)
