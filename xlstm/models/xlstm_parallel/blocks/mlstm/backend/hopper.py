@@ -403,6 +403,7 @@ class _Block:
         def scores_alone(scores_acc):
             # Computes the weights while the product runs.
             plgpu.wgmma(scores_acc, my_a, my_b)
+            plgpu.barrier_wait(self.refs["gates_full"])
             weights = self.pair_weights(nil)
             return self.weigh(scores_acc[...], weights, is_mine, index, nil)
 
@@ -411,10 +412,12 @@ class _Block:
             plgpu.wgmma(scores_acc, my_a, my_b)
             plgpu.wgmma(out_acc, my_a, my_state)
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+            plgpu.barrier_wait(self.refs["gates_full"])
             return *self.weigh(scores, None, is_mine, index, nil), out_acc[...]
 
         if are_kernels_interpreted():
             scores = _add_product(_zeros((size, size)), my_a, my_b)
+            plgpu.barrier_wait(self.refs["gates_full"])
             weighted = self.weigh(scores, None, is_mine, index, nil)
         elif self.has["partner_states"]:  # Two products at a time would need too many registers.
             weighted = pl.run_scoped(scores_alone, scores_acc)
@@ -463,8 +466,7 @@ class _Block:
         refs["pair_sums"][self.head + nil, chunk] = total
 
     def pair_weights(self, nil):
-        """Returns the weights of columns in rows, or of rows in columns; see `decayed_attention`."""
-        plgpu.barrier_wait(self.refs["gates_full"])
+        """Returns the weights of the pairs, rows by columns; see `decayed_attention`."""
         reverse, shape = self.options.reverse, (CHUNK, CHUNK)
         along_rows, along_columns = (WRITER, READER) if reverse else (READER, WRITER)
 
