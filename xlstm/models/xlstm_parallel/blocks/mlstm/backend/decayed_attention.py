@@ -106,8 +106,7 @@ class Outputs(NamedTuple):
         normalizer: With `normalize`, `(N, NC, L)`, float32.
         states: With `emit_states`, `(N * NC, D, E)`, in the type of `x`.
         last: With `emit_last`, the state after each segment, `(N * segments, D, E)`, float32.
-        scores: With `emit_scores`, rows by columns, `(N * NC, L, L)`,
-            float32, but rounded to the type of `x`.
+        scores: With `emit_scores`, rows by columns, `(N * NC, L, L)`, float32.
         dots: With `partner`, the sums over the features of `partner` times the output through the
             state, before it is rounded, in parts that remain to be added, `(N, parts, NC, L)`.
         pairs: With `partner_scores`, the
@@ -182,8 +181,7 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
         results["pairs"] = pairs.reshape(n * nc, size, size)
     weighted = scores * pair_weights(inputs.gates, reverse)
     if options.emit_scores:
-        rounded = weighted.astype(dtype).astype(jnp.float32)
-        results["scores"] = rounded.reshape(n * nc, size, size)
+        results["scores"] = weighted.reshape(n * nc, size, size)
     through_state = product("ncrd,ncde->ncre", a, states.astype(dtype))
     if inputs.vector is not None:
         row_feature = jnp.ones_like(readers_bias) if reverse else readers_bias

@@ -81,7 +81,9 @@ def choose_tiling(inputs: Inputs, options: Options) -> Tiling:
         ValueError: If nothing fits.
     """
     d, e = _head_dims(inputs)
-    width = 64 if d <= 256 and e % 128 == 0 else 32
+    # The state of a warpgroup takes up to half of its registers, and a partner some more.
+    largest = 128 if inputs.partner is not None else 256
+    width = 64 if d <= largest and e % 128 == 0 else 32
     stages = [(2, 2, 2), (2, 1, 2), (2, 1, 1), (1, 1, 2), (1, 1, 1)]
     pieces = [1, 2, 4, 8] if inputs.partner_states is not None else [1]
     for piece in pieces:
@@ -311,7 +313,6 @@ class _Block:
         my_b = refs["b_smem"].at[ib]
         my_x = refs["x_smem"].at[ix, warpgroup]
         my_state = refs["state_smem"].at[warpgroup]
-        keep = refs["keep"][head, chunk]
         # One warpgroup of a head does what is the same in all, another one in each chunk.
         is_mine = lax.rem(chunk, 2 * self.kernel.num_tiles) == self.tile * 2 + warpgroup
 
@@ -338,12 +339,6 @@ class _Block:
                 dots = (partner.astype(jnp.float32) * out).sum(axis=1)
                 refs["dots"][head, self.tile * 2 + warpgroup, chunk] = dots
             out = _add_product(out, weighted, my_x)
-            if options.emit_scores:
-
-                @pl.when(is_mine)
-                def _():
-                    refs["scores"][index] = weighted.astype(jnp.float32)
-
             if options.normalize:
                 normalizer = total + self.gate(CARRIED)
                 divisor = jnp.maximum(jnp.abs(normalizer), self.gate(BOUND))
@@ -358,6 +353,7 @@ class _Block:
             plgpu.barrier_wait(refs["gates_full"])
             plgpu.barrier_wait(refs["x_full"].at[ix])
 
+        keep = refs["keep"][head, chunk]
         # x with the weight of each token in the state, in place of x.
         x = _load(my_x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         weight = self.gate(self.to_state)
@@ -419,7 +415,7 @@ class _Block:
             scores = _add_product(_zeros((size, size)), my_a, my_b)
             plgpu.barrier_wait(self.refs["gates_full"])
             weighted = self.weigh(scores, None, is_mine, index, nil)
-        elif self.has["partner_states"]:  # Two products at a time would need too many registers.
+        elif self.has["partner_states"] and self.tiling.width == 64:  # Two products at a time would need too many registers.
             weighted = pl.run_scoped(scores_alone, scores_acc)
         else:
             return pl.run_scoped(both, scores_acc, plgpu.ACC((size, width), jnp.float32))
@@ -435,6 +431,12 @@ class _Block:
 
         weights = self.pair_weights(nil) if weights is None else weights
         scores = self.add_bias(scores, pl.ds(0, CHUNK), nil) * weights
+        if self.options.emit_scores:
+
+            @pl.when(is_mine)
+            def _():
+                self.refs["scores"][index] = scores
+
         total = scores.sum(axis=1) if self.options.normalize else None
         return scores.astype(self.kernel.dtype), total
 
