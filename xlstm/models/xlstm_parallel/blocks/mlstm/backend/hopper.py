@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from xlstm.distributed.mesh import match_varying_axes
+from xlstm.distributed.mesh import match_varying_axes, varying_axes
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     BIAS,
     BOUND,
@@ -132,17 +132,10 @@ def decayed_attention_hopper(inputs: Inputs, options: Options) -> Outputs:
     """
     kernel = _Kernel(inputs, options)
     given = {name: x for name, x in inputs._asdict().items() if x is not None}
-    given = match_varying_axes(given)
-    varying = jax.typeof(given["b"])
-    mark = {
-        name: getattr(varying, name)
-        for name in ("manual_axis_type", "vma")
-        if getattr(varying, name, None)
-    }
     shapes = kernel.output_shapes()
     call = plgpu.kernel(
         functools.partial(kernel.run, [*given, *shapes, *kernel.scratch()]),
-        out_type=[jax.ShapeDtypeStruct(*shape, **mark) for shape in shapes.values()],
+        out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes.values()],
         scratch_types=list(kernel.scratch().values()),
         grid=(kernel.n, options.segments, kernel.num_tiles),
         grid_names=("head", "segment", "tile"),
@@ -151,7 +144,8 @@ def decayed_attention_hopper(inputs: Inputs, options: Options) -> Outputs:
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams()} if are_kernels_interpreted() else {}),
     )
-    results = call(*given.values())
+    # Inside of `shard_map`, the kernel's results bear no marks of their own.
+    results = match_varying_axes(call(*given.values()), sorted(varying_axes(given)))
     return Outputs(**dict(zip(shapes, results, strict=True)))
 
 
@@ -415,7 +409,9 @@ class _Block:
             scores = _add_product(_zeros((size, size)), my_a, my_b)
             plgpu.barrier_wait(self.refs["gates_full"])
             weighted = self.weigh(scores, None, is_mine, index, nil)
-        elif self.has["partner_states"] and self.tiling.width == 64:  # Two products at a time would need too many registers.
+        elif (
+            self.has["partner_states"] and self.tiling.width == 64
+        ):  # Two products at a time would need too many registers.
             weighted = pl.run_scoped(scores_alone, scores_acc)
         else:
             return pl.run_scoped(both, scores_acc, plgpu.ACC((size, width), jnp.float32))
