@@ -4,12 +4,12 @@ Token `s` writes into later tokens `t`, which read it with the weight
 
     W_ts = exp(coarse_t - coarse_s + reader_t + writer_s)    for s <= t in the same document
 
-within a chunk of `L` tokens, and through a state from chunk to chunk. With rows `r` and columns `c`,
+within a chunk of `L` tokens, and through a state from chunk to chunk. With rows `r`, columns `c`,
 
     out_r = sum_c (a_r . b_c) W x_c,     state = sum_c w_c b_c x_c^T
 
-where rows read and columns write or, if `reverse`, rows write and columns read, and the state passes
-from the last chunk to the first. Roles of the arrays in each pass of the mLSTM:
+where rows read and columns write or, if `reverse`, rows write and columns read, and the state
+passes from the last chunk to the first. Roles of the arrays in each pass of the mLSTM:
 
     pass      a    b    x
     forward   q    k    v
@@ -82,7 +82,8 @@ class Inputs(NamedTuple):
             readers and 1 for the writers, and this is its row of the state before the chunk. None
             for no such feature.
         partner: `(B, T, NH * E)`, to be multiplied by the output through the state; or None.
-        partner_scores: `(N * NC, L, L)`, float32, to be multiplied by the unweighted scores; or None.
+        partner_scores: `(N * NC, L, L)`, float32, to be multiplied by the unweighted scores; or
+            None.
         partner_states: `(N * NC, D, E)`, to be multiplied by the state before each chunk; or None.
     """
 

@@ -97,6 +97,12 @@ def choose_tiling(inputs: Inputs, options: Options) -> Tiling:
     )
 
 
+def num_blocks(inputs: Inputs, options: Options) -> int:
+    """Returns the number of blocks of a pass, without segments."""
+    _, e = _head_dims(inputs)
+    return inputs.gates.shape[0] * e // (2 * choose_tiling(inputs, options).width)
+
+
 def _shared_bytes(inputs: Inputs, options: Options, tiling: Tiling) -> int:
     d, _ = _head_dims(inputs)
     per_chunk = 2 * CHUNK * d

@@ -127,6 +127,7 @@ def _mosaic_problem(device: Device, dtype: jnp.dtype, qk_dim: int, v_dim: int) -
     is_hopper = device.platform == "gpu" and _HOPPER.search(device.kind)
     if not is_hopper and not are_kernels_interpreted():
         return f"it needs a Hopper GPU, such as the H100, and the device is {device.kind}"
+    dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16 queries, keys and values, and they are {dtype}"
     if max(qk_dim, v_dim) > _LARGEST_HEAD:

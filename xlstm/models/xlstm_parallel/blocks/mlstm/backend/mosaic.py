@@ -39,7 +39,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     rev_cumsum_off,
     sum_of_spanning_pairs,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import (
+    decayed_attention_hopper,
+    num_blocks,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMArguments,
     MLSTMInputs,
@@ -267,12 +270,12 @@ def _pad_state(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] + [(0, -size % _FEATURES) for size in x.shape[1:]])
 
 
-def _segments(inputs: Inputs, num_tiles: int) -> int:
+def _segments(inputs: Inputs, blocks: int) -> int:
     """Returns into how many segments to cut the sequence, so that few heads fill the card."""
-    n, num_chunks = inputs.keep.shape
+    num_chunks = inputs.keep.shape[1]
     segments = 1
     while (
-        n * num_tiles * segments * 2 <= _MULTIPROCESSORS
+        blocks * segments * 2 <= _MULTIPROCESSORS
         and num_chunks % (segments * 2) == 0
         and num_chunks // (segments * 2) >= _LEAST_CHUNKS
     ):
@@ -284,14 +287,14 @@ def _run(attend: Attend, inputs: Inputs, options: Options) -> Outputs:
     """Runs a pass; with few heads, in segments that run side by side, after their first states."""
     n, num_chunks = inputs.keep.shape
     heads = n // inputs.b.shape[0]
-    segments = _segments(inputs, inputs.x.shape[-1] // heads // 128 or 1)
+    dims = inputs.b.shape[-1] // heads, inputs.x.shape[-1] // heads
+    segments = _segments(inputs, num_blocks(inputs, options))
     if segments == 1:
         return attend(inputs, options)
     reverse = options.reverse
     states_alone = Options(reverse=reverse, outputs=False, emit_last=True, segments=segments)
     alone = Inputs(None, inputs.b, inputs.x, inputs.gates, inputs.keep)
     added = attend(alone, states_alone).last
-    dims = added.shape[1:]
     keep = jnp.prod(inputs.keep.reshape(n, segments, num_chunks // segments), axis=-1)
     initial = jnp.zeros((n, *dims), jnp.float32) if inputs.init is None else inputs.init
     before, _ = _carry_over(
@@ -394,8 +397,7 @@ def mosaic_backward(
     Returns:
         The gradients of the arguments; None for those that were not given.
     """
-    arguments, gates = ctx.arguments, ctx.gates
-    inputs, pull_back = jax.vjp(prepare_inputs, arguments)
+    inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     # See `fwbw_backward`.
     ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
     d_q, d_k, d_v, d_i, d_log_f, d_initial = _token_gradients(
@@ -509,7 +511,8 @@ def mlstm_mosaic(
     Args:
         arguments: Arguments of the backend; `q`, `k` and `v` are bfloat16 or float16.
         reset: See `mLSTMBackend.__call__`.
-        config: Options of `fwbw`; `stabilize_correctly`, `keep_c` and `return_state` have an effect.
+        config: Options of `fwbw`, of which `stabilize_correctly`, `keep_c` and `return_state` have
+            an effect.
         attend: The implementation of `decayed_attention`.
 
     Returns:
