@@ -3,7 +3,10 @@
     bazel run --config=cuda13 //xlstm/tools:kernel_report
     bazel run --config=cuda13 //xlstm/tools:kernel_report -- --shapes=1x4x4096x256x256
 
-No GPU and no driver is needed. Each row is a pass of the mLSTM, in bfloat16, and one kernel:
+No GPU and no driver is needed. JAX prefers the ptxas of a CUDA toolkit, on the PATH or in
+/usr/local/cuda, to that of its packages, and spills differ from version to version.
+
+Each row is a pass of the mLSTM, in bfloat16, and one kernel:
 
 * `features` of `a` and `b`, and of `x`; see `decayed_attention` for their roles in each pass;
 * `width`: features that a warpgroup owns; `stages`: chunks of `a`, `b` and `x` loaded ahead;
