@@ -22,6 +22,9 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.registry import (
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.tools.benchmarks.timed import TimedFunction, compile_passes
 
+# Of an H100's data sheet: dense bfloat16 operations and bytes per second.
+H100_RATES = {"operations": 989e12, "bytes": 3.35e12}
+
 
 class Shape(NamedTuple):
     """Sizes of an mLSTM's inputs: `B`, `NH`, `T`, `DHQK`, `DHV`."""

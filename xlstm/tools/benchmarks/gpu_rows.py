@@ -16,13 +16,11 @@ from rich import box
 from rich.table import Table
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import MOSAIC_CHUNK_SIZE
-from xlstm.tools.benchmarks.candidates import Candidate, Shape
+from xlstm.tools.benchmarks.candidates import H100_RATES, Candidate, Shape
 from xlstm.tools.benchmarks.timed import PASSES
 
 Row = dict[str, Any]
 
-# Of an H100's data sheet: dense bfloat16 operations and bytes per second.
-_SHEET = {"operations": 989e12, "bytes": 3.35e12}
 _WIDEST_RESULT = 90
 
 
@@ -67,7 +65,7 @@ def with_fractions(rows: Sequence[Row]) -> list[Row]:
         for key, what in (("operations", "product"), ("bytes", "copy"))
         if row["what"] == what
     }
-    rates = {"of_sheet": _SHEET} | ({"of_measured": measured} if len(measured) == 2 else {})
+    rates = {"of_sheet": H100_RATES} | ({"of_measured": measured} if len(measured) == 2 else {})
     return [row | {name: _fraction(row, of) for name, of in rates.items()} for row in rows]
 
 

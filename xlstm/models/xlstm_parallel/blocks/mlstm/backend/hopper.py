@@ -80,7 +80,7 @@ def choose_tiling(inputs: Inputs, options: Options) -> Tiling:
     Raises:
         ValueError: If nothing fits.
     """
-    d, e = _head_dims(inputs)
+    d, e = head_dims(inputs)
     # The state of a warpgroup takes up to half of its registers, and a partner some more.
     largest = 128 if inputs.partner is not None else 256
     width = 64 if d <= largest and e % 128 == 0 else 32
@@ -89,7 +89,7 @@ def choose_tiling(inputs: Inputs, options: Options) -> Tiling:
     for piece in pieces:
         for a, b, x in stages:
             tiling = Tiling(width, a, b, x, piece)
-            if d % (64 * piece) == 0 and _shared_bytes(inputs, options, tiling) <= _SHARED_MEMORY:
+            if d % (64 * piece) == 0 and shared_bytes(inputs, options, tiling) <= _SHARED_MEMORY:
                 return tiling
     raise ValueError(
         f"heads of {d} and {e} features do not fit into the shared memory of a Hopper GPU: set"
@@ -99,12 +99,13 @@ def choose_tiling(inputs: Inputs, options: Options) -> Tiling:
 
 def num_blocks(inputs: Inputs, options: Options) -> int:
     """Returns the number of blocks of a pass, without segments."""
-    _, e = _head_dims(inputs)
+    _, e = head_dims(inputs)
     return inputs.gates.shape[0] * e // (2 * choose_tiling(inputs, options).width)
 
 
-def _shared_bytes(inputs: Inputs, options: Options, tiling: Tiling) -> int:
-    d, _ = _head_dims(inputs)
+def shared_bytes(inputs: Inputs, options: Options, tiling: Tiling) -> int:
+    """Returns the bytes of shared memory of a block."""
+    d, _ = head_dims(inputs)
     per_chunk = 2 * CHUNK * d
     tile, state = 2 * 2 * CHUNK * tiling.width, 2 * 2 * d * tiling.width
     total = tiling.b_stages * per_chunk + tiling.x_stages * tile + state + 4 * 8 * CHUNK
@@ -117,8 +118,8 @@ def _shared_bytes(inputs: Inputs, options: Options, tiling: Tiling) -> int:
     return total + _BARRIERS
 
 
-def _head_dims(inputs: Inputs) -> tuple[int, int]:
-    """Returns `D` and `E`."""
+def head_dims(inputs: Inputs) -> tuple[int, int]:
+    """Returns `D` and `E` of a pass."""
     heads = inputs.gates.shape[0] // inputs.b.shape[0]
     return inputs.b.shape[-1] // heads, inputs.x.shape[-1] // heads
 
@@ -164,7 +165,7 @@ class _Kernel:
         self.n, self.num_chunks, _, _ = inputs.gates.shape
         self.batch, self.time, _ = inputs.b.shape
         self.heads = self.n // self.batch
-        self.d, self.e = _head_dims(inputs)
+        self.d, self.e = head_dims(inputs)
         self.num_tiles = self.e // (2 * self.tiling.width)
         self.dtype = inputs.x.dtype
         self.chunks_of_segment = self.num_chunks // options.segments

@@ -252,9 +252,12 @@ def _carry_over(local: jax.Array, keep: jax.Array, initial: jax.Array, reverse: 
 def _weighted_sums(tokens: Tokens, x: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns the sums over each chunk of `x (B, T, NH * D)` times `weights (N, NC, L)`."""
     batch, time, _ = x.shape
-    x = x.reshape(batch, time // CHUNK, CHUNK, tokens.heads, -1).astype(jnp.float32)
-    sums = jnp.sum(x * tokens.tokens(weights[..., None], 1), axis=2)
-    return sums.swapaxes(1, 2).reshape(batch * tokens.heads, *sums.shape[1:2], -1)
+    # Heads and features are one axis, or XLA would write the products before it sums them.
+    x = x.reshape(batch * time // CHUNK, CHUNK, -1).astype(jnp.float32)
+    weights = tokens.tokens(weights[..., None], 1).reshape(*x.shape[:2], tokens.heads)
+    sums = jnp.sum(x * jnp.repeat(weights, x.shape[-1] // tokens.heads, axis=-1), axis=1)
+    sums = sums.reshape(batch, time // CHUNK, tokens.heads, -1).swapaxes(1, 2)
+    return sums.reshape(batch * tokens.heads, *sums.shape[2:])
 
 
 def _read_vector(tokens: Tokens, x: jax.Array, vector: jax.Array) -> jax.Array:
