@@ -156,6 +156,14 @@ def decayed_attention_hopper(inputs: Inputs, options: Options) -> Outputs:
     return Outputs(**dict(zip(shapes, results, strict=True)))
 
 
+def compile_smallest_kernel() -> None:
+    """Compiles a small kernel for JAX's first device; raises whatever goes wrong."""
+    tokens = jax.ShapeDtypeStruct((1, CHUNK, 64), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((1, 1, 8, CHUNK), jnp.float32)
+    inputs = Inputs(tokens, tokens, tokens, gates, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    jax.jit(lambda x: decayed_attention_hopper(x, Options()).out).lower(inputs).compile()
+
+
 class _Kernel:
     """The body of the kernel, for one choice of inputs and options."""
 

@@ -1,7 +1,9 @@
 """Which program computes the chunkwise mLSTM: Pallas kernels for Hopper GPUs, or XLA."""
 
+import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -132,4 +134,21 @@ def _mosaic_problem(device: Device, dtype: jnp.dtype, qk_dim: int, v_dim: int) -
         return f"it needs bfloat16 or float16 queries, keys and values, and they are {dtype}"
     if max(qk_dim, v_dim) > _LARGEST_HEAD:
         return f"it needs heads of at most {_LARGEST_HEAD} features, and DHQK={qk_dim}, DHV={v_dim}"
+    # Without a GPU, the program is compiled ahead of time for another machine.
+    return _compile_problem() if jax.default_backend() == "gpu" else ""
+
+
+@functools.cache
+def _compile_problem() -> str:
+    """Returns why a kernel does not compile on this machine, or ""; compiles the smallest one."""
+    try:
+        # Not every jaxlib has Mosaic GPU.
+        from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import compile_smallest_kernel
+
+        # In a thread of its own, which has no mesh in context.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(compile_smallest_kernel).result()
+    except Exception as error:  # The driver's and the compiler's may be anything.
+        text = (str(error).strip() or "no message").splitlines()[0]
+        return f"its smallest kernel does not compile here ({type(error).__name__}: {text})"
     return ""

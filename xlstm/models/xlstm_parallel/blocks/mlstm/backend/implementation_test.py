@@ -1,9 +1,12 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import implementation
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
     Device,
     choose_implementation,
@@ -40,6 +43,17 @@ def test_elsewhere_the_xla_program_is_taken_and_the_kernels_cannot_be_asked_for(
     with pytest.raises(ValueError, match=f"implementation=mosaic cannot be used: .*{reason}"):
         choose_implementation("mosaic", device, dtype, *heads)
     assert chosen.reason
+
+
+def test_a_machine_that_cannot_compile_kernels_takes_the_xla_program(monkeypatch):
+    monkeypatch.setattr(
+        jax, "default_backend", lambda: "gpu"
+    )  # It compiles for the CPU, and fails.
+    implementation._compile_problem.cache_clear()
+    chosen = choose_implementation("auto", H100, jnp.bfloat16, *HEADS)
+    implementation._compile_problem.cache_clear()
+    assert chosen.name == "xla"
+    assert re.fullmatch(r"its smallest kernel does not compile here \(\w+: .+\)", chosen.reason)
 
 
 def test_the_xla_program_can_be_asked_for_anywhere():
