@@ -47,9 +47,9 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     Options,
     Outputs,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import (
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_plan import (
     choose_tiling,
-    decayed_attention_hopper,
     head_dims,
     shared_bytes,
 )

@@ -22,6 +22,7 @@ same arguments; `docs/gpu.md` explains both.
 """
 
 import dataclasses
+import enum
 from typing import NamedTuple
 
 import jax
@@ -32,10 +33,20 @@ CHUNK = 64  # Tokens in a chunk: the rows of one tensor-core instruction of Hopp
 # Larger log weights come only from rounding of huge gates; exp() of this is finite in bfloat16.
 LARGEST_LOG_WEIGHT = 60.0
 
-# Rows of `gates`, each with one number per token.
-COARSE, READER, WRITER, FIRST, READ, WRITE = range(6)
-BIAS, LAST = 6, 7  # In the backward pass.
-CARRIED, BOUND = 6, 7  # In the forward pass.
+
+class Row(enum.IntEnum):
+    """Rows of `Inputs.gates`, where they are described."""
+
+    COARSE = 0
+    READER = 1
+    WRITER = 2
+    FIRST = 3
+    READ = 4
+    WRITE = 5
+    BIAS = 6  # These two in the backward pass ...
+    LAST = 7
+    CARRIED = 6  # ... and these in the forward pass.
+    BOUND = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +163,9 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
 
     b, x = chunks(inputs.b), chunks(inputs.x)
     # Weights of rows in the output through the state, and of columns in the state.
-    from_state, to_state = READ, WRITE
+    from_state, to_state = Row.READ, Row.WRITE
     if reverse:
-        from_state, to_state = WRITE, READ
+        from_state, to_state = Row.WRITE, Row.READ
     gates = [inputs.gates[:, :, row, :] for row in range(8)]
     weighted_x = (x * gates[to_state][..., None]).astype(dtype)
     states, last = _scan_states(b, weighted_x, inputs, options, product)
@@ -173,7 +184,7 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
 
     a = chunks(inputs.a)
     scores = product("ncrd,nczd->ncrz", a, b)
-    readers_bias = gates[BIAS]
+    readers_bias = gates[Row.BIAS]
     if inputs.vector is not None:
         scores += readers_bias[:, :, None, :] if reverse else readers_bias[..., None]
     if inputs.partner_scores is not None:
@@ -193,9 +204,9 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
         results["dots"] = dots[:, None]
     out = through_state + product("ncrz,ncze->ncre", weighted.astype(dtype), x)
     if options.normalize:
-        normalizer = jnp.sum(weighted, axis=-1) + gates[CARRIED]
+        normalizer = jnp.sum(weighted, axis=-1) + gates[Row.CARRIED]
         results["normalizer"] = normalizer
-        out /= jnp.maximum(jnp.abs(normalizer), gates[BOUND])[..., None]
+        out /= jnp.maximum(jnp.abs(normalizer), gates[Row.BOUND])[..., None]
     out = out.reshape(batch, heads, time, -1).swapaxes(1, 2).reshape(batch, time, -1)
     return Outputs(out=out.astype(dtype), **results)
 
@@ -210,16 +221,16 @@ def pair_weights(gates: jax.Array, reverse: bool) -> jax.Array:
     Returns:
         The weights, rows by columns, `(N, NC, L, L)`.
     """
-    coarse, reader, writer = (gates[:, :, row] for row in (COARSE, READER, WRITER))
+    coarse, reader, writer = (gates[:, :, row] for row in (Row.COARSE, Row.READER, Row.WRITER))
     index = jnp.arange(gates.shape[-1])
     log_weights = coarse[..., :, None] - coarse[..., None, :]
     if reverse:
         log_weights = -log_weights + (writer[..., :, None] + reader[..., None, :])
-        limit = gates[:, :, LAST, :, None]
+        limit = gates[:, :, Row.LAST, :, None]
         mask = (index >= index[:, None]) & (index <= limit)
     else:
         log_weights += reader[..., :, None] + writer[..., None, :]
-        limit = gates[:, :, FIRST, :, None]
+        limit = gates[:, :, Row.FIRST, :, None]
         mask = (index <= index[:, None]) & (index >= limit)
     return jnp.where(mask, jnp.exp(jnp.minimum(log_weights, LARGEST_LOG_WEIGHT)), 0)
 

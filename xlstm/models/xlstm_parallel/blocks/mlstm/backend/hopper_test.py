@@ -12,7 +12,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     mlstm_fwbw_custom_grad,
     mLSTMBackendFwbwConfig,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import choose_tiling
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_plan import choose_tiling
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import interpreted_kernels
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMArguments
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic import mlstm_mosaic

@@ -175,6 +175,11 @@ def check_kernels(time: int, qk_dim: int, v_dim: int, stabilize_correctly: bool 
     with interpreted_kernels():
         actual = jax.block_until_ready(solve(problem_, "kernel", **options))
     assert_close(problem_, actual, problem_.expected, 5e-3, 1e-2)
-    assert_close(problem_, actual, solve(problem_, "fwbw", **options), 5e-3, 1e-2)
-    for x, y in zip(actual, solve(problem_, "twin", **options), strict=True):
-        assert testing.relative_error(x, y, _LEAST) < 1e-3
+    for name, x, y in zip(_NAMES, actual, solve(problem_, "twin", **options), strict=True):
+        assert testing.relative_error(x, y, _LEAST) < 1e-3, name
+    # The gradients of `fwbw` in bfloat16 have larger errors of their own.
+    fwbw = solve(problem_, "fwbw", **options)[:4]
+    for name, x, y in zip(_NAMES, actual, fwbw, strict=False):
+        if name == "h":
+            x, y = (np.asarray(z)[problem_.is_well_conditioned] for z in (x, y))
+        assert testing.relative_error(x, y, _LEAST) < 5e-3, name
