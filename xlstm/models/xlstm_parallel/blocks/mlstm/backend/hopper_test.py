@@ -29,7 +29,7 @@ needs_interpreter = pytest.mark.skipif(
     ("time", "dims", "stabilize_correctly"), [(65, (40, 72), False), (130, (64, 128), True)]
 )
 def test_interpreted_kernels_compute_the_mlstm(time, dims, stabilize_correctly):
-    mosaic_testing.check_kernels(time, *dims, stabilize_correctly)
+    mosaic_testing.assert_kernels_solve(time, *dims, stabilize_correctly)
 
 
 @needs_interpreter
