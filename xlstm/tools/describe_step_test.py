@@ -58,6 +58,7 @@ def test_a_step_multiplies_as_exactly_as_the_config_says():
         model=ModelConfig(num_blocks=4, ratio="[1:1]", matmul_precision="high"),
         mesh=MeshConfig(fsdp=2, tp=2, pp=2),
         data=DataConfig(context_length=48, batch_size=8),
+        backend=BackendConfig(chunk_size=48),
     )
     _, _, lowered = describe_step.lower_step(config, create_run_mesh(config))
     products = lowered_products(lowered)
