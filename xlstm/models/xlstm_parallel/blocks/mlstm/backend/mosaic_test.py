@@ -18,8 +18,9 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMArgumen
 CONFIG = mLSTMBackendFwbwConfig(stabilize_correctly=True, return_state=True)
 
 
-def twin(arguments, reset=None, config=CONFIG):
-    return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, config, decayed_attention_xla)
+@jax.jit
+def twin(arguments, reset=None):
+    return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, decayed_attention_xla)
 
 
 def random_arguments(seed, leading, time, qk_dim=24, v_dim=40, dtype=jnp.bfloat16):
@@ -43,7 +44,6 @@ def test_recomputed_states_equal_the_kept_ones():
 
 
 def test_segments_change_nothing_but_roundings(monkeypatch):
-    problem = mosaic_testing.problem(513, 64, 128)
     monkeypatch.setattr(mosaic, "_LEAST_CHUNKS", 2)
     cut = []
 
@@ -54,11 +54,10 @@ def test_segments_change_nothing_but_roundings(monkeypatch):
     def cell(arguments, reset):
         return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, attend)
 
-    arguments = jax.tree.map(lambda x: x[..., :512, :], problem.arguments[:3])
-    gates = jax.tree.map(lambda x: x[..., :512], problem.arguments[3:5])
-    arguments = testing.Arguments(*arguments, *gates, *problem.arguments[5:])
-    reset = problem.reset[..., :512]
-    cotangents = problem.cotangents[0][..., :512, :], problem.cotangents[1]
+    arguments = random_arguments(5, (1, 3), 512)
+    reset = np.random.default_rng(5).random((1, 3, 512)) < 0.01
+    cotangents = testing.random_cotangents(6, arguments)
+    cotangents = jnp.bfloat16(cotangents[0]), cotangents[1]
     run = functools.partial(testing.outputs_and_gradients, cell, arguments, reset, cotangents)
     monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", 1)
     whole = run()
