@@ -29,7 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK = 64  # Tokens in a chunk: the rows of one tensor-core instruction of Hopper.
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import MOSAIC_CHUNK_SIZE
+
+CHUNK = MOSAIC_CHUNK_SIZE
 # Larger log weights come only from rounding of huge gates; exp() of this is finite in bfloat16.
 LARGEST_LOG_WEIGHT = 60.0
 
@@ -121,8 +123,8 @@ class Outputs(NamedTuple):
         scores: With `emit_scores`, rows by columns, `(N * NC, L, L)`, float32.
         dots: With `partner`, the sums over the features of `partner` times the output through the
             state, before it is rounded, in parts that remain to be added, `(N, parts, NC, L)`.
-        pairs: With `partner_scores`, the
-            scores `a b^T`, with bias but without weights, times them, `(N * NC, L, L)`, float32.
+        pairs: With `partner_scores`, the scores `a b^T`, with bias but without weights, times them,
+            `(N * NC, L, L)`, float32.
         pair_sums: With `partner_scores`, the sums of the rows of `pairs`, float32, `(N, NC, L)`.
         overlaps: With `partner_states`, their products with the state, in parts that remain to be
             added, `(N, parts, NC, L)`, float32.

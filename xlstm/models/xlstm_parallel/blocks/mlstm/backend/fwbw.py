@@ -32,7 +32,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
-    gradient_of_last_m,
     pair_log_weights,
     rev_cumsum,
     rev_cumsum_off,
@@ -58,6 +57,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
     FwbwContext,
+    add_scale_gradients,
     recompute,
     split_tokens,
     weigh_pairs,
@@ -296,20 +296,15 @@ def _gradient_of_inputs(
     if ctx.reset is not None:
         d_log_f = jnp.where(ctx.reset, 0, d_log_f)
 
-    if config.stabilize_correctly:
-        d_m = state_product(inputs.state, d_initial)
-        if has_d_last:
-            d_last_m = d_last.m - state_product(ctx.last_state, d_last)
-            more_i, more_f, more_m = gradient_of_last_m(
-                inputs.i, inputs.log_f, inputs.state.m, ctx.reset, d_last_m
-            )
-            d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
-        d_initial = d_initial._replace(m=d_m)
     d_tokens = (
         merge_chunks(dx, leading, time).astype(x.dtype)
         for dx, x in zip((dq, dk, dv), inputs[:3], strict=True)
     )
-    return MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
+    gradients = MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
+    if not config.stabilize_correctly:
+        return gradients
+    last = ctx.last_state, d_last if has_d_last else None
+    return add_scale_gradients(inputs, gradients, ctx.reset, *last)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

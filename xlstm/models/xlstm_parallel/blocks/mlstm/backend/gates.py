@@ -88,9 +88,12 @@ def documents(log_f: jax.Array, reset: jax.Array) -> tuple[jax.Array, jax.Array]
         The number of resets up to the token, and, where that is not 0, the log weight at the token
         of the zero state after the last reset, whose `m = 0` bounds the log scale. Both `(..., S)`.
     """
-    reset_indices = jnp.where(reset, jnp.arange(reset.shape[-1]), 0)
-    start = lax.cummax(reset_indices, axis=reset.ndim - 1)
-    return jnp.cumsum(reset, axis=-1), sum_since(log_f, start)
+    return jnp.cumsum(reset, axis=-1), sum_since(log_f, document_starts(reset))
+
+
+def document_starts(reset: jax.Array) -> jax.Array:
+    """Returns the index of the last reset up to each token `(..., S)`; 0 before the first one."""
+    return lax.cummax(jnp.where(reset, jnp.arange(reset.shape[-1]), 0), axis=reset.ndim - 1)
 
 
 def pair_log_weights(i: jax.Array, log_f: jax.Array, document: jax.Array | None) -> jax.Array:

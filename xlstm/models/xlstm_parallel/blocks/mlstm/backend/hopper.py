@@ -262,9 +262,8 @@ class _Block:
             scores = _add_product(_zeros((size, size)), my_a, my_b)
             plgpu.barrier_wait(self.refs["gates_full"])
             weighted = self.weigh(scores, None, is_mine, index, nil)
-        elif (
-            self.has["partner_states"] and self.tiling.width == 64
-        ):  # Two products at a time would need too many registers.
+        elif self.has["partner_states"] and self.tiling.width == 64:
+            # Two products at a time would need too many registers.
             weighted = pl.run_scoped(scores_alone, scores_acc)
         else:
             return pl.run_scoped(both, scores_acc, plgpu.ACC((size, width), jnp.float32))

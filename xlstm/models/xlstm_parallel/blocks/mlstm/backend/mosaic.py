@@ -28,7 +28,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     Outputs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
-    gradient_of_last_m,
     rev_cumsum,
     rev_cumsum_off,
     sum_of_spanning_pairs,
@@ -41,12 +40,12 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMState,
     check_reset,
     prepare_inputs,
-    state_product,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     bound_gradient,
     normalizer_bound,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import add_scale_gradients
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.token_gates import (
     FEATURES,
     TokenGates,
@@ -227,18 +226,12 @@ def mosaic_backward(
     d_i, d_log_f = (merge_chunks(x, leading, inputs.i.shape[-1]) for x in (d_i, d_log_f))
     if ctx.reset is not None:
         d_log_f = jnp.where(ctx.reset, 0, d_log_f)
-    if stabilize_correctly:
-        d_m = state_product(inputs.state, d_initial)
-        if d_last is not None:
-            d_last_m = d_last.m - state_product(ctx.last_state, d_last)
-            more_i, more_f, more_m = gradient_of_last_m(
-                inputs.i, inputs.log_f, inputs.state.m, ctx.reset, d_last_m
-            )
-            d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
-        d_initial = d_initial._replace(m=d_m)
     # The gates' and the states' path; q, k and v do not go through `prepare_inputs` here.
     zeros = (jnp.zeros_like(x) for x in inputs[:3])
-    (through,) = pull_back(MLSTMInputs(*zeros, d_i, d_log_f, d_initial))
+    gradients = MLSTMInputs(*zeros, d_i, d_log_f, d_initial)
+    if stabilize_correctly:
+        gradients = add_scale_gradients(inputs, gradients, ctx.reset, ctx.last_state, d_last)
+    (through,) = pull_back(gradients)
     return through._replace(q=d_q, k=d_k, v=d_v)
 
 

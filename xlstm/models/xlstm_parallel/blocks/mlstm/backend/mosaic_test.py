@@ -1,7 +1,5 @@
 """Tests of the mLSTM by decayed attention, computed in XLA with the roundings of the kernels."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,28 +43,29 @@ def test_recomputed_states_equal_the_kept_ones():
 
 def test_segments_change_nothing_but_roundings(monkeypatch):
     monkeypatch.setattr(mosaic, "_LEAST_CHUNKS", 2)
-    cut = []
-
-    def attend(inputs, options):
-        cut.append(options.segments)
-        return decayed_attention_xla(inputs, options)
-
-    def cell(arguments, reset):
-        return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, attend)
-
     arguments = random_arguments(5, (1, 3), 512)
     reset = np.random.default_rng(5).random((1, 3, 512)) < 0.01
     cotangents = testing.random_cotangents(6, arguments)
     cotangents = jnp.bfloat16(cotangents[0]), cotangents[1]
-    run = functools.partial(testing.outputs_and_gradients, cell, arguments, reset, cotangents)
-    monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", 1)
-    whole = run()
-    assert set(cut) == {1}
-    cut.clear()
-    testing._with_gradients.cache_clear()
-    monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", 132)
-    segmented = run()
-    assert max(cut) == 4
+
+    def run(multiprocessors):
+        """Returns the results, and the numbers of segments of the passes."""
+        monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", multiprocessors)
+        segments = set()
+
+        def attend(inputs, options):
+            segments.add(options.segments)
+            return decayed_attention_xla(inputs, options)
+
+        def cell(arguments, reset):
+            return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, attend)
+
+        return testing.outputs_and_gradients(cell, arguments, reset, cotangents), segments
+
+    whole, segments = run(1)
+    assert segments == {1}
+    segmented, segments = run(132)
+    assert max(segments) == 4
     for x, y in zip(jax.tree.leaves(segmented), jax.tree.leaves(whole), strict=True):
         assert testing.relative_error(x, y, 1e-3) < 5e-3
 

@@ -1,4 +1,7 @@
-"""What the forward pass of `fwbw` keeps for its backward pass, and how the rest is recomputed."""
+"""What the forward pass of `fwbw` keeps for its backward pass, and how the rest is recomputed.
+
+`add_scale_gradients` serves the backward passes of both implementations.
+"""
 
 from typing import NamedTuple
 
@@ -15,11 +18,15 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     product,
     split_chunks,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import pair_log_weights
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
+    gradient_of_last_m,
+    pair_log_weights,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMArguments,
     MLSTMInputs,
     MLSTMState,
+    state_product,
 )
 
 
@@ -127,3 +134,33 @@ def recompute(ctx: FwbwContext, inputs: MLSTMInputs, precision: lax.Precision | 
     if pairs is None:
         pairs = weigh_pairs(q, k, log_weights, m, precision)
     return Recomputed(q, k, v, gates, before, m, *pairs)
+
+
+def add_scale_gradients(
+    inputs: MLSTMInputs,
+    gradients: MLSTMInputs,
+    reset: jax.Array | None,
+    last_state: MLSTMState,
+    d_last: MLSTMState | None,
+) -> MLSTMInputs:
+    """Adds the gradients through the log scales of the initial and the last state.
+
+    Args:
+        inputs: Prepared arguments.
+        gradients: Their gradients, without the paths through `m`.
+        reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
+        last_state: State after the last token; not read without `d_last`.
+        d_last: Gradient of the last state; None for zero.
+
+    Returns:
+        The gradients; that of the initial `m` replaces the given one.
+    """
+    d_i, d_log_f, d_initial = gradients[3:]
+    d_m = state_product(inputs.state, d_initial)
+    if d_last is not None:
+        d_last_m = d_last.m - state_product(last_state, d_last)
+        more_i, more_f, more_m = gradient_of_last_m(
+            inputs.i, inputs.log_f, inputs.state.m, reset, d_last_m
+        )
+        d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
+    return gradients._replace(i=d_i, log_f=d_log_f, state=d_initial._replace(m=d_m))

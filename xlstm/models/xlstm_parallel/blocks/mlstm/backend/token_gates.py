@@ -15,6 +15,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import CHUNK
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
+    document_starts,
     exact_and_small_sums,
     pair_log_weights,
 )
@@ -68,7 +69,7 @@ class Tokens(NamedTuple):
         """Returns `x (B, T, NH)` as `(N, NC, L)`."""
         return x.swapaxes(1, 2).reshape(x.shape[0] * self.heads, -1, CHUNK)
 
-    def tokens(self, x: jax.Array, dim: int) -> jax.Array:
+    def tokens(self, x: jax.Array) -> jax.Array:
         """Returns `x (N, NC, L or 1, D or 1)` as `(B, NC, L or 1, NH, D or 1)`."""
         x = x.reshape(-1, self.heads, *x.shape[1:])
         return x.transpose(0, 2, 3, 1, 4)
@@ -111,7 +112,6 @@ def _pad_time(x: jax.Array, padding: int, value: float = 0) -> jax.Array:
 def token_gates(inputs: MLSTMInputs, reset: jax.Array | None, padding: int) -> TokenGates:
     """Computes what the gates say; `padding` tokens are added that change nothing."""
     i, log_f = _pad_time(inputs.i, padding, PADDING_GATE), _pad_time(inputs.log_f, padding)
-    index = jnp.arange(CHUNK, dtype=jnp.float32)
     if reset is not None:
         reset = _pad_time(reset, padding)
     chunk = chunk_gates(i, log_f, reset, CHUNK)
@@ -119,8 +119,8 @@ def token_gates(inputs: MLSTMInputs, reset: jax.Array | None, padding: int) -> T
         first, last = jnp.zeros_like(chunk.i), jnp.full_like(chunk.i, CHUNK - 1)
     else:
         reset = reset.reshape(chunk.i.shape)
-        first = lax.cummax(jnp.where(reset, index, 0), axis=2)
-        ends = jnp.where(reset, index, CHUNK) - 1
+        first = document_starts(reset).astype(jnp.float32)
+        ends = jnp.where(reset, jnp.arange(CHUNK, dtype=jnp.float32), CHUNK) - 1
         last = lax.cummin(_pad_time(ends[..., 1:], 1, CHUNK - 1), axis=2, reverse=True)
 
     # The log scales between the chunks: max-plus, in log steps.
@@ -190,7 +190,7 @@ def weighted_sums(tokens: Tokens, x: jax.Array, weights: jax.Array) -> jax.Array
     batch, time, _ = x.shape
     # Heads and features are one axis, or XLA would write the products before it sums them.
     x = x.reshape(batch * time // CHUNK, CHUNK, -1).astype(jnp.float32)
-    weights = tokens.tokens(weights[..., None], 1).reshape(*x.shape[:2], tokens.heads)
+    weights = tokens.tokens(weights[..., None]).reshape(*x.shape[:2], tokens.heads)
     sums = jnp.sum(x * jnp.repeat(weights, x.shape[-1] // tokens.heads, axis=-1), axis=1)
     sums = sums.reshape(batch, time // CHUNK, tokens.heads, -1).swapaxes(1, 2)
     return sums.reshape(batch * tokens.heads, *sums.shape[2:])
@@ -200,7 +200,7 @@ def read_vector(tokens: Tokens, x: jax.Array, vector: jax.Array) -> jax.Array:
     """Returns the products `(N, NC, L)` of `x (B, T, NH * D)` and `vector (N, NC, D)`."""
     batch, time, _ = x.shape
     y = x.reshape(batch, time // CHUNK, CHUNK, tokens.heads, -1).astype(jnp.float32)
-    products = jnp.sum(y * tokens.tokens(vector[:, :, None], 1), axis=-1)
+    products = jnp.sum(y * tokens.tokens(vector[:, :, None]), axis=-1)
     return tokens.chunks(products.reshape(batch, time, tokens.heads))
 
 
