@@ -217,9 +217,10 @@ def count(item: Pass) -> Counts:
     if not item.options.outputs:
         return Counts(tokens * state, tokens * state, num_bytes)
     num_scores = e // choose_tiling(item.inputs, item.options).width  # Times they are computed.
-    useful = CHUNK * (d + e) + 2 * state
-    done = 2 * CHUNK * (num_scores * d + e) + 2 * state
-    return Counts(tokens * useful, tokens * done, num_bytes)
+    states = 2.5 * state if item.options.emit_crossings else 2 * state
+    useful = CHUNK * (d + e) + states
+    done = 2 * CHUNK * (num_scores * d + e) + states
+    return Counts(int(tokens * useful), int(tokens * done), num_bytes)
 
 
 def compile_pass(item: Pass, device: jax.Device) -> str:

@@ -49,7 +49,7 @@ def test_work():
     """Two heads of 128 tokens, 64 and 128 features, in chunks of 64 tokens."""
     work = {item.name: count(item) for item in passes(Shape(1, 2, 128, 64, 128))}
     q, v, gates = 256 * 64 * 2, 256 * 128 * 2, 256 * 8 * 4 + 4 * 4
-    states, pairs, numbers = 4 * 64 * 128 * 2, 4 * 64 * 64 * 4, 256 * 4
+    states, pairs, numbers = 2 * 64 * 128 * 2, 4 * 64 * 64 * 4, 256 * 4
     # Half of the pairs for the scores and for their product with x; the state is read and updated.
     useful = 256 * (64 * (64 + 128) + 4 * 64 * 128)
     # All pairs, with the scores for each warpgroup's 64 of 128 features.
@@ -68,7 +68,10 @@ def test_work():
     vector = 4 * 64 * 4
     num_bytes = 2 * v + 2 * q + q + gates + vector + 2 * numbers
     assert work["dq"] == Counts(useful, done, num_bytes)
-    assert work["dk"] == Counts(useful, done, num_bytes + 2 * pairs + numbers)
+    # Once more the state, in every second chunk, and its sums.
+    again, crossings = 256 * 64 * 128, 256 // 2 * 2 * 4
+    num_bytes += 2 * pairs + numbers + crossings
+    assert work["dk"] == Counts(useful + again, done + again, num_bytes)
 
 
 def test_without_the_plugin(monkeypatch):

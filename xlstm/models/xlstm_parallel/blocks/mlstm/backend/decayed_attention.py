@@ -60,10 +60,13 @@ class Options:
         outputs: Whether to compute the output; False for states alone, where `a` is not read.
         normalize: Whether to divide the output by the normalizer: the sum of a row's scores plus
             `CARRIED`, but at least `BOUND`.
-        emit_states: Whether to return the state before every chunk (in the direction of the pass).
+        emit_states: Whether to return the state before every second chunk; not if `reverse`.
         emit_last: Whether to return the state after the last chunk.
         emit_scores: Whether to return the weighted scores of the pairs in each chunk.
-        segments: Number of segments of the sequence, each of which starts from its own `init`.
+        emit_crossings: Whether to read, in every second chunk, the state of the chunk after it too;
+            only with `reverse` and a partner.
+        segments: Number of segments of the sequence, each of which starts from its own `init`. With
+            more than one, the chunks of a segment are even in number.
     """
 
     reverse: bool = False
@@ -72,6 +75,7 @@ class Options:
     emit_states: bool = False
     emit_last: bool = False
     emit_scores: bool = False
+    emit_crossings: bool = False
     segments: int = 1
 
 
@@ -97,7 +101,8 @@ class Inputs(NamedTuple):
         partner: `(B, T, NH * E)`, to be multiplied by the output through the state; or None.
         partner_scores: `(N * NC, L, L)`, float32, to be multiplied by the unweighted scores; or
             None.
-        partner_states: `(N * NC, D, E)`, to be multiplied by the state before each chunk; or None.
+        partner_states: `(N * NS, D, E)`, each to be multiplied by the state before both of its
+            chunks; or None. `NS` is `NC / 2`, rounded up.
     """
 
     a: jax.Array | None
@@ -118,11 +123,16 @@ class Outputs(NamedTuple):
     Attributes:
         out: `(B, T, NH * E)`, in the type of `x`.
         normalizer: With `normalize`, `(N, NC, L)`, float32.
-        states: With `emit_states`, `(N * NC, D, E)`, in the type of `x`.
+        states: With `emit_states`, those before the chunks 0, 2, 4, ..., `(N * NS, D, E)`, in the
+            type of `x`.
         last: With `emit_last`, the state after each segment, `(N * segments, D, E)`, float32.
         scores: With `emit_scores`, rows by columns, `(N * NC, L, L)`, float32.
         dots: With `partner`, the sums over the features of `partner` times the output through the
             state, before it is rounded, in parts that remain to be added, `(N, parts, NC, L)`.
+        crossings: With `emit_crossings`, for the chunks `c` = 0, 2, 4, ..., the sums over the
+            features of `partner` times `a` times the state before chunk `c + 1` in the direction of
+            the pass, without weights and `vector`, in parts, `(N, parts, NS, L)`, float32. The last
+            one is undefined if `NC` is odd.
         pairs: With `partner_scores`, the scores `a b^T`, with bias but without weights, times them,
             `(N * NC, L, L)`, float32.
         pair_sums: With `partner_scores`, the sums of the rows of `pairs`, float32, `(N, NC, L)`.
@@ -136,6 +146,7 @@ class Outputs(NamedTuple):
     last: jax.Array | None = None
     scores: jax.Array | None = None
     dots: jax.Array | None = None
+    crossings: jax.Array | None = None
     pairs: jax.Array | None = None
     pair_sums: jax.Array | None = None
     overlaps: jax.Array | None = None
@@ -172,13 +183,14 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
     weighted_x = (x * gates[to_state][..., None]).astype(dtype)
     states, last = _scan_states(b, weighted_x, inputs, options, product)
     results = {
-        "states": states.astype(dtype).reshape(n * nc, *states.shape[2:])
+        "states": states[:, ::2].astype(dtype).reshape(-1, *states.shape[2:])
         if options.emit_states
         else None,
         "last": last.reshape(-1, *last.shape[2:]) if options.emit_last else None,
     }
     if inputs.partner_states is not None:
-        overlaps = states * inputs.partner_states.reshape(states.shape)
+        partner_states = inputs.partner_states.reshape(n, -1, *states.shape[2:])
+        overlaps = states * jnp.repeat(partner_states, 2, axis=1)[:, :nc]
         parts = jnp.sum(overlaps, axis=-1).reshape(n, nc, -1, size)
         results["overlaps"] = jnp.sum(parts, axis=2)[:, None]
     if not options.outputs:
@@ -191,7 +203,7 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
         scores += readers_bias[:, :, None, :] if reverse else readers_bias[..., None]
     if inputs.partner_scores is not None:
         pairs = scores * inputs.partner_scores.reshape(scores.shape)
-        results["pair_sums"] = jnp.sum(pairs, axis=-1)
+        results["pair_sums"] = jnp.sum(pairs, axis=-1).reshape(n * nc, size)
         results["pairs"] = pairs.reshape(n * nc, size, size)
     weighted = scores * pair_weights(inputs.gates, reverse)
     if options.emit_scores:
@@ -204,6 +216,11 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
     if inputs.partner is not None:
         dots = jnp.sum(chunks(inputs.partner) * through_state, axis=-1)
         results["dots"] = dots[:, None]
+    if options.emit_crossings:
+        after = jnp.pad(states[:, 1::2], ((0, 0), (0, nc % 2), (0, 0), (0, 0)))
+        read = product("ncrd,ncde->ncre", a[:, ::2], after.astype(dtype))
+        crossings = jnp.sum(chunks(inputs.partner)[:, ::2] * read, axis=-1)
+        results["crossings"] = crossings[:, None]
     out = through_state + product("ncrz,ncze->ncre", weighted.astype(dtype), x)
     if options.normalize:
         normalizer = jnp.sum(weighted, axis=-1) + gates[Row.CARRIED]

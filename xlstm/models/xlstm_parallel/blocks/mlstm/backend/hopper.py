@@ -25,12 +25,13 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     Outputs,
     Row,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_load import LoadingBlock
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_plan import Plan
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
     are_kernels_interpreted,
 )
 
-_COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24  # Of a thread; the register file holds no more.
+_COMPUTE_REGISTERS = 240  # Of a thread; with those of the loading warpgroup, all there are.
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _LOG_ZERO = -1e30
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # Until jax 0.10.
@@ -87,39 +88,13 @@ def _run_block(plan: Plan, names: list[str], *refs) -> None:
     pl.when(warpgroup == 2)(block.load)
 
 
-class _Block:
-    """A block of the kernel, which computes one tile of features of one head, or of its segment."""
+class _Block(LoadingBlock):
+    """A block of the kernel, whose first two warpgroups compute."""
 
     def __init__(self, plan: Plan, refs: dict, head, segment, tile):
-        self.plan, self.refs, self.tile = plan, refs, tile
-        self.options, self.has, self.tiling = plan.options, plan.has, plan.tiling
-        self.head = head
-        self.sequence, self.head_of_sequence = head // plan.heads, lax.rem(head, plan.heads)
-        self.segment = head * plan.options.segments + segment
-        self.num_chunks = plan.chunks_of_segment
-        self.first_chunk = segment * self.num_chunks
+        super().__init__(plan, refs, head, segment, tile)
         weights = Row.READ, Row.WRITE
         self.from_state, self.to_state = weights[::-1] if self.options.reverse else weights
-
-    def chunk(self, i):
-        """Returns the chunk of step `i`."""
-        i = self.num_chunks - 1 - i if self.options.reverse else i
-        return self.first_chunk + i
-
-    def features(self, warpgroup):
-        """Returns the features of a head that a warpgroup owns."""
-        width = self.tiling.width
-        return pl.ds((self.tile * 2 + warpgroup) * width, width)
-
-    def tokens(self, name: str, chunk, warpgroup=None):
-        """Returns the part of an array `(B, T, NH * features)` in global memory."""
-        if warpgroup is None:
-            features = pl.ds(self.head_of_sequence * self.plan.d, self.plan.d)
-        else:
-            width = self.tiling.width
-            start = self.head_of_sequence * self.plan.e + (self.tile * 2 + warpgroup) * width
-            features = pl.ds(start, width)
-        return self.refs[name].at[self.sequence, pl.ds(chunk * CHUNK, CHUNK), features]
 
     def gate(self, row: int):
         """Returns a row of the chunk's gates, along the rows of a tile."""
@@ -140,8 +115,9 @@ class _Block:
             state = _load(init, layout=plgpu.Layout.WGMMA, optimized=False)
         else:
             state = _zeros(shape)
-        refs["state_smem"].at[warpgroup][...] = state.astype(self.plan.dtype)
-        plgpu.commit_smem()
+        if not self.options.emit_crossings:
+            refs["state_smem"].at[warpgroup][...] = state.astype(self.plan.dtype)
+            plgpu.commit_smem()
         step = functools.partial(self.step, warpgroup)
         state, _ = lax.fori_loop(0, self.num_chunks, step, (state, jnp.int32(0)))
         if self.options.emit_last:
@@ -154,7 +130,7 @@ class _Block:
         # addresses that do not change from chunk to chunk.
         state, nil = carry
         refs, t, options, dtype = self.refs, self.tiling, self.options, self.plan.dtype
-        chunk, head, warpgroup = self.chunk(i), self.head + nil, warpgroup + nil
+        chunk, head, warpgroup = self.chunk(i) + nil, self.head + nil, warpgroup + nil
         index = head * self.plan.num_chunks + chunk  # Among the chunks of all heads.
         ib, ix = lax.rem(i, t.b_stages) + nil, lax.rem(i, t.x_stages) + nil
         my_b = refs["b_smem"].at[ib]
@@ -162,28 +138,47 @@ class _Block:
         my_state = refs["state_smem"].at[warpgroup]
         # One warpgroup of a head does what is the same in all, another one in each chunk.
         is_mine = lax.rem(chunk, 2 * self.plan.num_tiles) == self.tile * 2 + warpgroup
+        is_even, saved = lax.rem(chunk, 2) == 0, head * self.plan.num_states + chunk // 2
 
         if options.emit_states:
-            features = self.features(warpgroup)
-            plgpu.copy_smem_to_gmem(my_state, refs["states"].at[index, :, features])
+
+            @pl.when(is_even)
+            def _():
+                features = self.features(warpgroup)
+                plgpu.copy_smem_to_gmem(my_state, refs["states"].at[saved, :, features])
+
         if self.has["partner_states"]:
             overlaps = self.overlaps(warpgroup, state)
             refs["overlaps"][head, self.tile * 2 + warpgroup, chunk] = overlaps
         if options.outputs:
             ia = lax.rem(i, t.a_stages) + nil
+            my_a = refs["a_smem"].at[ia]
             plgpu.barrier_wait(refs["a_full"].at[ia])
+        if self.has["partner"]:
+            my_partner = refs["partner_smem"].at[ix, warpgroup]
+        if options.emit_crossings:
+            plgpu.barrier_wait(refs["x_full"].at[ix])
+
+            @pl.when(is_even & (i > 0))
+            def _():
+                a, state_ = refs["a_smem"].at[ia + nil], refs["state_smem"].at[warpgroup + nil]
+                read = _add_product(_zeros(my_x.shape), a, state_)
+                crossings = refs["crossings"].at[head, self.tile * 2 + warpgroup, chunk // 2]
+                crossings[...] = _sum_of_products(my_partner, read)
+
+            my_state[...] = state.astype(dtype)
+            plgpu.commit_smem()
         plgpu.barrier_wait(refs["b_full"].at[ib])
         if options.outputs:
-            my_a = refs["a_smem"].at[ia]
             weighted, total, out = self.scores_and_state_read(
                 my_a, my_b, my_state, is_mine, index, nil
             )
             plgpu.barrier_arrive(refs["a_empty"].at[ia])
             out = self.scale_state_read(head, warpgroup, chunk, out)
-            plgpu.barrier_wait(refs["x_full"].at[ix])
+            if not options.emit_crossings:
+                plgpu.barrier_wait(refs["x_full"].at[ix])
             if self.has["partner"]:
-                partner = _load(refs["partner_smem"].at[ix, warpgroup], layout=plgpu.Layout.WGMMA)
-                dots = (partner.astype(jnp.float32) * out).sum(axis=1)
+                dots = _sum_of_products(my_partner, out)
                 refs["dots"][head, self.tile * 2 + warpgroup, chunk] = dots
             out = _add_product(out, weighted, my_x)
             if options.normalize:
@@ -197,21 +192,22 @@ class _Block:
 
             out = out.astype(dtype)  # Fewer registers during the next product.
         else:
-            plgpu.barrier_wait(refs["gates_full"])
+            plgpu.barrier_wait(refs["gates_full"].at[0])
             plgpu.barrier_wait(refs["x_full"].at[ix])
 
         keep = refs["keep"][head, chunk]
         # x with the weight of each token in the state, in place of x.
         x = _load(my_x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         weight = self.gate(self.to_state)
-        plgpu.barrier_arrive(refs["gates_empty"])
+        plgpu.barrier_arrive(refs["gates_empty"].at[0])
         my_x[...] = (x * lax.broadcast_in_dim(weight, x.shape, [0])).astype(dtype)
         plgpu.commit_smem()
         state = _add_product(state * keep, my_b.transpose((1, 0)), my_x)
         plgpu.barrier_arrive(refs["b_empty"].at[ib])
         if options.emit_states:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        my_state[...] = state.astype(dtype)
+        if not options.emit_crossings:
+            my_state[...] = state.astype(dtype)
 
         if options.outputs:
             my_x[...] = out
@@ -246,7 +242,7 @@ class _Block:
         def scores_alone(scores_acc):
             # Computes the weights while the product runs.
             plgpu.wgmma(scores_acc, my_a, my_b)
-            plgpu.barrier_wait(self.refs["gates_full"])
+            plgpu.barrier_wait(self.refs["gates_full"].at[0])
             weights = self.pair_weights(nil)
             return self.weigh(scores_acc[...], weights, is_mine, index, nil)
 
@@ -255,12 +251,12 @@ class _Block:
             plgpu.wgmma(scores_acc, my_a, my_b)
             plgpu.wgmma(out_acc, my_a, my_state)
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-            plgpu.barrier_wait(self.refs["gates_full"])
+            plgpu.barrier_wait(self.refs["gates_full"].at[0])
             return *self.weigh(scores, None, is_mine, index, nil), out_acc[...]
 
         if are_kernels_interpreted():
             scores = _add_product(_zeros((size, size)), my_a, my_b)
-            plgpu.barrier_wait(self.refs["gates_full"])
+            plgpu.barrier_wait(self.refs["gates_full"].at[0])
             weighted = self.weigh(scores, None, is_mine, index, nil)
         elif self.has["partner_states"] and self.tiling.width == 64:
             # Two products at a time would need too many registers.
@@ -312,8 +308,7 @@ class _Block:
             refs["pairs"][index, :, columns] = pairs
             part_total = pairs.sum(axis=1)
             total = part_total if total is None else total + part_total
-        chunk = lax.rem(index, self.plan.num_chunks)
-        refs["pair_sums"][self.head + nil, chunk] = total
+        refs["pair_sums"][index] = total
 
     def pair_weights(self, nil):
         """Returns the weights of the pairs, rows by columns; see `decayed_attention`."""
@@ -358,74 +353,6 @@ class _Block:
             out += vector
         return out * lax.broadcast_in_dim(self.gate(self.from_state), out.shape, [0])
 
-    def load(self) -> None:
-        """Loads the arrays of each chunk as soon as their shared memory is free."""
-        plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
-        t, uses = self.tiling, self.num_chunks
-        stages = {"b": t.b_stages, "x": t.x_stages, "gates": 1}
-        if self.options.outputs:
-            stages["a"] = t.a_stages
-
-        @pl.loop(0, uses)
-        def _(i):
-            chunk = self.chunk(i)
-            if self.has["partner_states"]:
-                self.load_partner_states(i, chunk, 0)
-            if self.options.outputs:
-                self.load_stage("a", i, t.a_stages, chunk)
-            self.load_stage("b", i, t.b_stages, chunk)
-            pl.when(i >= 1)(lambda: plgpu.barrier_wait(self.refs["gates_empty"]))
-            plgpu.copy_gmem_to_smem(
-                self.refs["gates"].at[self.head, chunk],
-                self.refs["gates_smem"],
-                self.refs["gates_full"],
-            )
-            names = ["x", "partner"] if self.has["partner"] else ["x"]
-            ix = lax.rem(i, t.x_stages)
-            self.wait_until_free("x", i, t.x_stages)
-            for name in names:
-                for warpgroup in range(2):
-                    plgpu.copy_gmem_to_smem(
-                        self.tokens(name, chunk, warpgroup),
-                        self.refs[f"{name}_smem"].at[ix, warpgroup],
-                        self.refs["x_full"].at[ix],
-                    )
-            for piece in range(1, t.pieces):
-                self.load_partner_states(i, chunk, piece)
-
-        # No completion of a barrier may be left without a wait.
-        for name, count in stages.items():
-            for stage in range(min(count, uses)):
-                empty = self.refs[f"{name}_empty"]
-                plgpu.barrier_wait(empty if name == "gates" else empty.at[stage])
-        if self.has["partner_states"]:
-            plgpu.barrier_wait(self.refs["partner_states_empty"])
-
-    def wait_until_free(self, name: str, i, stages: int) -> None:
-        """Waits until the stage of step `i` is free again."""
-        empty = self.refs[f"{name}_empty"].at[lax.rem(i, stages)]
-        pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty))
-
-    def load_stage(self, name: str, i, stages: int, chunk) -> None:
-        """Loads `a` or `b`."""
-        self.wait_until_free(name, i, stages)
-        smem, full = (self.refs[f"{name}_{x}"].at[lax.rem(i, stages)] for x in ("smem", "full"))
-        plgpu.copy_gmem_to_smem(self.tokens(name, chunk), smem, full)
-
-    def load_partner_states(self, i, chunk, piece: int) -> None:
-        """Loads a piece of the partner's states."""
-        # Only the very first piece finds its shared memory free.
-        is_used = i >= 1 if piece == 0 else True
-        pl.when(is_used)(lambda: plgpu.barrier_wait(self.refs["partner_states_empty"]))
-        rows = self.plan.d // self.tiling.pieces
-        states = self.refs["partner_states"].at[self.head * self.plan.num_chunks + chunk]
-        for warpgroup in range(2):
-            plgpu.copy_gmem_to_smem(
-                states.at[pl.ds(piece * rows, rows), self.features(warpgroup)],
-                self.refs["partner_states_smem"].at[warpgroup],
-                self.refs["partner_states_full"],
-            )
-
 
 def _load(ref, *, layout, optimized=True):
     """Returns the values of a reference, in registers."""
@@ -435,6 +362,11 @@ def _load(ref, *, layout, optimized=True):
 
 def _zeros(shape: tuple[int, int]):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _sum_of_products(ref, y):
+    """Returns the sums over the columns of the values of a reference times `y`."""
+    return (_load(ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32) * y).sum(axis=1)
 
 
 def _add_product(accumulator, a, b):

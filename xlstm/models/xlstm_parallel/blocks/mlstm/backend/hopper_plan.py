@@ -104,6 +104,7 @@ class Plan:
         self.num_tiles = self.e // (2 * self.tiling.width)
         self.dtype = inputs.x.dtype
         self.chunks_of_segment = self.num_chunks // options.segments
+        self.num_states = (self.num_chunks + 1) // 2  # Those of a head that leave the chip.
 
     def output_shapes(self) -> dict[str, tuple]:
         """Returns the shapes and types of the outputs, by their names in `Outputs`."""
@@ -113,12 +114,13 @@ class Plan:
         all_shapes = {
             "out": (o.outputs, ((self.batch, self.time, self.heads * self.e), self.dtype)),
             "normalizer": (o.normalize, ((n, nc, size), f32)),
-            "states": (o.emit_states, ((n * nc, self.d, self.e), self.dtype)),
+            "states": (o.emit_states, ((n * self.num_states, self.d, self.e), self.dtype)),
             "last": (o.emit_last, ((n * o.segments, self.d, self.e), f32)),
             "scores": (o.emit_scores, pairs),
             "dots": (self.has["partner"], ((n, parts, nc, size), f32)),
+            "crossings": (o.emit_crossings, ((n, parts, self.num_states, size), f32)),
             "pairs": (self.has["partner_scores"], pairs),
-            "pair_sums": (self.has["partner_scores"], ((n, nc, size), f32)),
+            "pair_sums": (self.has["partner_scores"], ((n * nc, size), f32)),
             "overlaps": (self.has["partner_states"], ((n, parts, nc, size), f32)),
         }
         return {name: shape for name, (is_computed, shape) in all_shapes.items() if is_computed}
@@ -138,10 +140,10 @@ class Plan:
             "x_full": plgpu.Barrier(
                 num_arrivals=4 if self.has["partner"] else 2, num_barriers=t.x_stages
             ),
-            "gates_full": plgpu.Barrier(),
+            "gates_full": plgpu.Barrier(num_barriers=1),
             "b_empty": plgpu.Barrier(num_arrivals=2, num_barriers=t.b_stages),
             "x_empty": plgpu.Barrier(num_arrivals=2, num_barriers=t.x_stages),
-            "gates_empty": plgpu.Barrier(num_arrivals=2),
+            "gates_empty": plgpu.Barrier(num_arrivals=2, num_barriers=1),
         }
         if self.options.outputs:
             scratch |= {

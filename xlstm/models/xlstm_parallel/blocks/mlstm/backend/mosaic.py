@@ -30,7 +30,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     rev_cumsum,
     rev_cumsum_off,
-    sum_of_spanning_pairs,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_plan import num_blocks
@@ -61,6 +60,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.token_gates import (
 Attend = Callable[[Inputs, Options], Outputs]
 
 _LEAST_CHUNKS = 4  # In a segment; shorter ones cost more than they win.
+_THREE_PARTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 _MULTIPROCESSORS = 132  # Of an H100; fewer blocks than these leave some of them idle.
 
 
@@ -75,7 +75,8 @@ class MosaicContext(NamedTuple):
         before_n: `n` before every chunk `(N, NC, DHQK)`.
         last_state: State after the last token; `C` is None if it is not returned.
         gates: The gates.
-        states: `C` before every chunk `(N * NC, DHQK, DHV)`, bfloat16, with `keep_c`, else None.
+        states: `C` before every second chunk `(N * NS, DHQK, DHV)`, bfloat16, with `keep_c`, else
+            None.
     """
 
     arguments: MLSTMArguments
@@ -94,7 +95,7 @@ def _segments(inputs: Inputs, blocks: int) -> int:
     segments = 1
     while (
         blocks * segments * 2 <= _MULTIPROCESSORS
-        and num_chunks % (segments * 2) == 0
+        and num_chunks % (segments * 4) == 0
         and num_chunks // (segments * 2) >= _LEAST_CHUNKS
     ):
         segments *= 2
@@ -287,16 +288,16 @@ def _token_gradients(
             partner=k,
             partner_scores=by_v.scores,
         ),
-        Options(reverse=True),
+        Options(reverse=True, emit_crossings=True),
     )
 
     # The gates, by sums of the terms that span them alone; see `docs/mlstm.md`.
     through_q, through_k = jnp.sum(by_q.dots, axis=1), jnp.sum(by_k.dots, axis=1)
-    d_i = by_k.pair_sums + through_k
-    pairs = by_k.pairs.reshape(*keep.shape, CHUNK, CHUNK)
-    d_log_f = sum_of_spanning_pairs(pairs.swapaxes(-1, -2))
+    d_i = by_k.pair_sums.reshape(through_k.shape) + through_k
+    d_log_f = _sums_of_spanning_pairs(by_k.pairs).reshape(d_i.shape)
     d_log_f += rev_cumsum(through_q) + rev_cumsum_off(through_k[..., ::-1])[..., ::-1]
-    overlaps = jnp.sum(by_v.overlaps, axis=(1, 3)) + jnp.sum(ctx.before_n * after_dn, axis=-1)
+    overlaps = _complete_overlaps(by_v.overlaps, by_k.crossings, gates)
+    overlaps += jnp.sum(ctx.before_n * after_dn, axis=-1)
     d_log_f += (keep * overlaps)[..., None]
 
     d_tokens = (
@@ -305,6 +306,46 @@ def _token_gradients(
     )
     d_initial = by_v.last[:, :qk_dim, :v_dim], initial_dn[:, :qk_dim]
     return *d_tokens, d_i, d_log_f, d_initial
+
+
+def _sums_of_spanning_pairs(pairs: jax.Array) -> jax.Array:
+    """Returns, for each token `r` of a chunk, the sum over its pairs with `s < r <= t`.
+
+    One product, which reads the pairs once; that of `gates.sum_of_spanning_pairs` would be written.
+
+    Args:
+        pairs: Values `(N * NC, L, L)`, entry `[s, t]`.
+
+    Returns:
+        Sums `(N * NC, L)`, float32.
+    """
+    s, t, r = jnp.ogrid[:CHUNK, :CHUNK, :CHUNK]
+    spans = ((s < r) & (r <= t)).astype(pairs.dtype).reshape(CHUNK**2, CHUNK)
+    # Tensor cores sum the pairs in three parts of 8 bits; the error is below 2^-16.
+    return jnp.dot(pairs.reshape(-1, CHUNK**2), spans, precision=_THREE_PARTS)
+
+
+def _complete_overlaps(overlaps: jax.Array, crossings: jax.Array, gates: TokenGates) -> jax.Array:
+    """Returns the products of the states before the chunks with their gradients after them.
+
+    The state before a chunk without a state in memory is the decayed state before the chunk before
+    it, and what the tokens of that chunk wrote.
+
+    Args:
+        overlaps: `Outputs.overlaps` of dv.
+        crossings: `Outputs.crossings` of dk.
+        gates: The gates.
+
+    Returns:
+        The products `(N, NC)`.
+    """
+    overlaps, crossings = jnp.sum(overlaps, axis=(1, 3)), jnp.sum(crossings, axis=1)
+    num_chunks = overlaps.shape[1]
+    written = jnp.sum(crossings * gates.write[:, ::2], axis=-1)
+    keep = jnp.repeat(gates.keep[:, ::2], 2, axis=1)[:, :num_chunks]
+    written = jnp.repeat(written, 2, axis=1)[:, :num_chunks]
+    has_state = jnp.arange(num_chunks) % 2 == 0
+    return jnp.where(has_state, overlaps, keep * overlaps + written)
 
 
 def _transpose(state: jax.Array | None) -> jax.Array | None:
