@@ -61,7 +61,8 @@ def test_work():
     assert work["states"] == Counts(update, update, q + v + gates + states)
     # Overlaps: a number for each token and each warpgroup's features; the last state is float32.
     last = 2 * 64 * 128 * 4
-    num_bytes = 2 * q + 2 * v + gates + states + last + pairs + 2 * numbers
+    # And h, whose products with dh are numbers like the overlaps.
+    num_bytes = 2 * q + 3 * v + gates + states + last + pairs + 4 * numbers
     assert work["dv"] == Counts(useful, done, num_bytes)
     # The same with 128 features in the scores, which are computed for each 32 of 64 features.
     done = 256 * (2 * 64 * (2 * 128 + 64) + 4 * 64 * 128)

@@ -99,6 +99,7 @@ class Inputs(NamedTuple):
             readers and 1 for the writers, and this is its row of the state before the chunk. None
             for no such feature.
         partner: `(B, T, NH * E)`, to be multiplied by the output through the state; or None.
+        partner_x: `(B, T, NH * E)`, to be multiplied by `x`; or None.
         partner_scores: `(N * NC, L, L)`, float32, to be multiplied by the unweighted scores; or
             None.
         partner_states: `(N * NS, D, E)`, each to be multiplied by the state before both of its
@@ -113,6 +114,7 @@ class Inputs(NamedTuple):
     init: jax.Array | None = None
     vector: jax.Array | None = None
     partner: jax.Array | None = None
+    partner_x: jax.Array | None = None
     partner_scores: jax.Array | None = None
     partner_states: jax.Array | None = None
 
@@ -129,6 +131,7 @@ class Outputs(NamedTuple):
         scores: With `emit_scores`, rows by columns, `(N * NC, L, L)`, float32.
         dots: With `partner`, the sums over the features of `partner` times the output through the
             state, before it is rounded, in parts that remain to be added, `(N, parts, NC, L)`.
+        x_dots: With `partner_x`, the sums over the features of it times `x`, in parts, likewise.
         crossings: With `emit_crossings`, for the chunks `c` = 0, 2, 4, ..., the sums over the
             features of `partner` times `a` times the state before chunk `c + 1` in the direction of
             the pass, without weights and `vector`, in parts, `(N, parts, NS, L)`, float32. The last
@@ -146,6 +149,7 @@ class Outputs(NamedTuple):
     last: jax.Array | None = None
     scores: jax.Array | None = None
     dots: jax.Array | None = None
+    x_dots: jax.Array | None = None
     crossings: jax.Array | None = None
     pairs: jax.Array | None = None
     pair_sums: jax.Array | None = None
@@ -205,6 +209,9 @@ def decayed_attention_xla(inputs: Inputs, options: Options) -> Outputs:
         pairs = scores * inputs.partner_scores.reshape(scores.shape)
         results["pair_sums"] = jnp.sum(pairs, axis=-1).reshape(n * nc, size)
         results["pairs"] = pairs.reshape(n * nc, size, size)
+    if inputs.partner_x is not None:
+        products = chunks(inputs.partner_x).astype(jnp.float32) * x
+        results["x_dots"] = jnp.sum(products, axis=-1)[:, None]
     weighted = scores * pair_weights(inputs.gates, reverse)
     if options.emit_scores:
         results["scores"] = weighted.reshape(n * nc, size, size)

@@ -198,6 +198,9 @@ class _Block(LoadingBlock):
         keep = refs["keep"][head, chunk]
         # x with the weight of each token in the state, in place of x.
         x = _load(my_x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        if self.has["partner_x"]:
+            x_dots = _sum_of_products(refs["partner_x_smem"].at[ix, warpgroup], x)
+            refs["x_dots"][head, self.tile * 2 + warpgroup, chunk] = x_dots
         weight = self.gate(self.to_state)
         plgpu.barrier_arrive(refs["gates_empty"].at[0])
         my_x[...] = (x * lax.broadcast_in_dim(weight, x.shape, [0])).astype(dtype)

@@ -87,7 +87,7 @@ class LoadingBlock:
             gates = self.refs["gates"].at[self.head, chunk]
             plgpu.copy_gmem_to_smem(gates, self.refs["gates_smem"], full)
         elif name == "x":
-            for array in ("x", "partner") if self.has["partner"] else ("x",):
+            for array in self.plan.tiles:
                 for warpgroup in range(2):
                     place = self.refs[f"{array}_smem"].at[stage, warpgroup]
                     plgpu.copy_gmem_to_smem(self.tokens(array, chunk, warpgroup), place, full)

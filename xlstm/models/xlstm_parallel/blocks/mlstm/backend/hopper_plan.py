@@ -78,8 +78,7 @@ def shared_bytes(inputs: Inputs, options: Options, tiling: Tiling) -> int:
     total = tiling.b_stages * per_chunk + tiling.x_stages * tile + state + 4 * 8 * CHUNK
     if options.outputs:
         total += tiling.a_stages * per_chunk
-    if inputs.partner is not None:
-        total += tiling.x_stages * tile
+    total += tiling.x_stages * tile * sum(x is not None for x in (inputs.partner, inputs.partner_x))
     if inputs.partner_states is not None:
         total += state // tiling.pieces
     return total + _BARRIERS
@@ -97,6 +96,8 @@ class Plan:
     def __init__(self, inputs: Inputs, options: Options):
         self.options, self.tiling = options, choose_tiling(inputs, options)
         self.has = {name: x is not None for name, x in inputs._asdict().items()}
+        # Of these arrays, a warpgroup needs only its own features.
+        self.tiles = ["x", *(name for name in ("partner", "partner_x") if self.has[name])]
         self.n, self.num_chunks, _, _ = inputs.gates.shape
         self.batch, self.time, _ = inputs.b.shape
         self.heads = self.n // self.batch
@@ -118,6 +119,7 @@ class Plan:
             "last": (o.emit_last, ((n * o.segments, self.d, self.e), f32)),
             "scores": (o.emit_scores, pairs),
             "dots": (self.has["partner"], ((n, parts, nc, size), f32)),
+            "x_dots": (self.has["partner_x"], ((n, parts, nc, size), f32)),
             "crossings": (o.emit_crossings, ((n, parts, self.num_states, size), f32)),
             "pairs": (self.has["partner_scores"], pairs),
             "pair_sums": (self.has["partner_scores"], ((n * nc, size), f32)),
@@ -137,9 +139,7 @@ class Plan:
             "state_smem": plgpu.SMEM((2, d, t.width), dtype, transforms=tiled),
             "gates_smem": plgpu.SMEM((8, size), jnp.float32),
             "b_full": plgpu.Barrier(num_barriers=t.b_stages),
-            "x_full": plgpu.Barrier(
-                num_arrivals=4 if self.has["partner"] else 2, num_barriers=t.x_stages
-            ),
+            "x_full": plgpu.Barrier(num_arrivals=2 * len(self.tiles), num_barriers=t.x_stages),
             "gates_full": plgpu.Barrier(num_barriers=1),
             "b_empty": plgpu.Barrier(num_arrivals=2, num_barriers=t.b_stages),
             "x_empty": plgpu.Barrier(num_arrivals=2, num_barriers=t.x_stages),
@@ -151,9 +151,9 @@ class Plan:
                 "a_full": plgpu.Barrier(num_barriers=t.a_stages),
                 "a_empty": plgpu.Barrier(num_arrivals=2, num_barriers=t.a_stages),
             }
-        if self.has["partner"]:
+        for name in self.tiles[1:]:
             shape = (t.x_stages, 2, size, t.width)
-            scratch["partner_smem"] = plgpu.SMEM(shape, dtype, transforms=tiled)
+            scratch[f"{name}_smem"] = plgpu.SMEM(shape, dtype, transforms=tiled)
         if self.has["partner_states"]:
             scratch |= {
                 "partner_states_smem": plgpu.SMEM(

@@ -26,6 +26,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     Inputs,
     Options,
     Outputs,
+    Row,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     rev_cumsum,
@@ -258,26 +259,26 @@ def _token_gradients(
         last_dn = d_last.n.reshape(-1, qk_dim).astype(jnp.float32)
         last_dn = jnp.pad(last_dn, ((0, 0), (0, -qk_dim % FEATURES)))
 
-    # The gradient of the normalizer, times the normalizer.
     bound = normalizer_bound(gates.m, stabilize_correctly)
     norm = jnp.maximum(jnp.abs(ctx.qn), bound)
     bias = jnp.zeros_like(norm)
-    if stabilize_correctly:
-        d_qn = -jnp.sign(ctx.qn) * tokens.sum_features(dh.astype(jnp.float32) * ctx.h) / norm
-        bias = norm * jnp.where(jnp.abs(ctx.qn) > bound, bound_gradient(d_qn), 0)
     rows = gate_rows(gates, qk_dim, jnp.log(norm), norm, bias, gates.last)
-    after_dn, initial_dn = carry_over(
-        weighted_sums(tokens, q, bias * gates.read / norm), keep, last_dn, reverse=True
-    )
-
-    states = ctx.states
+    run, states = functools.partial(_run, attend), ctx.states
     if states is None:
         alone = Inputs(None, k, v, rows, keep, init=initial_C)
-        states = _run(attend, alone, Options(outputs=False, emit_states=True)).states
-    run = functools.partial(_run, attend)
+        states = run(alone, Options(outputs=False, emit_states=True)).states
+    partner_x = ctx.h if stabilize_correctly else None
     by_v = run(
-        Inputs(k, q, dh, rows, keep, init=last_dC, partner_states=states),
+        Inputs(k, q, dh, rows, keep, init=last_dC, partner_x=partner_x, partner_states=states),
         Options(reverse=True, emit_last=True, emit_scores=True),
+    )
+    if stabilize_correctly:
+        # The gradient of the normalizer, times the normalizer.
+        d_qn = -jnp.sign(ctx.qn) * jnp.sum(by_v.x_dots, axis=1) / norm
+        bias = norm * jnp.where(jnp.abs(ctx.qn) > bound, bound_gradient(d_qn), 0)
+        rows = rows.at[:, :, Row.BIAS].set(bias)
+    after_dn, initial_dn = carry_over(
+        weighted_sums(tokens, q, bias * gates.read / norm), keep, last_dn, reverse=True
     )
     by_q = run(
         Inputs(dh, v, k, rows, keep, _transpose(initial_C), ctx.before_n, partner=q), Options()

@@ -60,11 +60,6 @@ class Tokens(NamedTuple):
         x = x.reshape(*x.shape[:2], self.heads, -1)[:, : self.time, :, :dim].swapaxes(1, 2)
         return x.reshape(*self.leading, self.time, dim)
 
-    def sum_features(self, x: jax.Array) -> jax.Array:
-        """Sums `x (B, T, NH * D)` over the features; returns `(N, NC, L)`, float32."""
-        x = x.reshape(*x.shape[:2], self.heads, -1)
-        return self.chunks(jnp.sum(x, axis=-1, dtype=jnp.float32))
-
     def chunks(self, x: jax.Array) -> jax.Array:
         """Returns `x (B, T, NH)` as `(N, NC, L)`."""
         return x.swapaxes(1, 2).reshape(x.shape[0] * self.heads, -1, CHUNK)
