@@ -395,4 +395,4 @@ def _backward_rule(config, attend, ctx, cotangents):
     return grads, None
 
 
-mlstm_mosaic.defvjp(_forward_rule, _backward_rule)
+mlstm_mosaic.defvjp(_forward_rule, _backward_rule, optimize_remat=True)

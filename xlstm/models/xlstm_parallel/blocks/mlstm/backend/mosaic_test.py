@@ -95,11 +95,10 @@ def test_the_state_continues_a_sequence():
         assert testing.relative_error(x, y) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_results_have_the_types_of_the_arguments(dtype):
-    arguments = random_arguments(2, (1, 1), 10, dtype=dtype)
+def test_results_have_the_types_of_the_arguments():
+    arguments = random_arguments(2, (1, 1), 10, dtype=jnp.float16)
     h, vjp = jax.vjp(lambda *x: twin(x)[0], *arguments)
-    assert h.dtype == dtype
+    assert h.dtype == jnp.float16
     assert [dx.dtype for dx in vjp(h)] == [x.dtype for x in arguments]
 
 
