@@ -1,6 +1,8 @@
 """Tests of loading a run from Python, on other devices than those that wrote it."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -92,6 +94,18 @@ def test_a_run_of_one_device_on_four(of_one_device, mesh):
     expected = xLSTMLMModel(run.config).apply({"params": params}, tokens)
     np.testing.assert_allclose(run.logits(tokens), expected, atol=1e-4)
     np.testing.assert_allclose(run.logits(tokens[2]), expected[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("saved, loaded", [("mosaic", "auto"), ("xla", "xla")])
+def test_a_demand_for_kernels_ends_with_the_training(of_one_device, tmp_path, saved, loaded):
+    folder, _ = of_one_device
+    shutil.copytree(folder, tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    content["config"]["backend"]["implementation"] = saved
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    run = load_run(str(tmp_path / "run"))
+    assert run.run_config.backend.implementation == loaded
+    np.testing.assert_allclose(run.logits(TEXT), load_run(folder).logits(TEXT), atol=1e-4)
 
 
 def test_text_and_ids_are_the_same_prompt(trained):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.kernel_errors import kernel_problem
 from xlstm.trainer.base.steady_output import make_steady
 from xlstm.visible_text import visible
 
@@ -115,8 +116,9 @@ def run(
     still reports it.
 
     Args:
-        main: Takes the arguments that are not flags. ValueError and OSError report bad input; any
-            other exception is a bug and shows its traceback.
+        main: Takes the arguments that are not flags. ValueError and OSError report bad input, and
+            so do errors of the mLSTM's kernels; any other exception is a bug and shows its
+            traceback.
         prepare_words: Changes the words of the command line before flags are parsed.
         outlives_output: Whether the tool continues when its output cannot be written.
     """
@@ -227,7 +229,11 @@ def _answering_errors() -> Iterator[None]:
         raise
     except flags.UnrecognizedFlagError as error:
         _fail(_unknown_flag(error.flagname))
-    except (flags.Error, ValueError, OSError) as error:
+    except Exception as error:
+        if problem := kernel_problem(error):
+            _fail(problem)
+        if not isinstance(error, (flags.Error, ValueError, OSError)):
+            raise
         _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -35,6 +35,8 @@ def main(argv):
         raise ValueError("the count\\nis\\t wrong")
     if _NAME.value == "os":
         open("/no/such/file")
+    if _NAME.value == "kernel":
+        raise RuntimeError("INTERNAL: Mosaic GPU pass pipeline failed: ptxas exited\\n\\n")
     if _NAME.value == "bug":
         raise KeyError("ours")
     if _NAME.value == "sleep":
@@ -89,6 +91,7 @@ def test_flags_and_arguments():
     [
         (["--name=value"], "the count is wrong"),
         (["--name=os"], "No such file or directory: '/no/such/file'"),
+        (["--name=kernel"], "ptxas exited); set backend.implementation=xla"),
         (["--name=me", "bad"], "bad word"),
         (["--name=me", "--cuont=3"], "cuont"),
         (["--name=me", "--count=x"], "count"),

@@ -38,7 +38,7 @@ from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import create_run_mesh
 from xlstm.trainer.llm.expected_collectives import ExpectedCollective, expected_collectives
 from xlstm.trainer.llm.language_model import create_training
-from xlstm.trainer.logger.terminal import mesh_line
+from xlstm.trainer.logger.terminal import mesh_line, unused_accelerator_line
 
 _ACCELERATOR_BYTES = 80 * 10**9
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -220,7 +220,11 @@ def main(argv: list[str]) -> None:
     initialize_devices()
     mesh = create_run_mesh(config)
     console = Console()
-    for line in (mesh_line(mesh), mlstm_line(config.language_model, mesh.devices.flat[0])):
+    for line in (
+        mesh_line(mesh),
+        unused_accelerator_line(mesh),
+        mlstm_line(config.language_model, mesh.devices.flat[0]),
+    ):
         if line:
             console.print(line, highlight=False, soft_wrap=True)
     clock = Clock()

@@ -13,6 +13,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.kernel_errors import kernel_problem
 from xlstm.tools.command_line import print_error, print_line, project_flags
 from xlstm.tools.meeting import meet
 from xlstm.trainer.base import coordinator
@@ -144,6 +145,8 @@ def abort_all_on_failure() -> Iterator[None]:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Returns the exit status and the message for an error."""
+    if problem := kernel_problem(error):
+        return 2, problem
     if isinstance(error, jax.errors.JaxRuntimeError):
         return _end_of_another() or (
             1,

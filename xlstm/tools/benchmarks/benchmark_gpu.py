@@ -13,7 +13,8 @@ for the useful operations, with chunks of 64 tokens, and for the bytes of inputs
 rates of an H100's data sheet, over the measured time; `of measured` uses the rates of the large
 product and the copy in the first rows instead.
 
-`--dry_run` runs the same groups on the CPU, at tiny sizes and with the XLA program alone.
+`--dry_run` runs the same groups on the CPU, at tiny sizes. From JAX 0.12 on, it interprets the
+kernels, except in training steps and runs, which take the XLA program.
 """
 
 import json
@@ -25,13 +26,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from xlstm.files import write_atomically
 from xlstm.tools.benchmarks import gpu_groups
 from xlstm.tools.benchmarks.gpu_groups import GROUPS
 from xlstm.tools.benchmarks.gpu_rows import Row, rows_table, with_fractions
-from xlstm.tools.command_line import output_path, print_table, run
+from xlstm.tools.command_line import output_path, print_note, print_table, run
 
 _GROUPS = flags.DEFINE_list(
     "groups", list(GROUPS), "Groups to run. Those of one stage run at the same time."
@@ -56,6 +58,11 @@ def main(argv: list[str]) -> None:
         if name not in GROUPS:
             raise ValueError(f"--groups={name} is unknown; expected some of {', '.join(GROUPS)}")
     json_path = output_path("json", _JSON.value)
+    if _DRY_RUN.value and not gpu_groups.CAN_INTERPRET:
+        print_note(
+            f"jax {jax.__version__} cannot interpret the kernels, and 0.12 can: this dry run takes"
+            " the XLA program alone"
+        )
     patience = _DRY_PATIENCE if _DRY_RUN.value else 1
     deadline = time.monotonic() + _BUDGET.value * patience
     with tempfile.TemporaryDirectory() as folder:

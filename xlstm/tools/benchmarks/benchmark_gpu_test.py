@@ -5,6 +5,8 @@ import sys
 import types
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from xlstm.testing.patience import PATIENCE, wait_until
 from xlstm.tools.benchmarks import benchmark_gpu, gpu_groups
@@ -103,32 +105,70 @@ def test_every_group_is_in_one_stage():
     assert sorted(names) == sorted(gpu_groups.GROUPS)
 
 
-def start(folder, *words):
-    """Runs the tool as a user in `folder` would."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return subprocess.run(
-        [sys.executable, "-m", benchmark_gpu.__name__, *words],
-        env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(folder)},
+DRY = gpu_groups.Setting(PATIENCE, dry_run=True)
+
+
+def test_a_dry_run_interprets_the_kernels_if_it_can(monkeypatch):
+    for can_interpret, programs in ((True, ["mosaic", "xla"]), (False, ["xla"])):
+        monkeypatch.setattr(gpu_groups, "CAN_INTERPRET", can_interpret)
+        assert (DRY.cells, DRY.models) == (programs, ["xla"])
+        on_a_card = DRY._replace(dry_run=False)
+        assert on_a_card.cells == on_a_card.models == ["mosaic", "xla"]
+
+
+def test_a_dry_run_of_the_kernels(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", benchmark_gpu.__name__]
+        + ["--dry_run", "--groups=target", "--json=rows.json"],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "BUILD_WORKING_DIRECTORY": str(tmp_path),
+        },
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
-
-
-def test_a_dry_run_times_the_xla_program(tmp_path):
-    result = start(tmp_path, "--dry_run", "--groups=target,tests,400M", "--json=rows.json")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr.count("cannot interpret the kernels") == (not gpu_groups.CAN_INTERPRET)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    by_what = {(row["group"], row["what"]): row for row in rows}
-    forward = by_what["target", "1x2x64x8x16, forward"]
-    assert (forward["program"], forward["chunk_size"]) == ("xla", 64)
-    assert 0 < forward["of_sheet"] < 1 and forward["of_measured"] > 0 and forward["ms"] > 0
-    assert by_what["target", "1x2x64x8x16, forward + backward"]["ms"] > 0
-    assert "not timed: --peers=mlstm_kernels needs" in by_what["target", "1x2x64x8x16"]["result"]
-    assert " tokens/s" in by_what["400M", "training step, smoke"]["result"]
-    tests = by_what["tests", "tests of the backends"]
-    assert tests["ok"] and " passed in " in tests["result"]
-    assert f"{forward['ms']:,.3f}" in result.stdout
+    timed = [(row["program"], row["what"]) for row in rows if row.get("chunk_size") == 64]
+    passes = ("1x1x64x8x16, forward", "1x1x64x8x16, forward + backward")
+    assert timed == [(program, name) for program in DRY.cells for name in passes]
+    for row in rows:
+        assert row["group"] == "target" and row["device"] == "cpu"
+        if row.get("chunk_size") == 64:
+            assert 0 < row["of_sheet"] < 1 and row["of_measured"] > 0
+            assert f"{row['ms']:,.3f}" in result.stdout
+    assert rows[-1]["result"].startswith("not timed: --peers=mlstm_kernels needs")
+
+
+def test_a_dry_run_of_the_tests():
+    (row,) = gpu_groups.tests(DRY)
+    assert row["ok"] and " passed in " in row["result"]
+
+
+def test_steps_of_all_programs_are_timed(monkeypatch):
+    """The first program fails."""
+    figures = dict.fromkeys(["step_median_ms", "step_min_ms", "compile_s"], 2.0)
+    figures |= {"temporary_memory_mib": 3.0, "tokens_per_s": 4e3}
+
+    def time_train_step(config, repeats, advance):
+        timed.append((config.data.batch_size, config.backend.implementation))
+        if config.backend.implementation == "mosaic":
+            raise RuntimeError("no kernel")
+        return figures
+
+    timed = []
+    monkeypatch.setattr(gpu_groups, "time_train_step", time_train_step)
+    failed, row = gpu_groups.steps_400m(DRY._replace(dry_run=False))
+    assert timed == [(16, "mosaic"), (16, "xla")]
+    assert (failed["program"], failed["ok"]) == ("mosaic", False)
+    assert failed["result"] == "FAILED RuntimeError: no kernel"
+    assert (row["program"], row["ms"], row["result"]) == ("xla", 2.0, "4,000 tokens/s")
+    assert row["what"] == failed["what"] == "training step, xlstm:400M"
+    (row,) = gpu_groups.steps_400m(DRY)
+    assert (row["program"], row["what"]) == ("xla", "training step, smoke")
 
 
 @pytest.mark.parametrize(
@@ -140,8 +180,9 @@ def test_a_dry_run_times_the_xla_program(tmp_path):
     ],
     ids=str,
 )
-def test_bad_input(tmp_path, words, named):
-    result = start(tmp_path, *words)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and named in line
+def test_bad_input(tmp_path, monkeypatch, capfd, words, named):
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
+    with flagsaver.flagsaver(), pytest.raises(ValueError) as caught:
+        benchmark_gpu.main(flags.FLAGS(["benchmark_gpu", *words]))
+    assert named in str(caught.value)
+    assert capfd.readouterr() == ("", "")

@@ -1,14 +1,20 @@
+import collections
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from xlstm.testing.patience import PATIENCE
-from xlstm.tools.benchmarks import train_step
-from xlstm.tools.config import load_config, to_run_config
+from xlstm.tools.benchmarks import backends, train_step
+from xlstm.tools.benchmarks import benchmark as tool
+from xlstm.tools.config import define_config_flags, load_config, to_run_config
 
+FIELDS = ["--config.backend.keep_G=False", "--config.model.matmul_precision=default"]
 MODULE = """
 def scaled(q, k, v, i, f, chunk_size=None):
     assert q.shape == k.shape and i.shape == f.shape == v.shape[:3]
@@ -16,33 +22,38 @@ def scaled(q, k, v, i, f, chunk_size=None):
 """
 
 
-def benchmark(folder, *words):
-    """Runs the tool as a user in `folder` would."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return subprocess.run(
-        [sys.executable, "-m", "xlstm.tools.benchmarks.benchmark", "--repeats=1", *words],
-        env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+@pytest.fixture(scope="module", autouse=True)
+def config_flags():
+    define_config_flags(FIELDS)
 
 
-def test_backends_and_an_external_function(tmp_path):
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """Runs the `main` of the tool, as for a user in `tmp_path`."""
+    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*words):
+        with flagsaver.flagsaver():
+            tool.main(flags.FLAGS(["benchmark", "--repeats=1", *words]))
+
+    return run
+
+
+def test_backends_and_an_external_function(tmp_path, benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(backends, "measure_matmul_rate", lambda *args, **kwargs: 3e9)
     (tmp_path / "their_mlstm.py").write_text(MODULE)
-    result = benchmark(
-        tmp_path,
+    benchmark(
         "--backends=fwbw,recurrent",
         "--implementations=auto,xla",
         "--shapes=1x2x8x4x6,1x2x3x4x6",
         "--chunk_sizes=4",
         "--external=their_mlstm:scaled",
         "--dtype=bfloat16",
-        "--config.backend.keep_G=False",
-        "--config.model.matmul_precision=default",
+        *FIELDS,
         "--json=figures.json",
     )
-    assert result.returncode == 0, result.stderr
+    output = capsys.readouterr().out
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert os.listdir(tmp_path).count("figures.json.tmp") == 0
     # A chunk of 4 does not fit into 3 tokens.
@@ -53,23 +64,34 @@ def test_backends_and_an_external_function(tmp_path):
         ("1x2x8x4x6", "their_mlstm:scaled", "", 4),
         ("1x2x3x4x6", "recurrent", "", None),
     ]
-    assert "fwbw xla" in result.stdout
+    assert "fwbw xla" in output
     assert rows[0]["options"]["keep_G"] is False
     figures = ("median_ms", "min_ms", "compile_s", "matmul_fraction", "ratio_to_first")
     for row in rows:
         assert row["dtype"] == "bfloat16" and row["device"] and row["jax_version"]
         assert row["matmul_precision"] == "default"
-        assert row["matmul_rate_gflop_per_s"] > 0
+        assert row["matmul_rate_gflop_per_s"] == 3
         for name in ("forward", "forward_backward"):
             assert all(row[f"{name}_{figure}"] > 0 for figure in figures)
             assert row[f"{name}_temporary_memory_mib"] >= 0
-        assert row["shape"] in result.stdout
-        assert f"{row['forward_median_ms']:.2f}" in result.stdout
+        assert row["shape"] in output
+        assert f"{row['forward_median_ms']:.2f}" in output
 
 
 def test_train_step(tmp_path):
+    """Runs the tool as a user in `tmp_path` would."""
     words = ["--train_step", "--config=smoke", "--config.model.num_blocks=1", "--json=step.json"]
-    result = benchmark(tmp_path, *words)
+    result = subprocess.run(
+        [sys.executable, "-m", tool.__name__, "--repeats=1", *words],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "BUILD_WORKING_DIRECTORY": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "step.json").read_text())
     assert row.pop("config") == "smoke"
@@ -82,16 +104,17 @@ def test_train_step(tmp_path):
 
 
 def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(monkeypatch):
-    values = load_config("smoke")
-    values.model.num_blocks = 1
     order = []
 
     def note(name, value):
         return lambda *args, **kwargs: order.append((name, *args)) or value
 
+    state = collections.namedtuple("State", ["params"])({"w": jax.numpy.ones(3)})
+    step = jax.jit(lambda state, batch: (state, {"loss": batch.inputs.sum()}))
+    monkeypatch.setattr(train_step, "create_training", lambda *args: (state, None, step))
     monkeypatch.setattr(train_step, "peak_device_bytes", note("memory", 3 * 2**20))
     monkeypatch.setattr(train_step, "measure_matmul_rate", note("matmul", 1e9))
-    config = to_run_config(values)
+    config = to_run_config(load_config("smoke"))
     figures = train_step.time_train_step(config, 1, lambda: None)
     assert figures["peak_device_memory_mib"] == 3
     assert order == [("memory",), ("matmul", config.model.compute_dtype, config.model.precision)]
@@ -118,9 +141,9 @@ def test_the_memory_of_a_device_is_that_of_the_step_and_not_of_the_yardstick(mon
     ],
     ids=str,
 )
-def test_bad_input(tmp_path, words, named):
-    result = benchmark(tmp_path, *words)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and named in line
+def test_bad_input(tmp_path, benchmark, capfd, words, named):
+    with pytest.raises((ValueError, flags.Error)) as caught:
+        benchmark(*words)
+    assert named in str(caught.value)
+    assert capfd.readouterr() == ("", "")
     assert not os.listdir(tmp_path)

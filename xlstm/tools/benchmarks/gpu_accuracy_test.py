@@ -85,3 +85,19 @@ def test_a_program_that_fails_leaves_the_other(programs):
     assert (failed["program"], failed["ok"]) == ("mosaic", False)
     assert failed["result"] == "FAILED RuntimeError: no kernel"
     assert [row["program"] for row in others] == ["xla", "xla"]
+
+
+@pytest.mark.parametrize("name", ["dn", "dm"])
+@pytest.mark.parametrize(("roundings", "is_ok"), [(1, True), (4, False)])
+def test_sums_that_cancel_may_be_off_by_roundings_of_the_largest(
+    problem, programs, name, roundings, is_ok
+):
+    expected, case = problem.expected, CASES.index("forget gates +-40")
+    largest = max(np.linalg.norm(expected[x][case]) for x in gpu_accuracy.GRADIENTS)
+    assert np.linalg.norm(expected[name][case]) < largest / 4
+    wrong = expected[name].copy()
+    wrong[case].flat[0] += roundings * 2**-9 * largest
+    programs["mosaic"][name] = wrong
+    _, gradients, *_ = rows()
+    assert gradients["ok"] == is_ok
+    assert ("*" in gradients["result"].partition(f"{name} ")[2]) != is_ok

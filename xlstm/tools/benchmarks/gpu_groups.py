@@ -5,6 +5,7 @@
 A group yields the rows that `gpu_rows` describes.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -18,12 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import MOSAIC_CHUNK_SIZE
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
+    MOSAIC_CHUNK_SIZE,
+    interpreted_kernels,
+)
 from xlstm.models.xlstm_parallel.flops import count_flops_per_token
 from xlstm.tools.benchmarks.backends import time_candidates
 from xlstm.tools.benchmarks.candidates import Candidate, Shape, backend_candidates
@@ -39,6 +44,7 @@ _REPEATS, _DRY_REPEATS = 20, 1
 _LOSS_STEPS, _DRY_LOSS_STEPS = 50, 3
 _MARGIN = 8.0  # Seconds that remain of a group's limit to report what processes did.
 _LOSS_LIMIT = 1e-3  # Of float32, between devices.
+CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")  # Whether kernels run on a CPU; from jax 0.12.
 
 
 class Setting(NamedTuple):
@@ -46,15 +52,20 @@ class Setting(NamedTuple):
 
     Attributes:
         seconds: Time limit of the group.
-        dry_run: Whether to run on a CPU, at tiny sizes and with the XLA program alone.
+        dry_run: Whether to run on a CPU, at tiny sizes.
     """
 
     seconds: float
     dry_run: bool
 
     @property
-    def implementations(self) -> list[str]:
-        """Programs of `fwbw` to compare; the last one runs everywhere."""
+    def cells(self) -> list[str]:
+        """Programs of `fwbw` to compare by themselves; the last one runs everywhere."""
+        return ["xla"] if self.dry_run and not CAN_INTERPRET else ["mosaic", "xla"]
+
+    @property
+    def models(self) -> list[str]:
+        """Programs of `fwbw` to train with; in a scan over blocks, kernels are not interpreted."""
         return ["xla"] if self.dry_run else ["mosaic", "xla"]
 
 
@@ -62,8 +73,8 @@ def check(setting: Setting) -> Iterator[Row]:
     """Compares outputs, states and gradients with the recurrence."""
     shapes = [(512, 256, 512), (512, 64, 128), (200, 40, 72), (200, 256, 512)]
     if setting.dry_run:
-        shapes = [(65, 8, 16)]
-    yield from accuracy_rows([HeadShape(*shape) for shape in shapes], setting.implementations)
+        shapes = [(128, 64, 64)]
+    yield from accuracy_rows([HeadShape(*shape) for shape in shapes], setting.cells)
 
 
 def yardsticks(setting: Setting) -> Iterator[Row]:
@@ -104,7 +115,7 @@ def few(setting: Setting) -> Iterator[Row]:
 def _time_kernels(shape: Shape, setting: Setting) -> Iterator[Row]:
     """Times the programs of `fwbw` in turn, then the first of them and other libraries in turn."""
     if setting.dry_run:
-        shape = Shape(1, 2, 64, 8, 16)
+        shape = Shape(1, 1, 64, 8, 16)
     try:  # Before JAX starts the devices.
         peers = [x for name in PEERS for x in peer_candidates(name, PEER_CHUNK_SIZES, shape)]
         missing = ""
@@ -113,7 +124,7 @@ def _time_kernels(shape: Shape, setting: Setting) -> Iterator[Row]:
     ours = backend_candidates(
         BackendConfig(),
         dict.fromkeys([BackendConfig().chunk_size, MOSAIC_CHUNK_SIZE]),
-        setting.implementations,
+        setting.cells,
         shape,
         jnp.bfloat16,
     )
@@ -188,7 +199,7 @@ def _time_steps(name: str, batch_size: int, setting: Setting) -> Iterator[Row]:
     values = load_config(name)
     if not setting.dry_run:
         values.data.context_length, values.data.batch_size = 2048, batch_size
-    for implementation in setting.implementations:
+    for implementation in setting.models:
         values.backend.implementation = implementation
         config = to_run_config(values)
         label = {"what": f"training step, {name}", "program": implementation}
@@ -234,7 +245,7 @@ def losses(setting: Setting) -> Iterator[Row]:
     card = cpu if setting.dry_run else {"JAX_PLATFORMS": "cuda"}
     bfloat16 = "--config.model.dtype=bfloat16"
     runs = {"CPU, float32": (cpu, []), "float32": (card, [])}
-    for name in setting.implementations:
+    for name in setting.models:
         runs[f"bfloat16, {name}"] = card, [bfloat16, f"--config.backend.implementation={name}"]
     with tempfile.TemporaryDirectory() as folder:
         processes, curves = {}, {}
@@ -336,9 +347,11 @@ def run_group(name: str, path: str, setting: Setting) -> None:
         seconds = time.monotonic() - start
         print(f"[{name} {seconds:.0f} s]", "; ".join(filter(None, words)), flush=True)
 
+    is_interpreted = setting.dry_run and CAN_INTERPRET
     try:
-        for row in GROUPS[name].run(setting):
-            emit(row)
+        with interpreted_kernels() if is_interpreted else contextlib.nullcontext():
+            for row in GROUPS[name].run(setting):
+                emit(row)
     except Exception as error:  # One line in the table; the traceback is for the terminal.
         traceback.print_exc()
         emit(failure_row(name, error))

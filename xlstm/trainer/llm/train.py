@@ -31,7 +31,7 @@ from xlstm.trainer.llm.prepare_run import PreparedRun, prepare_run
 from xlstm.trainer.llm.resume import check_end, open_checkpointer, resume
 from xlstm.trainer.llm.workdir import lock_workdir
 from xlstm.trainer.logger.base_logger import Loggers
-from xlstm.trainer.logger.terminal import mesh_line
+from xlstm.trainer.logger.terminal import mesh_line, unused_accelerator_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +131,13 @@ def open_training(
     with contextlib.ExitStack() as stack:
         # Data. All inputs are checked before anything but the built-in store is created.
         run = prepare_run(config, workdir_path, allow_config_change)
-        run.say(mesh_line(run.mesh))
-        if line := mlstm_line(run.config.language_model, run.mesh.devices.flat[0]):
-            run.say(line)
+        for line in (
+            mesh_line(run.mesh),
+            unused_accelerator_line(run.mesh),
+            mlstm_line(run.config.language_model, run.mesh.devices.flat[0]),
+        ):
+            if line:
+                run.say(line)
         stack.enter_context(report_waits(run.clock, run.say))
         guard = StoreGuard(run.stores, run.say)
         guard.verify_first(verify_data)

@@ -155,7 +155,7 @@ def load_run_config(workdir: Workdir) -> RunConfig:
         workdir: The run's folder.
 
     Returns:
-        The configuration.
+        The configuration. Kernels that it demands of the device that trained are optional here.
 
     Raises:
         ValueError: If there is no valid configuration or no checkpoint, or if the model would be
@@ -172,9 +172,12 @@ def load_run_config(workdir: Workdir) -> RunConfig:
             raise ValueError("there is no checkpoint next to it")
         if isinstance(values["model"], dict):
             check_sizes(values["model"], num_bytes)  # Every parameter takes at least one byte.
-        return RunConfig.from_dict(values)
+        config = RunConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{workdir.config} is not the configuration of a run: {error}") from error
+    if config.backend.implementation == "mosaic":
+        config = config.with_fields({"backend.implementation": "auto"})
+    return config
 
 
 def with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The terminal's view of a run: a progress bar, evaluations, and the mesh."""
 
+import importlib.util
 import time
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
@@ -16,6 +18,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_OF_SPEED = 3600.0  # Of which the time left is estimated; a step may take a minute.
 _SHORTEST_BAR, _LONGEST_BAR = 4, 40  # Characters.
 _GAP = "  "  # Between the parts of the bar's line.
+# Modules of JAX's packages for accelerators, and what to check if JAX uses the CPU with them.
+_ACCELERATORS = {
+    "jax_cuda13_plugin": "the driver (nvidia-smi), which CUDA 13 needs in version 580 or newer",
+    "jax_cuda12_plugin": "the driver (nvidia-smi), which CUDA 12 needs in version 525 or newer",
+    "libtpu": "that this machine has a TPU that no other process uses",
+}
 
 
 def mesh_line(mesh: Mesh) -> str:
@@ -28,6 +36,28 @@ def mesh_line(mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     kind = "CPU" if device.platform == "cpu" else device.device_kind
     return f"mesh: {sizes} ({mesh.size:,} {kind} {'device' if mesh.size == 1 else 'devices'})"
+
+
+def unused_accelerator_line(mesh: Mesh) -> str:
+    """Returns a line that says that JAX does not use the accelerator that it has packages for.
+
+    Args:
+        mesh: The mesh.
+
+    Returns:
+        The line; "" if there are no such packages, JAX uses them, or `JAX_PLATFORMS` asks for the
+        CPU.
+    """
+    platforms = jax.config.jax_platforms or ""
+    if mesh.devices.flat[0].platform != "cpu" or platforms.startswith("cpu"):
+        return ""
+    for package, what_to_check in _ACCELERATORS.items():
+        if importlib.util.find_spec(package):
+            return (
+                f"{package} is installed, but JAX uses the CPU: check {what_to_check}, and"
+                f" JAX_PLATFORMS, which is {platforms or 'not set'} ('cpu' hides this line)"
+            )
+    return ""
 
 
 def format_accuracy(accuracy: float) -> str:

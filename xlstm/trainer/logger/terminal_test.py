@@ -1,12 +1,19 @@
 import io
 import re
+import types
 
 import jax
+import numpy as np
+import pytest
 from rich.console import Console
 
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.trainer.logger import terminal
-from xlstm.trainer.logger.terminal import TerminalLogger, mesh_line
+from xlstm.trainer.logger.terminal import (
+    TerminalLogger,
+    mesh_line,
+    unused_accelerator_line,
+)
 
 _ROW = {"loss": 2.34567, "tokens_per_second": 12345.6, "matmul_fraction": 0.376}
 
@@ -129,6 +136,42 @@ def test_a_time_that_is_not_known_yet_is_left_out():
 def test_the_mesh_is_one_line():
     mesh = create_mesh(MeshConfig(), jax.devices()[:1])
     assert mesh_line(mesh) == "mesh: dp=1, fsdp=1, pp=1, tp=1 (1 CPU device)"
+
+
+@pytest.fixture
+def unused(monkeypatch):
+    """The line with some of JAX's platforms and one package, on a device of some platform."""
+
+    def line(platforms=None, package="jax", platform="cpu"):
+        monkeypatch.setattr(terminal, "_ACCELERATORS", {"no_such": "", package: "the cable"})
+        device = types.SimpleNamespace(platform=platform)
+        before = jax.config.jax_platforms
+        try:
+            jax.config.update("jax_platforms", platforms)
+            return unused_accelerator_line(
+                types.SimpleNamespace(devices=np.array([[device]], object))
+            )
+        finally:
+            jax.config.update("jax_platforms", before)
+
+    return line
+
+
+def test_an_accelerator_that_jax_does_not_use_is_one_line(unused):
+    assert unused() == (
+        "jax is installed, but JAX uses the CPU: check the cable, and JAX_PLATFORMS, which is not"
+        " set ('cpu' hides this line)"
+    )
+    assert "JAX_PLATFORMS, which is cuda,cpu (" in unused("cuda,cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"platforms": "cpu"}, {"platforms": "cpu,cuda"}, {"package": "nor_this"}, {"platform": "gpu"}],
+    ids=str,
+)
+def test_what_is_asked_for_or_used_needs_no_line(unused, options):
+    assert unused(**options) == ""
 
 
 def test_the_bar_of_a_run_that_goes_on_begins_where_it_was():

@@ -62,6 +62,7 @@ def decayed_attention_hopper(inputs: Inputs, options: Options) -> Outputs:
         grid_names=("head", "segment", "tile"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="_".join(["mlstm", f"{plan.d}x{plan.e}", *shapes]),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams()} if are_kernels_interpreted() else {}),
     )

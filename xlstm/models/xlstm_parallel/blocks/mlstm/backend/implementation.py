@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.kernel_errors import note_heads
+
 # Data-center cards of the Hopper generation (sm_90), by the names that their drivers report.
 _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 _LARGEST_HEAD = 512  # Features of a head that a kernel holds in fast memory.
@@ -116,6 +118,7 @@ def choose_implementation(
         return Implementation("xla", "")
     problem = _mosaic_problem(device, dtype, qk_dim, v_dim)
     if not problem:
+        note_heads(qk_dim, v_dim, jnp.dtype(dtype).name)
         return Implementation("mosaic", "")
     if requested == "mosaic":
         raise ValueError(
