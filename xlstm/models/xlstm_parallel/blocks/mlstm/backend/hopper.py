@@ -120,7 +120,9 @@ class _Block(LoadingBlock):
             refs["state_smem"].at[warpgroup][...] = state.astype(self.plan.dtype)
             plgpu.commit_smem()
         step = functools.partial(self.step, warpgroup)
-        state, _ = lax.fori_loop(0, self.num_chunks, step, (state, jnp.int32(0)))
+        # Not a constant, which would reach the loop's body, if there is a single chunk.
+        nil = jnp.minimum(self.head, 0)
+        state, _ = lax.fori_loop(0, self.num_chunks, step, (state, nil))
         if self.options.emit_last:
             refs["last"][self.segment, :, features] = state
         plgpu.wait_smem_to_gmem(0)

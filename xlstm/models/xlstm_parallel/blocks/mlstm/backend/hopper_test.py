@@ -80,6 +80,21 @@ def test_a_training_step_of_blocks_on_a_mesh_lowers_for_cuda():
     assert sum("tensor<4x64x64xbf16>" in line.rpartition("->")[2] for line in kernels) == 1
 
 
+def test_the_passes_of_a_single_chunk_lower_for_cuda():
+    """A loop over one chunk is inlined, which jax 0.12 could not lower for minutes."""
+    config = mLSTMBackendFwbwConfig(stabilize_correctly=True, keep_c=False)
+
+    def loss(x, gate):
+        h = mlstm_mosaic(MLSTMArguments(x, x, x, gate, gate), None, config)
+        return jnp.sum(h.astype(jnp.float32))
+
+    x = jax.ShapeDtypeStruct((1, 2, 10, 64), jnp.bfloat16)
+    gate = jax.ShapeDtypeStruct((1, 2, 10), jnp.float32)
+    traced = jax.jit(jax.grad(loss)).trace(x, gate)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 5
+
+
 def _pass(heads: int, qk_dim: int, v_dim: int) -> Inputs:
     """Returns the shapes of a pass over two chunks."""
     q, v = (jax.ShapeDtypeStruct((1, 128, heads * x), jnp.bfloat16) for x in (qk_dim, v_dim))
