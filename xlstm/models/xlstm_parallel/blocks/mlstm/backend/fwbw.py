@@ -319,9 +319,8 @@ def _gradient_of_inputs(
     dk = multiply("ncts,nctk->ncsk", d_products, q) + dk_write
     dv += multiply("ncts,nctv->ncsv", scores, dh)
 
-    through_states = state_keep(gates, m_of_states) * state_product(
-        before, MLSTMState(d_C, d_n, before.m)
-    )
+    keep = state_keep(gates, m_of_states)
+    through_states = keep * state_product(before, MLSTMState(d_C, d_n, before.m))
     d_i, d_log_f = _gradients_of_gates(
         d_scores * scores,
         jnp.sum(q * dq_carry, axis=-1),
