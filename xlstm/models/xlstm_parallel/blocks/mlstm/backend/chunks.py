@@ -4,6 +4,7 @@
 other sizes.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -200,8 +201,9 @@ def chunk_states_by_decays(
     gates: ChunkGates,
     state: MLSTMState,
     precision: lax.Precision | None,
+    is_zero: bool = False,
 ) -> tuple[MLSTMState, MLSTMState]:
-    """Computes the states between the chunks at once, for devices on which a scan is slow.
+    """Computes what `chunk_states` does without a loop, for devices on which a loop is slow.
 
     The states are one product of the chunks' own sums with the decays from chunk to chunk. Its work
     is `NC / L` times that of the sums, so with many chunks this is `chunk_states`.
@@ -212,72 +214,86 @@ def chunk_states_by_decays(
         gates: Gates of the chunks.
         state: State before the first chunk, leading axis `N`.
         precision: See `product`.
+        is_zero: Whether `C` and `n` of `state` are zero, which saves adding them.
 
     Returns:
-        The state before every chunk, leading axes `(N, NC)`, and the last state.
+        The state before every chunk, leading axes `(N, NC)`, with `C` in the type of `v`, and the
+        last state.
     """
-    num_chunks = k.shape[1]
-    if num_chunks > _MOST_CHUNKS_BY_DECAYS:
+    if k.shape[1] > _MOST_CHUNKS_BY_DECAYS:
         return chunk_states(k, v, gates, state, precision)
-    sums = _chunk_sums(k, gates)
-    initial_weight, weights, m = _decays(sums, state.m)
-    # The states are rounded to the type of `v` where they are read, so its products suffice.
-    sum_C = product("nclk,nclv->nckv", sums.k.astype(v.dtype), v, precision=precision)
-    C = product("ntc,nckv->ntkv", weights, sum_C, precision=product_precision(precision, v))
-    C += initial_weight[..., None, None] * state.C[:, None]
-    n = product("ntc,nck->ntk", weights, sums.n, precision=lax.Precision.HIGHEST)
-    n += initial_weight[..., None] * state.n[:, None]
-    before = MLSTMState(C, n, m)
-    to_last = jax.tree.map(lambda x: x[:, -1], (before, sums, v))
-    return before, _state_after(*to_last, precision)
+    log_decays = _log_decays(gates)
+    bound = jnp.max(gates.write, axis=-1)
+    if gates.floor is not None:
+        bound = jnp.maximum(bound, gates.floor[..., -1])
+    bound = jnp.concatenate([state.m[:, None], bound], axis=1)
+    m = jnp.max(log_decays + bound[:, None, :], axis=-1)
+    decays = _decays(log_decays, m)
+    of_initial, of_chunks = decays[..., 0], decays[..., 1:]
+
+    k = k * jnp.exp(gates.write - m[:, 1:, None])[..., None]
+    sums = product("nclk,nclv->nckv", k.astype(v.dtype), v, precision=precision)
+    sums = round_to(sums, v.dtype)
+    multiply = functools.partial(product, precision=precision)
+    C = multiply("ntc,nckv->ntkv", of_chunks[:, :-1].astype(v.dtype), sums)
+    last_C = multiply("nc,nckv->nkv", of_chunks[:, -1].astype(v.dtype), sums)
+    n = product("ntc,nck->ntk", of_chunks, jnp.sum(k, axis=-2), precision=lax.Precision.HIGHEST)
+    if not is_zero:
+        C += of_initial[:, :-1, None, None] * state.C[:, None]
+        last_C += of_initial[:, -1, None, None] * state.C
+        n += of_initial[..., None] * state.n[:, None]
+    before = MLSTMState(round_to(C, v.dtype), n[:, :-1], m[:, :-1])
+    return before, MLSTMState(last_C, n[:, -1], m[:, -1])
 
 
-def _decays(sums: _ChunkSums, initial_m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the weights of the initial state and of the chunks in the states between the chunks.
+def _log_decays(gates: ChunkGates) -> jax.Array:
+    """Returns the log weight of each state between chunks in each later one, `(N, NC + 1, NC + 1)`.
+
+    Entry `[t, s]` is for the states before chunks `t` and `s`, where `NC` is the last state.
+    """
+    carry = gates.carry[..., -1]
+    has_reset = carry == -jnp.inf
+    shift = lambda x: jnp.pad(x, [(0, 0), (1, 0)])  # noqa: E731
+    log_f = shift(jnp.where(has_reset, 0, carry))
+    document = jnp.cumsum(shift(has_reset), axis=1)
+    return pair_log_weights(jnp.zeros_like(log_f), log_f, document)
+
+
+def _decays(log_decays: jax.Array, m: jax.Array) -> jax.Array:
+    """Returns the weights of `_log_decays` in states that are divided by `exp(m)`."""
+    return jnp.exp(log_decays + m[:, None, :] - m[:, :, None])
+
+
+def state_keep(gates: ChunkGates, m: jax.Array) -> jax.Array:
+    """Returns the factor of the state before a chunk in the state after it.
 
     Args:
-        sums: What the chunks add to the state.
-        initial_m: Log scale of the state before the first chunk, `(N,)`.
+        gates: Gates of the chunks.
+        m: Log scales of the states before the chunks and of the last one, `(N, NC + 1)`.
 
     Returns:
-        The weight of the initial state in the state before each chunk `(N, NC)`, the weight of
-        chunk `c` in the state before chunk `t`, `(N, NC, NC)`, entry `[t, c]`, and the log scale of
-        the state before each chunk `(N, NC)`.
+        The factors `(N, NC)`.
     """
-
-    def shift(first, x):
-        """Moves what is of chunk `t - 1` to entry `t`."""
-        return jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
-
-    zero = jnp.zeros_like(initial_m)
-    has_reset = sums.carry == -jnp.inf
-    log_f = shift(zero, jnp.where(has_reset, 0, sums.carry))
-    document = jnp.cumsum(shift(zero.astype(bool), has_reset), axis=1)
-    log_decays = pair_log_weights(jnp.zeros_like(log_f), log_f, document)
-    source_m = bound = shift(initial_m, sums.m)
-    if sums.floor is not None:
-        bound = jnp.maximum(source_m, shift(jnp.full_like(zero, -jnp.inf), sums.floor))
-    m = jnp.max(log_decays + bound[:, None, :], axis=-1)
-    weights = jnp.exp(log_decays + source_m[:, None, :] - m[..., None])
-    of_chunks = jnp.pad(weights[..., 1:], [(0, 0), (0, 0), (0, 1)])
-    return weights[..., 0], of_chunks, m
+    return jnp.exp(gates.carry[..., -1] + m[:, :-1] - m[:, 1:])
 
 
 def chunk_state_gradients(
     q: jax.Array,
     d_numerator: jax.Array,
     local_n: jax.Array,
-    keep: jax.Array,
-    last: tuple,
+    gates: ChunkGates,
+    m: jax.Array,
+    last: tuple[jax.Array, jax.Array],
     precision: lax.Precision | None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Computes the gradients of the states between the chunks.
+    """Computes the gradients of the states between the chunks, one after the other.
 
     Args:
         q: Queries, weighted by the state before the chunk, `(N, NC, L, DHQK)`.
         d_numerator: Gradient of the numerator of the outputs `(N, NC, L, DHV)`.
         local_n: Gradient of `n` before the chunk through the chunk's outputs, `(N, NC, DHQK)`.
-        keep: Factor of the state from the start to the end of a chunk, `(N, NC)`.
+        gates: Gates of the chunks.
+        m: Log scales of the states before the chunks and of the last one, `(N, NC + 1)`.
         last: Gradient of `C` and `n` of the last state.
         precision: See `product`.
 
@@ -291,7 +307,51 @@ def chunk_state_gradients(
         local_C = product("nlk,nlv->nkv", q, d_numerator, precision=precision)
         return keep[:, None, None] * d_C + local_C, keep[:, None] * d_n + local_n
 
-    return _scan_chunks(before, last, (q, d_numerator, local_n, keep), reverse=True)
+    xs = q, d_numerator, local_n, state_keep(gates, m)
+    return _scan_chunks(before, last, xs, reverse=True)
+
+
+def chunk_state_gradients_by_decays(
+    q: jax.Array,
+    d_numerator: jax.Array,
+    local_n: jax.Array,
+    gates: ChunkGates,
+    m: jax.Array,
+    last: tuple[jax.Array, jax.Array],
+    precision: lax.Precision | None,
+    is_zero: bool = False,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Computes what `chunk_state_gradients` does without a loop, as `chunk_states_by_decays`.
+
+    Args:
+        q: Queries, weighted by the state before the chunk, `(N, NC, L, DHQK)`.
+        d_numerator: Gradient of the numerator of the outputs `(N, NC, L, DHV)`.
+        local_n: Gradient of `n` before the chunk through the chunk's outputs, `(N, NC, DHQK)`.
+        gates: Gates of the chunks.
+        m: Log scales of the states before the chunks and of the last one, `(N, NC + 1)`.
+        last: Gradient of `C` and `n` of the last state.
+        precision: See `product`.
+        is_zero: Whether `last` is zero, which saves adding it.
+
+    Returns:
+        The gradients of `C`, in the type of `q`, and `n` after every chunk, and of the initial `C`
+        and `n`.
+    """
+    if q.shape[1] > _MOST_CHUNKS_BY_DECAYS:
+        return chunk_state_gradients(q, d_numerator, local_n, gates, m, last, precision)
+    decays = _decays(_log_decays(gates), m)
+    to_last, decays = decays[:, -1], decays[:, :-1]
+    sums = product("nctk,nctv->nckv", q, d_numerator, precision=precision)
+    sums = round_to(sums, q.dtype)
+    multiply = functools.partial(product, precision=precision)
+    d_C = multiply("ntc,ntkv->nckv", decays[..., 1:].astype(q.dtype), sums)
+    if not is_zero:
+        d_C += to_last[:, 1:, None, None] * last[0][:, None]
+    initial_C = multiply("nt,ntkv->nkv", decays[..., 0].astype(q.dtype), sums)
+    initial_C += to_last[:, 0, None, None] * last[0]
+    d_n = product("ntc,ntk->nck", decays, local_n, precision=lax.Precision.HIGHEST)
+    d_n += to_last[..., None] * last[1][:, None]
+    return (round_to(d_C, q.dtype), d_n[:, 1:]), (initial_C, d_n[:, 0])
 
 
 def _scan_chunks(step, state, xs, reverse=False):
@@ -325,6 +385,11 @@ def _scan_chunks(step, state, xs, reverse=False):
     )
     (state, states), _ = lax.scan(body, (state, states), jnp.arange(num_chunks), reverse=reverse)
     return states, state
+
+
+def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rounds an array to be stored in a type; XLA may keep a wider copy of a mere conversion."""
+    return x if x.dtype == dtype else lax.optimization_barrier(x.astype(dtype))
 
 
 def product(spec: str, *operands: jax.Array, precision: lax.Precision | None) -> jax.Array:

@@ -17,13 +17,16 @@ from jax import lax
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     chunk_gates,
     chunk_state_gradients,
+    chunk_state_gradients_by_decays,
     chunk_states,
     chunk_states_by_decays,
     fold_state,
     log_scales,
     merge_chunks,
     product,
+    round_to,
     split_chunks,
+    state_keep,
     unfold_state,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
@@ -52,7 +55,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     state_product,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
-    divide_by_normalizer,
+    denominator,
     normalizer_gradients,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
@@ -60,7 +63,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
     add_scale_gradients,
     recompute,
     split_tokens,
-    weigh_pairs,
 )
 
 __all__ = [
@@ -88,7 +90,7 @@ class mLSTMBackendFwbwConfig(mLSTMBackendConfig):
     # `default_chunk_size`.
     return_state: bool = False  # Whether the function returns the last state as well.
     use_initial_state: bool = False  # Whether to expect an initial state; a given one is used.
-    keep_G: bool = False  # Keep weights and scores of all pairs in a chunk: 2 * T * L per head.
+    keep_G: bool = False  # Keep the scores of all pairs in a chunk: T * L per head.
     keep_gates: bool = True  # Keep the sums of the gates within the chunks: about 4 * T per head.
     keep_M: bool = False  # Keep the log scales m of the tokens: T per head.
     keep_c: bool = False  # Keep the states between the chunks: T / L * DHQK * DHV per head.
@@ -136,17 +138,6 @@ def fwbw_forward(
         ValueError: If shapes or types are wrong, or the initial state is incomplete.
     """
     arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
-    return _forward(arguments, reset, config, precision, chunk_states)
-
-
-def _forward(
-    arguments: MLSTMArguments,
-    reset: jax.Array | None,
-    config: mLSTMBackendFwbwConfig,
-    precision: lax.Precision | None,
-    compute_states: Callable[..., tuple[MLSTMState, MLSTMState]],
-) -> tuple[jax.Array, FwbwContext]:
-    """Implements `fwbw_forward`; `compute_states` is `chunk_states`, or does the same."""
     inputs = prepare_inputs(arguments)
     reset = check_reset(reset, inputs.i.shape)
     chunk_size = config.chunk_size
@@ -154,17 +145,20 @@ def _forward(
         chunk_size = default_chunk_size(current_device(), inputs.q.shape[-1], inputs.v.shape[-1])
     q, k, v = split_tokens(inputs, chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, chunk_size)
-    before, last = compute_states(k, v, gates, fold_state(inputs.state), precision)
+    before, last = _states_of(arguments)(k, v, gates, fold_state(inputs.state), precision)
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
     multiply = functools.partial(product, precision=precision)
-    pairs = _, scores = weigh_pairs(q, k, log_weights, m, precision)
+    weights = jnp.exp(log_weights - m[..., None])
+    scores = multiply("nctk,ncsk->ncts", q, k) * weights
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
-    numerator = multiply("ncts,ncsv->nctv", scores.astype(v.dtype), v)
-    numerator += multiply("nctk,nckv->nctv", carried_q.astype(q.dtype), before.C.astype(q.dtype))
     qn = jnp.sum(scores, axis=-1) + jnp.sum(carried_q * before.n[..., None, :], axis=-1)
-    h = divide_by_normalizer(numerator, qn, m, config.stabilize_correctly)
+    early, late = _split_denominator(qn, m, config.stabilize_correctly)
+    carried_q, scores = (carried_q / early).astype(v.dtype), round_to(scores / early, v.dtype)
+    # XLA on GPUs stores this sum in the type of `h`, without a pass of its own, in this order only.
+    h = multiply("nctk,nckv->nctv", carried_q, before.C.astype(v.dtype))
+    h = round_to((h + multiply("ncts,ncsv->nctv", scores, v)) / late, v.dtype)
 
     *leading, time = inputs.i.shape
     context = FwbwContext(
@@ -175,10 +169,42 @@ def _forward(
         last_state=unfold_state(last, leading),
         gates=gates if config.keep_gates else None,
         m=m if config.keep_M else None,
-        pairs=pairs if config.keep_G else None,
+        weights=weights if config.keep_G and _is_cpu() else None,
+        scores=scores if config.keep_G else None,
         before=before if config.keep_c else None,
     )
     return merge_chunks(h, leading, time).astype(arguments.v.dtype), context
+
+
+def _is_cpu() -> bool:
+    return current_device().platform == "cpu"
+
+
+def _states_of(arguments: MLSTMArguments) -> Callable[..., tuple[MLSTMState, MLSTMState]]:
+    """Returns `chunk_states`, or the function that does the same without a loop."""
+    if _is_cpu():
+        return chunk_states
+    return functools.partial(chunk_states_by_decays, is_zero=arguments.initial_C is None)
+
+
+def _split_denominator(
+    qn: jax.Array, m: jax.Array, stabilize_correctly: bool
+) -> tuple[jax.Array | float, jax.Array | float]:
+    """Splits the denominator into the divisors of the factors and of the output.
+
+    On accelerators, XLA stores a sum of products in the type of the output only if no division
+    follows. On a CPU, it computes the products and the division in one go.
+
+    Args:
+        qn: `n_t . q_t`, `(N, NC, L)`.
+        m: Log scale of every token `(N, NC, L)`.
+        stabilize_correctly: See `divide_by_normalizer`.
+
+    Returns:
+        The two divisors; one is the denominator `(N, NC, L, 1)`, and the other is 1.
+    """
+    divisor = denominator(qn, m, stabilize_correctly)[..., None]
+    return (1.0, divisor) if _is_cpu() else (divisor, 1.0)
 
 
 def fwbw_backward(
@@ -212,7 +238,6 @@ def fwbw_backward(
     Raises:
         ValueError: If shapes are wrong.
     """
-    inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     check_shape("dh", dh, ctx.arguments.v.shape)
     for name, dx, x in zip("cnm", (dc_last, dn_last, dm_last), ctx.last_state, strict=True):
         if dx is not None:
@@ -226,7 +251,8 @@ def fwbw_backward(
     has_d_last = any(dx is not None for dx in (dc_last, dn_last, dm_last))
     # Without the barrier the compiler would merge the recomputation with the forward pass, and keep
     # its results, or run it long before the gradient is available.
-    ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
+    ctx, dh, d_last = lax.optimization_barrier((ctx, dh, d_last))
+    inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config, precision)
     (d_arguments,) = pull_back(d_inputs)
     if ctx.arguments.initial_C is None:
@@ -244,54 +270,63 @@ def _gradient_of_inputs(
     precision: lax.Precision | None,
 ) -> MLSTMInputs:
     """Returns the gradients of the prepared inputs; see `fwbw_backward`."""
-    q, k, v, gates, before, m, weights, scores = recompute(ctx, inputs, precision)
+    q, k, v, gates, before, m = recompute(ctx, inputs, _states_of(ctx.arguments), precision)
     dtype, (*leading, time) = v.dtype, inputs.i.shape
     multiply = functools.partial(product, precision=precision)
-    dh = split_chunks(dh, len(leading), ctx.chunk_size).astype(ctx.h.dtype)
-    d_numerator, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
-    d_numerator = d_numerator.astype(dtype)
+    # `d_qn` is the gradient of the normalizer times `early`, and `dh` that of `h` over `late`.
+    early, late = _split_denominator(ctx.qn, m, config.stabilize_correctly)
+    dh = split_chunks(dh, len(leading), ctx.chunk_size).astype(m.dtype)
+    _, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
+    d_qn, dh = d_qn[..., None] * early, (dh / late).astype(dtype)
 
-    # Weights: of the state before the chunk in its tokens (`carry`), of the tokens in the state
-    # after it (`write`), and of the state before the chunk in the state after it (`keep`).
-    after_m = jnp.concatenate([before.m[:, 1:], ctx.last_state.m.reshape(-1, 1)], axis=1)
-    log_carry = gates.carry + before.m[..., None]
-    carry = jnp.exp(log_carry - m)[..., None]
-    write = jnp.exp(gates.write - after_m[..., None])[..., None]
-    keep = jnp.exp(log_carry[..., -1] - after_m)
+    # Weights: of the state before the chunk in its tokens (`carry`), and of the tokens in the state
+    # after it (`write`).
+    m_of_states = jnp.concatenate([before.m, ctx.last_state.m.reshape(-1, 1)], axis=1)
+    carry = jnp.exp(gates.carry + before.m[..., None] - m)[..., None] / early
+    write = jnp.exp(gates.write - m_of_states[:, 1:, None])[..., None]
 
     # Gradients through the states.
+    state_gradients = chunk_state_gradients
+    if not _is_cpu():
+        state_gradients = functools.partial(chunk_state_gradients_by_decays, is_zero=not has_d_last)
     carried_q = q * carry
-    (d_C, d_n), d_initial = chunk_state_gradients(
+    (d_C, d_n), d_initial = state_gradients(
         carried_q.astype(dtype),
-        d_numerator,
-        jnp.sum(carried_q * d_qn[..., None], axis=-2),
-        keep,
+        dh,
+        jnp.sum(carried_q * d_qn, axis=-2),
+        gates,
+        m_of_states,
         fold_state(d_last)[:2],
         precision,
     )
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
-        multiply("nctv,nckv->nctk", d_numerator, before.C.astype(dtype))
-        + d_qn[..., None] * before.n[..., None, :]
+        multiply("nctv,nckv->nctk", dh, before.C.astype(dtype)) + d_qn * before.n[..., None, :]
     )
     dk_write = write * (multiply("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
-    dv = write * multiply("ncsk,nckv->ncsv", k, d_C.astype(dtype))
+    dv = multiply("ncsk,nckv->ncsv", (k * write).astype(dtype), d_C.astype(dtype))
 
     # Gradients through the pairs within the chunk.
-    d_scores = multiply("nctv,ncsv->ncts", d_numerator, v) + d_qn[..., None]
-    d_pairs = d_scores * scores
-    d_products = (d_scores * weights).astype(dtype)
+    weights, scores = ctx.weights, ctx.scores
+    if weights is None:
+        log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
+        weights = jnp.exp(log_weights - m[..., None]) / early
+    if scores is None:
+        scores = round_to(multiply("nctk,ncsk->ncts", q, k) * weights, dtype)
+    d_scores = multiply("nctv,ncsv->ncts", dh, v) + d_qn
+    d_products = round_to(d_scores * weights, dtype)
     dq = multiply("ncts,ncsk->nctk", d_products, k) + dq_carry
     dk = multiply("ncts,nctk->ncsk", d_products, q) + dk_write
-    dv += multiply("ncts,nctv->ncsv", scores.astype(dtype), d_numerator)
+    dv += multiply("ncts,nctv->ncsv", scores, dh)
 
-    # Gradients of the gates. They are sums of the terms that span a forget gate, never differences
-    # of sums: with nearly closed gates these terms are tiny, and a float32 difference is noise.
-    q_carry, k_write = jnp.sum(q * dq_carry, axis=-1), jnp.sum(k * dk_write, axis=-1)
-    d_i = jnp.sum(d_pairs, axis=-2) + k_write
-    d_log_f = sum_of_spanning_pairs(d_pairs)
-    d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
-    d_log_f += (keep * state_product(before, MLSTMState(d_C, d_n, before.m)))[..., None]
+    keep = state_keep(gates, m_of_states)
+    through_states = keep * state_product(before, MLSTMState(d_C, d_n, before.m))
+    d_i, d_log_f = _gradients_of_gates(
+        d_scores * scores,
+        jnp.sum(q * dq_carry, axis=-1),
+        jnp.sum(k * dk_write, axis=-1),
+        through_states,
+    )
     d_i, d_log_f = merge_chunks(d_i, leading, time), merge_chunks(d_log_f, leading, time)
     if ctx.reset is not None:
         d_log_f = jnp.where(ctx.reset, 0, d_log_f)
@@ -307,6 +342,28 @@ def _gradient_of_inputs(
     return add_scale_gradients(inputs, gradients, ctx.reset, *last)
 
 
+def _gradients_of_gates(
+    d_pairs: jax.Array, q_carry: jax.Array, k_write: jax.Array, through_states: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of the input gates and of the log forget gates.
+
+    They are sums of the terms that span a forget gate, never differences of sums: with nearly
+    closed gates these terms are tiny, and a float32 difference is noise.
+
+    Args:
+        d_pairs: Gradients of the log weights of the pairs `(N, NC, L, L)`.
+        q_carry: Those of the state before the chunk in its tokens `(N, NC, L)`.
+        k_write: Those of the tokens in the state after the chunk `(N, NC, L)`.
+        through_states: Those of the state before the chunk in the state after it `(N, NC)`.
+
+    Returns:
+        The gradients, both `(N, NC, L)`.
+    """
+    d_log_f = sum_of_spanning_pairs(d_pairs)
+    d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
+    return jnp.sum(d_pairs, axis=-2) + k_write, d_log_f + through_states[..., None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _fwbw(
     arguments: MLSTMArguments,
@@ -315,15 +372,12 @@ def _fwbw(
     precision: lax.Precision | None,
 ) -> jax.Array | tuple[jax.Array, MLSTMState]:
     """Implements the function that `mlstm_fwbw_custom_grad` returns, without its gradient."""
-    # On an H100 the decays are the faster way forward, but the slower one with a backward pass.
-    by_decays = current_device().platform != "cpu"
-    compute_states = chunk_states_by_decays if by_decays else chunk_states
-    h, ctx = _forward(arguments, reset, config, precision, compute_states)
+    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset, precision=precision)
     return (h, ctx.last_state) if config.return_state else h
 
 
 def _fwbw_forward_rule(arguments, reset, config, precision):
-    h, ctx = _forward(arguments, reset, config, precision, chunk_states)
+    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset, precision=precision)
     return ((h, ctx.last_state) if config.return_state else h), ctx
 
 

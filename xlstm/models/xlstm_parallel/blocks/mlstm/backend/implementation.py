@@ -24,9 +24,8 @@ MOSAIC_CHUNK_SIZE = 64  # Tokens in a chunk of the kernels: the rows of one tens
 _CHUNK_SIZES = {
     # Measured with DHQK/DHV of 32/64, 64/128, 128/256 and 256/512.
     "cpu": ((64, 32), (128, 64), (math.inf, 128)),
-    # Measured on an H100: of 64, 128 and 256, 256 is the fastest with 256/512. With 64/128 only
-    # 128 was measured. TPUs were not measured, and take the same.
-    "gpu": ((128, 128), (math.inf, 256)),
+    # Counted for an H100 with 64/128, 128/256 and 256/512. TPUs take the same.
+    "gpu": ((128, 64), (256, 128), (math.inf, 256)),
 }
 
 
@@ -82,7 +81,7 @@ def current_device() -> Device:
 
 
 def default_chunk_size(device: Device, qk_dim: int, v_dim: int) -> int:
-    """Returns the chunk size of `fwbw` that was measured to be the fastest.
+    """Returns the chunk size of `fwbw` that was measured or counted to be the fastest.
 
     Args:
         device: The device that computes; accelerators other than GPUs are taken for one.

@@ -25,10 +25,9 @@ def normalizer_bound(m: jax.Array, stabilize_correctly: bool) -> jax.Array:
     return jnp.maximum(jnp.exp(-m), float(jnp.finfo(m.dtype).tiny) ** 0.25)
 
 
-def _denominator(qn: jax.Array, m: jax.Array, stabilize_correctly: bool):
-    """Returns the denominator, and where it is `|qn|`."""
-    bound = normalizer_bound(m, stabilize_correctly)
-    return jnp.maximum(jnp.abs(qn), bound), jnp.abs(qn) > bound
+def denominator(qn: jax.Array, m: jax.Array, stabilize_correctly: bool) -> jax.Array:
+    """Returns the denominator `(...)` of `divide_by_normalizer`."""
+    return jnp.maximum(jnp.abs(qn), normalizer_bound(m, stabilize_correctly))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -50,7 +49,7 @@ def divide_by_normalizer(
     Returns:
         `h (..., DHV)`, finite even where the normalizer is zero.
     """
-    return numerator / _denominator(qn, m, stabilize_correctly)[0][..., None]
+    return numerator / denominator(qn, m, stabilize_correctly)[..., None]
 
 
 def normalizer_gradients(
@@ -68,11 +67,12 @@ def normalizer_gradients(
     Returns:
         The gradients of the numerator `(..., DHV)` and of `qn (...)`.
     """
-    denominator, is_qn = _denominator(qn, m, stabilize_correctly)
-    d_numerator = dh / denominator[..., None]
+    divisor = denominator(qn, m, stabilize_correctly)
+    d_numerator = dh / divisor[..., None]
     if not stabilize_correctly:
         return d_numerator, jnp.zeros_like(qn)
-    d_qn = -jnp.sign(qn) * jnp.sum(dh * h, axis=-1) / denominator
+    d_qn = -jnp.sign(qn) * jnp.sum(dh * h, axis=-1) / divisor
+    is_qn = jnp.abs(qn) > normalizer_bound(m, stabilize_correctly)
     return d_numerator, jnp.where(is_qn, bound_gradient(d_qn), 0)
 
 

@@ -3,19 +3,17 @@
 `add_scale_gradients` serves the backward passes of both implementations.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     ChunkGates,
     chunk_gates,
-    chunk_states,
     fold_state,
     log_scales,
-    product,
     split_chunks,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
@@ -36,12 +34,14 @@ class FwbwContext(NamedTuple):
     Attributes:
         arguments: Arguments of the forward pass.
         reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
-        h: Output `(N, NC, L, DHV)`, at least float32.
+        h: Output `(N, NC, L, DHV)`, in the type of the values.
         qn: `n_t . q_t`, `(N, NC, L)`.
         last_state: State after the last token.
         gates: Gates of the chunks with `keep_gates`, else None.
         m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
-        pairs: Weights and gated scores, each `(N, NC, L, L)`, with `keep_G`, else None.
+        weights: Weights of the pairs `(N, NC, L, L)` with `keep_G` on a CPU, else None.
+        scores: Gated scores of the pairs `(N, NC, L, L)` with `keep_G`, else None; divided as by
+            `fwbw._split_denominator`.
         before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
     """
 
@@ -52,13 +52,14 @@ class FwbwContext(NamedTuple):
     last_state: MLSTMState
     gates: ChunkGates | None
     m: jax.Array | None
-    pairs: tuple[jax.Array, jax.Array] | None
+    weights: jax.Array | None
+    scores: jax.Array | None
     before: MLSTMState | None
 
     @property
     def chunk_size(self) -> int:
         """The number of tokens in a chunk, `L`."""
-        return self.h.shape[2]
+        return self.qn.shape[2]
 
 
 def split_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]:
@@ -74,29 +75,6 @@ def split_tokens(inputs: MLSTMInputs, chunk_size: int | None) -> list[jax.Array]
     return [split_chunks(x, inputs.i.ndim - 1, chunk_size) for x in (inputs.q, inputs.k, inputs.v)]
 
 
-def weigh_pairs(
-    q: jax.Array,
-    k: jax.Array,
-    log_weights: jax.Array,
-    m: jax.Array,
-    precision: lax.Precision | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Weighs the pairs of tokens in each chunk.
-
-    Args:
-        q: Queries `(N, NC, L, DHQK)`.
-        k: Keys `(N, NC, L, DHQK)`.
-        log_weights: Log weights of the pairs `(N, NC, L, L)`, see `gates.pair_log_weights`.
-        m: Log scale of every token `(N, NC, L)`.
-        precision: See `product`.
-
-    Returns:
-        Weights and gated scores, both `(N, NC, L, L)`.
-    """
-    weights = jnp.exp(log_weights - m[..., None])
-    return weights, product("nctk,ncsk->ncts", q, k, precision=precision) * weights
-
-
 class Recomputed(NamedTuple):
     """Intermediate results of the forward pass, as in `FwbwContext`."""
 
@@ -106,34 +84,35 @@ class Recomputed(NamedTuple):
     gates: ChunkGates
     before: MLSTMState
     m: jax.Array
-    weights: jax.Array  # exp(D_ts - m_t), (N, NC, L, L).
-    scores: jax.Array  # q_t . k_s times the weights.
 
 
-def recompute(ctx: FwbwContext, inputs: MLSTMInputs, precision: lax.Precision | None) -> Recomputed:
+def recompute(
+    ctx: FwbwContext,
+    inputs: MLSTMInputs,
+    states: Callable[..., tuple[MLSTMState, MLSTMState]],
+    precision: lax.Precision | None,
+) -> Recomputed:
     """Takes from the residuals what was kept, and recomputes the rest.
 
     Args:
         ctx: Residuals.
         inputs: Prepared arguments of `ctx`.
+        states: `chunk_states`, or a function that does the same.
         precision: See `product`.
 
     Returns:
         The intermediate results.
     """
-    gates, m, pairs, before = ctx.gates, ctx.m, ctx.pairs, ctx.before
+    gates, m, before = ctx.gates, ctx.m, ctx.before
     q, k, v = split_tokens(inputs, ctx.chunk_size)
     if gates is None:
         gates = chunk_gates(inputs.i, inputs.log_f, ctx.reset, ctx.chunk_size)
     if before is None:
-        before, _ = chunk_states(k, v, gates, fold_state(inputs.state), precision)
-    if m is None or pairs is None:
-        log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
+        before, _ = states(k, v, gates, fold_state(inputs.state), precision)
     if m is None:
+        log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
         m = log_scales(log_weights, gates, before.m)
-    if pairs is None:
-        pairs = weigh_pairs(q, k, log_weights, m, precision)
-    return Recomputed(q, k, v, gates, before, m, *pairs)
+    return Recomputed(q, k, v, gates, before, m)
 
 
 def add_scale_gradients(
