@@ -253,7 +253,7 @@ def _log_decays(gates: ChunkGates) -> jax.Array:
     """
     carry = gates.carry[..., -1]
     has_reset = carry == -jnp.inf
-    shift = lambda x: jnp.pad(x, [(0, 0), (1, 0)])  # noqa: E731
+    shift = functools.partial(jnp.pad, pad_width=[(0, 0), (1, 0)])
     log_f = shift(jnp.where(has_reset, 0, carry))
     document = jnp.cumsum(shift(has_reset), axis=1)
     return pair_log_weights(jnp.zeros_like(log_f), log_f, document)
