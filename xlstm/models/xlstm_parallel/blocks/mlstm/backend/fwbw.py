@@ -249,10 +249,12 @@ def fwbw_backward(
         )
     )
     has_d_last = any(dx is not None for dx in (dc_last, dn_last, dm_last))
+    # Before the barrier, in which arguments that `shard_map` replicates lose that property.
+    _, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     # Without the barrier the compiler would merge the recomputation with the forward pass, and keep
     # its results, or run it long before the gradient is available.
     ctx, dh, d_last = lax.optimization_barrier((ctx, dh, d_last))
-    inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
+    inputs = prepare_inputs(ctx.arguments)
     d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config, precision)
     (d_arguments,) = pull_back(d_inputs)
     if ctx.arguments.initial_C is None:
