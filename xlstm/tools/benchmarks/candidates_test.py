@@ -98,8 +98,8 @@ def test_each_implementation_is_a_candidate_and_kernels_have_their_own_chunk(mon
     assert found(jnp.bfloat16, "auto", "mosaic") == [("mosaic", 64)]
     assert found(jnp.float32, "auto", "xla") == xla  # Without repetitions.
     assert found(jnp.bfloat16, "xla", "auto")[-1] == ("mosaic", 64)
-    (default,) = backend_candidates(BackendConfig(), [-1, 128], ["xla"], SHAPE, jnp.bfloat16)
-    assert default.chunk_size == default.function.config.chunk_size == 128  # That of a GPU.
+    (default,) = backend_candidates(BackendConfig(), [-1, 64], ["xla"], SHAPE, jnp.bfloat16)
+    assert default.chunk_size == default.function.config.chunk_size == 64  # That of a GPU.
     (kernels,) = backend_candidates(BackendConfig(), [0], ["mosaic"], SHAPE, jnp.bfloat16)
     assert kernels.options["implementation"] == "mosaic"
     assert kernels.forward_operations(SHAPE) == 16 * (8 * 10 + 4 * 24)
