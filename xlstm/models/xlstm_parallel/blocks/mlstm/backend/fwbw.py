@@ -187,6 +187,13 @@ def _states_of(arguments: MLSTMArguments) -> Callable[..., tuple[MLSTMState, MLS
     return functools.partial(chunk_states_by_decays, is_zero=arguments.initial_C is None)
 
 
+def _state_gradients_of(has_d_last: bool) -> Callable:
+    """Returns `chunk_state_gradients`, or the function that does the same without a loop."""
+    if _is_cpu():
+        return chunk_state_gradients
+    return functools.partial(chunk_state_gradients_by_decays, is_zero=not has_d_last)
+
+
 def _split_denominator(
     qn: jax.Array, m: jax.Array, stabilize_correctly: bool
 ) -> tuple[jax.Array | float, jax.Array | float]:
@@ -288,11 +295,8 @@ def _gradient_of_inputs(
     write = jnp.exp(gates.write - m_of_states[:, 1:, None])[..., None]
 
     # Gradients through the states.
-    state_gradients = chunk_state_gradients
-    if not _is_cpu():
-        state_gradients = functools.partial(chunk_state_gradients_by_decays, is_zero=not has_d_last)
     carried_q = q * carry
-    (d_C, d_n), d_initial = state_gradients(
+    (d_C, d_n), d_initial = _state_gradients_of(has_d_last)(
         carried_q.astype(dtype),
         dh,
         jnp.sum(carried_q * d_qn, axis=-2),
@@ -306,7 +310,9 @@ def _gradient_of_inputs(
         multiply("nctv,nckv->nctk", dh, before.C.astype(dtype)) + d_qn * before.n[..., None, :]
     )
     dk_write = write * (multiply("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
-    dv = multiply("ncsk,nckv->ncsv", (k * write).astype(dtype), d_C.astype(dtype))
+    # A CPU scales the product in the addition below; a GPU would store the product once more.
+    of_k, of_product = (1.0, write) if _is_cpu() else (write, 1.0)
+    dv = of_product * multiply("ncsk,nckv->ncsv", (k * of_k).astype(dtype), d_C.astype(dtype))
 
     # Gradients through the pairs within the chunk.
     weights, scores = ctx.weights, ctx.scores
