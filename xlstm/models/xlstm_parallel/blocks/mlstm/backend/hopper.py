@@ -140,19 +140,15 @@ class _Block(LoadingBlock):
         my_x = refs["x_smem"].at[ix, warpgroup]
         my_state = refs["state_smem"].at[warpgroup]
         # One warpgroup of a head does what is the same in all, another one in each chunk.
-        is_mine = lax.rem(chunk, 2 * self.plan.num_tiles) == self.tile * 2 + warpgroup
+        part = self.tile * 2 + warpgroup
+        is_mine = lax.rem(chunk, 2 * self.plan.num_tiles) == part
         is_even, saved = lax.rem(chunk, 2) == 0, head * self.plan.num_states + chunk // 2
 
         if options.emit_states:
-
-            @pl.when(is_even)
-            def _():
-                features = self.features(warpgroup)
-                plgpu.copy_smem_to_gmem(my_state, refs["states"].at[saved, :, features])
-
+            states = refs["states"].at[saved, :, self.features(warpgroup)]
+            pl.when(is_even)(lambda: plgpu.copy_smem_to_gmem(my_state, states))
         if self.has["partner_states"]:
-            overlaps = self.overlaps(warpgroup, state)
-            refs["overlaps"][head, self.tile * 2 + warpgroup, chunk] = overlaps
+            refs["overlaps"][head, part, chunk] = self.overlaps(warpgroup, state)
         if options.outputs:
             ia = lax.rem(i, t.a_stages) + nil
             my_a = refs["a_smem"].at[ia]
@@ -161,14 +157,10 @@ class _Block(LoadingBlock):
             my_partner = refs["partner_smem"].at[ix, warpgroup]
         if options.emit_crossings:
             plgpu.barrier_wait(refs["x_full"].at[ix])
-
-            @pl.when(is_even & (i > 0))
-            def _():
-                a, state_ = refs["a_smem"].at[ia + nil], refs["state_smem"].at[warpgroup + nil]
-                read = _add_product(_zeros(my_x.shape), a, state_)
-                crossings = refs["crossings"].at[head, self.tile * 2 + warpgroup, chunk // 2]
-                crossings[...] = _sum_of_products(my_partner, read)
-
+            crossings = refs["crossings"].at[head, part, chunk // 2]
+            # Other addresses than below, or the compiler would keep them for there, and spill.
+            cross = functools.partial(self.cross, crossings, ia + nil, warpgroup + nil, my_partner)
+            pl.when(is_even & (i > 0))(cross)
             my_state[...] = state.astype(dtype)
             plgpu.commit_smem()
         plgpu.barrier_wait(refs["b_full"].at[ib])
@@ -181,18 +173,10 @@ class _Block(LoadingBlock):
             if not options.emit_crossings:
                 plgpu.barrier_wait(refs["x_full"].at[ix])
             if self.has["partner"]:
-                dots = _sum_of_products(my_partner, out)
-                refs["dots"][head, self.tile * 2 + warpgroup, chunk] = dots
+                refs["dots"][head, part, chunk] = _sum_of_products(my_partner, out)
             out = _add_product(out, weighted, my_x)
             if options.normalize:
-                normalizer = total + self.gate(Row.CARRIED)
-                divisor = jnp.maximum(jnp.abs(normalizer), self.gate(Row.BOUND))
-                out = out * lax.broadcast_in_dim(1.0 / divisor, out.shape, [0])
-
-                @pl.when(is_mine)
-                def _():
-                    refs["normalizer"][head, chunk] = normalizer
-
+                out = self.normalize(out, total, refs["normalizer"].at[head, chunk], is_mine)
             out = out.astype(dtype)  # Fewer registers during the next product.
         else:
             plgpu.barrier_wait(refs["gates_full"].at[0])
@@ -202,8 +186,8 @@ class _Block(LoadingBlock):
         # x with the weight of each token in the state, in place of x.
         x = _load(my_x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         if self.has["partner_x"]:
-            x_dots = _sum_of_products(refs["partner_x_smem"].at[ix, warpgroup], x)
-            refs["x_dots"][head, self.tile * 2 + warpgroup, chunk] = x_dots
+            partner = refs["partner_x_smem"].at[ix, warpgroup]
+            refs["x_dots"][head, part, chunk] = _sum_of_products(partner, x)
         weight = self.gate(self.to_state)
         plgpu.barrier_arrive(refs["gates_empty"].at[0])
         my_x[...] = (x * lax.broadcast_in_dim(weight, x.shape, [0])).astype(dtype)
@@ -223,6 +207,22 @@ class _Block(LoadingBlock):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(refs["x_empty"].at[ix])
         return state, (keep > 2).astype(jnp.int32)  # Never: a state decays.
+
+    def cross(self, crossings, a_stage, warpgroup, partner) -> None:
+        """Writes the sums of the partner times `a` times the state before the last step."""
+        a, state = self.refs["a_smem"].at[a_stage], self.refs["state_smem"].at[warpgroup]
+        crossings[...] = _sum_of_products(partner, _add_product(_zeros(partner.shape), a, state))
+
+    def normalize(self, out, total, written, is_mine):
+        """Returns the output over its normalizer, which is written too."""
+        normalizer = total + self.gate(Row.CARRIED)
+        divisor = jnp.maximum(jnp.abs(normalizer), self.gate(Row.BOUND))
+
+        @pl.when(is_mine)
+        def _():
+            written[...] = normalizer
+
+        return out * lax.broadcast_in_dim(1.0 / divisor, out.shape, [0])
 
     def overlaps(self, warpgroup, state):
         """Returns the sums over features of the state times the partner's, folded into 64 rows."""
