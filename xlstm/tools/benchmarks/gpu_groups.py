@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend import testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import CAN_INTERPRET
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
     MOSAIC_CHUNK_SIZE,
     interpreted_kernels,
@@ -44,7 +44,6 @@ _REPEATS, _DRY_REPEATS = 20, 1
 _LOSS_STEPS, _DRY_LOSS_STEPS = 50, 3
 _MARGIN = 8.0  # Seconds that remain of a group's limit to report what processes did.
 _LOSS_LIMIT = 1e-3  # Of float32, between devices.
-CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")  # Whether kernels run on a CPU; from jax 0.12.
 
 
 class Setting(NamedTuple):

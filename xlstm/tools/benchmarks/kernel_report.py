@@ -217,10 +217,11 @@ def count(item: Pass) -> Counts:
     if not item.options.outputs:
         return Counts(tokens * state, tokens * state, num_bytes)
     num_scores = e // choose_tiling(item.inputs, item.options).width  # Times they are computed.
-    states = 2.5 * state if item.options.emit_crossings else 2 * state
+    # Crossings read the state once more in every second chunk.
+    states = 2 * state + (state // 2 if item.options.emit_crossings else 0)
     useful = CHUNK * (d + e) + states
     done = 2 * CHUNK * (num_scores * d + e) + states
-    return Counts(int(tokens * useful), int(tokens * done), num_bytes)
+    return Counts(tokens * useful, tokens * done, num_bytes)
 
 
 def compile_pass(item: Pass, device: jax.Device) -> str:

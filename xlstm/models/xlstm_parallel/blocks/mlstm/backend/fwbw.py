@@ -35,6 +35,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     causal_forget_matrix,
+    gradients_of_gates,
     pair_log_weights,
     rev_cumsum,
     rev_cumsum_off,
@@ -329,8 +330,10 @@ def _gradient_of_inputs(
 
     keep = state_keep(gates, m_of_states)
     through_states = keep * state_product(before, MLSTMState(d_C, d_n, before.m))
-    d_i, d_log_f = _gradients_of_gates(
-        d_scores * scores,
+    d_pairs = d_scores * scores
+    d_i, d_log_f = gradients_of_gates(
+        jnp.sum(d_pairs, axis=-2),
+        sum_of_spanning_pairs(d_pairs),
         jnp.sum(q * dq_carry, axis=-1),
         jnp.sum(k * dk_write, axis=-1),
         through_states,
@@ -348,28 +351,6 @@ def _gradient_of_inputs(
         return gradients
     last = ctx.last_state, d_last if has_d_last else None
     return add_scale_gradients(inputs, gradients, ctx.reset, *last)
-
-
-def _gradients_of_gates(
-    d_pairs: jax.Array, q_carry: jax.Array, k_write: jax.Array, through_states: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of the input gates and of the log forget gates.
-
-    They are sums of the terms that span a forget gate, never differences of sums: with nearly
-    closed gates these terms are tiny, and a float32 difference is noise.
-
-    Args:
-        d_pairs: Gradients of the log weights of the pairs `(N, NC, L, L)`.
-        q_carry: Those of the state before the chunk in its tokens `(N, NC, L)`.
-        k_write: Those of the tokens in the state after the chunk `(N, NC, L)`.
-        through_states: Those of the state before the chunk in the state after it `(N, NC)`.
-
-    Returns:
-        The gradients, both `(N, NC, L)`.
-    """
-    d_log_f = sum_of_spanning_pairs(d_pairs)
-    d_log_f += rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
-    return jnp.sum(d_pairs, axis=-2) + k_write, d_log_f + through_states[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

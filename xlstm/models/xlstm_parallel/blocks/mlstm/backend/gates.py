@@ -135,6 +135,33 @@ causal_forget_matrix.defvjp(
 )
 
 
+def gradients_of_gates(
+    written: jax.Array,
+    spanning: jax.Array,
+    q_carry: jax.Array,
+    k_write: jax.Array,
+    through_states: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of the input gates and of the log forget gates.
+
+    They are sums of the terms that span a forget gate, never differences of sums: with nearly
+    closed gates these terms are tiny, and a float32 difference is noise.
+
+    Args:
+        written: Sums, for each token `s`, of the gradients of the log weights of its pairs with
+            tokens `t` of the chunk `(N, NC, L)`.
+        spanning: Those of the pairs that span a forget gate, see `sum_of_spanning_pairs`.
+        q_carry: Gradients of the log weights of the state before the chunk in its tokens.
+        k_write: Those of the tokens in the state after the chunk `(N, NC, L)`.
+        through_states: Those of the state before the chunk in the state after it `(N, NC)`.
+
+    Returns:
+        The gradients, both `(N, NC, L)`.
+    """
+    d_log_f = spanning + rev_cumsum(q_carry) + rev_cumsum_off(k_write[..., ::-1])[..., ::-1]
+    return written + k_write, d_log_f + through_states[..., None]
+
+
 def gradient_of_last_m(
     i: jax.Array, log_f: jax.Array, initial_m: jax.Array, reset: jax.Array | None, d_m: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -34,6 +34,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import (
 _COMPUTE_REGISTERS = 240  # Of a thread; with those of the loading warpgroup, all there are.
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _LOG_ZERO = -1e30
+CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")  # Whether kernels run on a CPU; from jax 0.12.
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # Until jax 0.10.
 _PART = 32  # Columns of the pairs that are multiplied by the partner's at a time.
 

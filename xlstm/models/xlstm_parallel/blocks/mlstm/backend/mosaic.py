@@ -28,10 +28,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     Outputs,
     Row,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
-    rev_cumsum,
-    rev_cumsum_off,
-)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import gradients_of_gates
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_plan import num_blocks
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
@@ -43,6 +40,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     bound_gradient,
+    denominator,
     normalizer_bound,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import add_scale_gradients
@@ -261,7 +259,7 @@ def _token_gradients(
         last_dn = jnp.pad(last_dn, ((0, 0), (0, -qk_dim % FEATURES)))
 
     bound = normalizer_bound(gates.m, stabilize_correctly)
-    norm = jnp.maximum(jnp.abs(ctx.qn), bound)
+    norm = denominator(ctx.qn, gates.m, stabilize_correctly)
     bias = jnp.zeros_like(norm)
     rows = gate_rows(gates, qk_dim, jnp.log(norm), norm, bias, gates.last)
     run, states = functools.partial(_run, attend), ctx.states
@@ -295,12 +293,15 @@ def _token_gradients(
 
     # The gates, by sums of the terms that span them alone; see `docs/mlstm.md`.
     through_q, through_k = jnp.sum(by_q.dots, axis=1), jnp.sum(by_k.dots, axis=1)
-    d_i = by_k.pair_sums.reshape(through_k.shape) + through_k
-    d_log_f = _sums_of_spanning_pairs(by_k.pairs).reshape(d_i.shape)
-    d_log_f += rev_cumsum(through_q) + rev_cumsum_off(through_k[..., ::-1])[..., ::-1]
     overlaps = _complete_overlaps(by_v.overlaps, by_k.crossings, gates)
     overlaps += jnp.sum(ctx.before_n * after_dn, axis=-1)
-    d_log_f += (keep * overlaps)[..., None]
+    d_i, d_log_f = gradients_of_gates(
+        by_k.pair_sums.reshape(through_k.shape),
+        _sums_of_spanning_pairs(by_k.pairs).reshape(through_k.shape),
+        through_q,
+        through_k,
+        keep * overlaps,
+    )
 
     d_tokens = (
         tokens.unfold(dx, x.shape[-1]).astype(x.dtype)

@@ -5,7 +5,6 @@ import os
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +16,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     mlstm_fwbw_custom_grad,
     mLSTMBackendFwbwConfig,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import (
+    CAN_INTERPRET,
+    decayed_attention_hopper,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.implementation import interpreted_kernels
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMArguments
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic import mlstm_mosaic
@@ -38,7 +40,7 @@ _LEAST = 1e-6  # Where the norm of what is expected is less, errors are relative
 
 def has_interpreter() -> bool:
     """Returns whether kernels can be interpreted, or must be: `.ci/run` asks for it."""
-    can_be = hasattr(plgpu, "InterpretGPUParams") and jax.default_backend() == "cpu"
+    can_be = CAN_INTERPRET and jax.default_backend() == "cpu"
     return can_be or "XLSTM_TEST_INTERPRETER" in os.environ
 
 
