@@ -17,9 +17,11 @@ from jax.sharding import AxisType, Mesh
 from xlstm.common_types import DTYPES, PyTree
 
 # From the outermost to the innermost: neighboring devices, with the fastest links, share `tp`.
-MESH_AXES = ("dp", "fsdp", "pp", "tp")
+MESH_AXES = ("dp", "fsdp", "pp", "cp", "tp")
 # The axes that the examples of a batch are sharded over.
 BATCH_AXES = ("dp", "fsdp")
+# The axes that the tokens of a sequence are sharded over, between the layers.
+TOKEN_AXES = ("cp", "tp")
 # The axes that the vocabulary is sharded over, in the embedding, the head and the loss.
 VOCAB_AXES = ("pp", "tp")
 
@@ -34,6 +36,8 @@ class MeshConfig:
     # state, which also share the batch.
     pp: int = 1  # Pipeline parallelism: number of stages, which share the blocks and the
     # vocabulary.
+    cp: int = 1  # Context parallelism: number of devices that share the tokens of each sequence, in
+    # contiguous parts.
     tp: int = 1  # Tensor parallelism: number of devices that share the heads, hidden features and
     # vocabulary, and, between the layers, the tokens of each sequence.
     fsdp_min_weight_size: int = 2**16  # Number of elements below which fsdp does not shard a

@@ -171,23 +171,24 @@ def scatter_features(x: jax.Array, axis_name: str) -> jax.Array:
     )
 
 
-def tokens_to_features(x: jax.Array, axis_name: str) -> jax.Array:
+def tokens_to_features(x: jax.Array, axis_names: str | Sequence[str]) -> jax.Array:
     """Exchanges tokens for features: local tokens `(B, T / n, D)` to features `(B, T, D / n)`."""
-    if axis_size(axis_name) == 1:
+    if axis_size(axis_names) == 1:
         return x
-    return lax.all_to_all(x, axis_name, x.ndim - 1, _TOKENS, tiled=True)
+    return lax.all_to_all(x, bound_axes(axis_names), x.ndim - 1, _TOKENS, tiled=True)
 
 
-def features_to_tokens(x: jax.Array, axis_name: str) -> jax.Array:
+def features_to_tokens(x: jax.Array, axis_names: str | Sequence[str]) -> jax.Array:
     """Exchanges features for tokens: local features `(B, T, D / n)` to tokens `(B, T / n, D)`.
 
     Raises:
         ValueError: If `T` is not a multiple of `n`.
     """
-    _local_size(x.shape[_TOKENS], axis_name)
-    if axis_size(axis_name) == 1:
+    _local_size(x.shape[_TOKENS], axis_names)
+    if axis_size(axis_names) == 1:
         return x
-    return checkpoint_name(lax.all_to_all(x, axis_name, _TOKENS, x.ndim - 1, tiled=True), SCATTERED)
+    y = lax.all_to_all(x, bound_axes(axis_names), _TOKENS, x.ndim - 1, tiled=True)
+    return checkpoint_name(y, SCATTERED)
 
 
 def embed_tokens(table: jax.Array, tokens: jax.Array, axis_names: str | Sequence[str]) -> jax.Array:

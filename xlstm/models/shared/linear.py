@@ -167,6 +167,7 @@ class BlockDiagonal(nn.Module):
         dtype: Type of the computation and of the output.
         bias_init: Initializer of the `bias`, shape `(C,)`; None for no bias.
         precision: See `product_precision`.
+        block_axes: Mesh axes that the blocks are sharded over.
 
     References:
         Beck et al., "xLSTM", 2024 (arXiv 2405.04517), figures 10 (one block per head) and 11
@@ -177,16 +178,17 @@ class BlockDiagonal(nn.Module):
     dtype: jnp.dtype = jnp.float32
     bias_init: Callable | None = None
     precision: lax.Precision | None = None
+    block_axes: Axes = "tp"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps local channels `(..., C)` to as many outputs; S must divide C."""
         shape = (x.shape[-1] // self.block_size, self.block_size, self.block_size)
         init_fn = small_init(self.block_size)
-        kernel = boxed_parameter(self, "kernel", init_fn, shape, ("tp", None, None))
+        kernel = boxed_parameter(self, "kernel", init_fn, shape, (self.block_axes, None, None))
         y = multiply_blocks(x.astype(self.dtype), kernel.astype(self.dtype), self.precision)
         if self.bias_init is not None:
-            bias = boxed_parameter(self, "bias", self.bias_init, x.shape[-1:], ("tp",))
+            bias = boxed_parameter(self, "bias", self.bias_init, x.shape[-1:], (self.block_axes,))
             y = y + bias.astype(self.dtype)
         return y
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlstm.models.shared.linear import boxed_parameter
+from xlstm.models.shared.linear import Axes, boxed_parameter
 
 
 class RMSNorm(nn.Module):
@@ -57,17 +57,19 @@ class MultiHeadLayerNorm(nn.Module):
     Attributes:
         eps: Added to the variance.
         dtype: Type of the output.
+        head_axes: Mesh axes that the heads are sharded over.
     """
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    head_axes: Axes = "tp"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps local heads, `(B, NH, T, DHV)`, to `(B, T, NH * DHV)`."""
         batch, num_heads, time, head_dim = x.shape
         scale = boxed_parameter(
-            self, "scale", nn.initializers.ones, (num_heads * head_dim,), ("tp",)
+            self, "scale", nn.initializers.ones, (num_heads * head_dim,), (self.head_axes,)
         )
         normed = _standardized(x, self.eps)
         joined = normed.swapaxes(1, 2).reshape(batch, time, num_heads * head_dim)

@@ -7,7 +7,7 @@ from jax import lax
 
 from xlstm.common_types import PRNGKeyArray, PyTree
 from xlstm.distributed.data_parallel import Target, gather_on_use
-from xlstm.distributed.mesh import VOCAB_AXES, axis_index, axis_size
+from xlstm.distributed.mesh import TOKEN_AXES, VOCAB_AXES, axis_index, axis_size
 from xlstm.distributed.pipeline_parallel import execute_pipeline
 from xlstm.distributed.tensor_parallel import (
     cross_entropy,
@@ -139,7 +139,7 @@ class xLSTMLMModel(nn.Module):
         x, config = self.embeddings(tokens), self.config.model
         keys = None
         if config.dropout and dropout_keys is not None:
-            keys = token_keys(dropout_keys, x.shape[1], axis_index("tp") * x.shape[1])
+            keys = token_keys(dropout_keys, x.shape[1], axis_index(TOKEN_AXES) * x.shape[1])
             x = dropout(x, config.dropout, keys, 0)
         logits = self._logits(self._run_stages(BlockCarry(x, reset, keys)))
         nll = cross_entropy(logits, targets, VOCAB_AXES)
@@ -243,7 +243,7 @@ def state_specs(config: LanguageModelConfig, rows: str | tuple[str, ...] | None)
         rows: The mesh axes that the rows are sharded over, or None.
 
     Returns:
-        The partition specs of `initial_state`, with heads and their channels sharded over `tp`.
+        The partition specs of `initial_state`, see `BlockKind.state_specs`.
     """
     specs = {kind: KINDS[kind].state_specs(rows) for kind in config.model.pattern.counts}
     return _unwrap_single_kind(specs)

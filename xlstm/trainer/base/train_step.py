@@ -19,8 +19,8 @@ from xlstm.trainer.base.param_utils import (
     get_sharded_global_norm,
 )
 
-# Partition spec of every leaf of a batch: the examples are sharded, all other axes are not.
-BATCH_SPEC = P(BATCH_AXES)
+# Partition spec of every leaf of a batch, `(B, T)`: examples and tokens are sharded.
+BATCH_SPEC = P(BATCH_AXES, "cp")
 
 
 def create_train_step(
@@ -107,7 +107,7 @@ def _compute_gradients(
     batch_size = jax.tree.leaves(batch)[0].shape[0]
     indices = lax.axis_index(BATCH_AXES) * batch_size + jnp.arange(batch_size)
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(indices)
-    num_targets = jnp.maximum(lax.psum(count_targets(batch), BATCH_AXES), 1)
+    num_targets = jnp.maximum(lax.psum(count_targets(batch), (*BATCH_AXES, "cp")), 1)
 
     def loss_fn(params, apply_fn, minibatch, rng):
         del rng  # Every example has its own key, which does not depend on the mesh.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from xlstm.dataset.batch import Batch
 from xlstm.dataset.data import Data
 from xlstm.dataset.tokenizer import Tokenizer
-from xlstm.distributed.mesh import BATCH_AXES, create_mesh
+from xlstm.distributed.mesh import BATCH_AXES, TOKEN_AXES, create_mesh
 from xlstm.files import write_atomically
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.train_step import BATCH_SPEC
@@ -39,7 +39,16 @@ def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _check_context_length(config: RunConfig, mesh: Mesh) -> None:
-    _check_divides("data.context_length", config.data.context_length, ("pp", "tp"), mesh)
+    context_length, model, parts = config.data.context_length, config.model, mesh.shape["cp"]
+    _check_divides("data.context_length", context_length, ("pp", "cp", "tp"), mesh)
+    needed = model.conv_width - 1
+    if parts > 1 and "xlstm_2024" in model.pattern.counts and context_length // parts < needed:
+        raise ValueError(
+            f"data.context_length={context_length} over mesh.cp={parts} leaves parts of"
+            f" {context_length // parts} tokens, fewer than the {needed} before a token that"
+            f" model.conv_width={model.conv_width} reads: expected a context of at least"
+            f" {parts * needed} tokens, or mesh.cp of at most {max(context_length // needed, 1)}"
+        )
 
 
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
@@ -54,6 +63,11 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     for name, size, axes in [
         ("model.num_blocks", model.num_blocks, ("pp",)),
         ("model.num_heads", model.num_heads, ("tp",)),
+        *(
+            [("model.num_heads (of sLSTM blocks)", model.num_heads, TOKEN_AXES)]
+            if "slstm" in pattern.counts
+            else []
+        ),
         ("the hidden size of feed-forward layers, model.ffn_dim", model.ffn_dim, ("tp",)),
         (
             "the hidden size of feed-forward layers in sLSTM blocks, model.slstm_ffn_dim",
@@ -80,6 +94,11 @@ def create_run_mesh(config: RunConfig) -> Mesh:
     """Creates the mesh of a run; raises ValueError if the model or the batch does not fit on it."""
     mesh = create_mesh(config.mesh)
     check_model(config.model, mesh)
+    if mesh.shape["cp"] > 1 and config.backend.name != "fwbw":
+        raise ValueError(
+            f"mesh.cp={mesh.shape['cp']} cannot be used with backend.name={config.backend.name}:"
+            " expected fwbw"
+        )
     _check_context_length(config, mesh)
     _check_batch_sizes(config, mesh)
     return mesh

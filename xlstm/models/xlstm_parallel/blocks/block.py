@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import PRNGKeyArray, PyTree
+from xlstm.distributed.mesh import TOKEN_AXES
 from xlstm.models.shared.convolution import ConvolutionalState
 from xlstm.models.shared.dropout import dropout
 from xlstm.models.shared.feed_forward import GatedFeedForward
@@ -181,7 +182,7 @@ class BlockKind:
             that returns the state before a document.
         state_specs: Function that returns the partition specs of states; its argument is the mesh
             axes that the rows are sharded over, or None. Heads and their channels are sharded over
-            `tp`.
+            `tp`, those of sLSTM blocks also over `cp`.
     """
 
     block: type[nn.Module]
@@ -204,7 +205,7 @@ def _slstm_state(model: ModelConfig, leading: tuple[int, ...]) -> slstm.SLSTMSta
 
 
 def _slstm_specs(rows: str | tuple[str, ...] | None) -> slstm.SLSTMState:
-    return slstm.SLSTMState(*[P(None, rows, "tp")] * len(slstm.SLSTMState._fields))
+    return slstm.SLSTMState(*[P(None, rows, TOKEN_AXES)] * len(slstm.SLSTMState._fields))
 
 
 def _convolved_state(cell: PyTree, model: ModelConfig, leading: tuple[int, ...], channels: int):
@@ -212,8 +213,10 @@ def _convolved_state(cell: PyTree, model: ModelConfig, leading: tuple[int, ...],
     return ConvolutionalState(cell, inputs)
 
 
-def _convolved_specs(cell: PyTree, rows: str | tuple[str, ...] | None) -> ConvolutionalState:
-    return ConvolutionalState(cell, P(None, rows, None, "tp"))
+def _convolved_specs(
+    cell: PyTree, rows: str | tuple[str, ...] | None, channels: str | tuple[str, ...]
+) -> ConvolutionalState:
+    return ConvolutionalState(cell, P(None, rows, None, channels))
 
 
 # The kinds of blocks by their names in a configuration.
@@ -224,13 +227,13 @@ KINDS = {
         lambda model, leading: _convolved_state(
             _mlstm_state(model, leading), model, leading, model.inner_dim
         ),
-        lambda rows: _convolved_specs(_mlstm_specs(rows), rows),
+        lambda rows: _convolved_specs(_mlstm_specs(rows), rows, "tp"),
     ),
     "slstm": BlockKind(
         sLSTMBlock,
         lambda model, leading: _convolved_state(
             _slstm_state(model, leading), model, leading, model.embedding_dim
         ),
-        lambda rows: _convolved_specs(_slstm_specs(rows), rows),
+        lambda rows: _convolved_specs(_slstm_specs(rows), rows, TOKEN_AXES),
     ),
 }

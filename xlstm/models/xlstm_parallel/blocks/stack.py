@@ -17,6 +17,7 @@ from xlstm.distributed.data_parallel import is_partitioned
 from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.distributed.tensor_parallel import SCATTERED
 from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockCarry, BlockIndex
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import INCOMING_STATE
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import RESIDUALS
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.pattern import BlockGroup, BlockPattern
@@ -155,7 +156,7 @@ def _rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
     policies = {
         "dots": jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(SCATTERED, RESIDUALS),
+            jax.checkpoint_policies.save_only_these_names(SCATTERED, RESIDUALS, INCOMING_STATE),
         ),
         "block": jax.checkpoint_policies.nothing_saveable,
     }

@@ -123,7 +123,7 @@ class mLSTMPreUpLayer(nn.Module):
 
         proj_up, proj_up_gate = up("proj_up"), up("proj_up_gate")
         u, z = column_parallel(lambda x: (proj_up(x), proj_up_gate(x)), x, "tp", overlap=overlap)
-        conv = CausalConvolution(config.conv_width, dtype, name="conv")
+        conv = CausalConvolution(config.conv_width, dtype, context_axis="cp", name="conv")
         c, last_inputs = conv(u, reset, padding, last_inputs)
         c = nn.silu(c)
 
@@ -203,7 +203,7 @@ def _run_cell(
     igate, fgate = cap(inputs.igate), cap(inputs.fgate)
     if padding is not None:
         igate, fgate = neutral_gates(igate, fgate, padding[:, None, :])
-    h = create_backend(config.backend, model)(
+    h = create_backend(config.backend, model, context_axis="cp")(
         *(q, k, v, igate, fgate, *(state or ())),
         return_last_states=state is not None,
         reset=None if reset is None else reset[:, None, :],

@@ -1,5 +1,7 @@
-"""The sLSTM layer: a convolution and gates in front of the cell, with heads sharded over `tp`.
+"""The sLSTM layer: a convolution and gates in front of the cell.
 
+The cell reads one token after the other, so no device can begin with a later part of a sequence:
+devices that share the tokens exchange them for heads, over both `TOKEN_AXES`.
 `xlstm.common_types` describes the arguments `(x, reset, padding, state)`.
 """
 
@@ -10,7 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlstm.distributed.tensor_parallel import features_to_tokens, tokens_to_features
+from xlstm.distributed.mesh import TOKEN_AXES
+from xlstm.distributed.tensor_parallel import (
+    features_to_tokens,
+    gather_tokens,
+    tokens_to_features,
+)
 from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalState
 from xlstm.models.shared.linear import BlockDiagonal, boxed_parameter
 from xlstm.models.shared.moments import sow_gate_moments
@@ -46,13 +53,17 @@ class sLSTMLayer(nn.Module):
         config = self.config.model
         dtype, head_dim = config.compute_dtype, x.shape[-1] // config.num_heads
         cell_state, last_inputs = state or (None, None)
-        x = tokens_to_features(x, "tp")
-        conv = CausalConvolution(config.conv_width, dtype, name="conv")
+        x = tokens_to_features(x, TOKEN_AXES)
+        reset = None if reset is None else gather_tokens(reset, "cp")
+        conv = CausalConvolution(config.conv_width, dtype, TOKEN_AXES, name="conv")
         c, last_inputs = conv(x, reset, padding, last_inputs)
         c = nn.silu(c)
 
         def gate(name: str, y: jax.Array, bias_init: Callable) -> jax.Array:
-            y = BlockDiagonal(head_dim, dtype, bias_init, config.precision, name=name)(y)
+            layer = BlockDiagonal(
+                head_dim, dtype, bias_init, config.precision, TOKEN_AXES, name=name
+            )
+            y = layer(y)
             return y.reshape(*y.shape[:2], -1, head_dim).swapaxes(1, 2)
 
         zeros = nn.initializers.zeros
@@ -63,7 +74,7 @@ class sLSTMLayer(nn.Module):
             gate("ogate_preact", x, zeros),
         )
         shape = (inputs[0].shape[1], head_dim, 4 * head_dim)
-        axes = ("tp", None, None)
+        axes = (TOKEN_AXES, None, None)
         init_fn = nn.initializers.normal(config.slstm_recurrent_scale / math.sqrt(head_dim))
         recurrent = boxed_parameter(self, "recurrent", init_fn, shape, axes)
         recurrent = recurrent.astype(dtype)
@@ -81,8 +92,8 @@ class sLSTMLayer(nn.Module):
                 inputs, recurrent, h, reset, precision=config.precision
             )
             sow_gate_moments(self, i, f, nn.sigmoid(o))
-        y = MultiHeadLayerNorm(config.norm_eps, dtype, name="multihead_norm")(h)
-        y = features_to_tokens(y, "tp")
+        y = MultiHeadLayerNorm(config.norm_eps, dtype, TOKEN_AXES, name="multihead_norm")(h)
+        y = features_to_tokens(y, TOKEN_AXES)
         return y, None if state is None else ConvolutionalState(cell_state, last_inputs)
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 
+from xlstm.distributed.mesh import axis_size
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMArguments, MLSTMState
 
 # The names of the backends; `registry.BACKENDS` has their classes.
@@ -71,11 +72,16 @@ class mLSTMBackend(nn.Module):
     Attributes:
         config: Configuration of the backend, an instance of `config_class`.
         precision: Precision of float32 products, see `product_precision`.
+        context_axis: Mesh axis that the tokens are sharded over in `shard_map`, in contiguous
+            parts; None if they are not. `fwbw` alone supports it.
     """
 
     config: mLSTMBackendConfig
     precision: lax.Precision | None = None
+    context_axis: str | None = None
     config_class = mLSTMBackendConfig
+
+    can_shard_tokens = False  # Whether `context_axis` can have several devices.
 
     @property
     def can_vmap_over_heads(self) -> bool:
@@ -113,9 +119,15 @@ class mLSTMBackend(nn.Module):
             `h (..., T, DHV)` in the type of `v`, or `(h, MLSTMState)`.
 
         Raises:
-            ValueError: If shapes or types are wrong, or the initial state is incomplete.
+            ValueError: If shapes or types are wrong, the initial state is incomplete, or the backend
+                does not support sharded tokens.
         """
         arguments = MLSTMArguments(q, k, v, i, f, c_initial, n_initial, m_initial)
+        if self.context_axis and axis_size(self.context_axis) > 1 and not self.can_shard_tokens:
+            raise ValueError(
+                f"{type(self).__name__} needs the whole sequence, but its tokens are sharded over"
+                f" {self.context_axis}: use backend.name=fwbw"
+            )
         return self.run(arguments, reset, return_last_states)
 
     def run(

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlstm.distributed.context_parallel import of_last_part
+from xlstm.distributed.mesh import axis_size
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     chunk_gates,
     chunk_state_gradients,
@@ -64,6 +66,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
     add_scale_gradients,
     recompute,
     split_tokens,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import (
+    gradients_of_part,
+    states_of_part,
 )
 
 __all__ = [
@@ -116,6 +122,7 @@ def fwbw_forward(
     reset: jax.Array | None = None,
     *,
     precision: lax.Precision | None = None,
+    context_axis: str | None = None,
 ) -> tuple[jax.Array, FwbwContext]:
     """Runs the forward pass.
 
@@ -131,6 +138,8 @@ def fwbw_forward(
         initial_m: Log scale `(...)`; None for zero.
         reset: Bool, broadcasts to `(..., T)`: True drops the state before that token.
         precision: Precision of float32 products, see `product_precision`.
+        context_axis: Mesh axis that the tokens are sharded over, in contiguous parts, or None. The
+            initial state, before the first part, is the same on all of its devices.
 
     Returns:
         `h (..., T, DHV)` in the type of `v`, and the residuals for `fwbw_backward`.
@@ -146,7 +155,12 @@ def fwbw_forward(
         chunk_size = default_chunk_size(current_device(), inputs.q.shape[-1], inputs.v.shape[-1])
     q, k, v = split_tokens(inputs, chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, chunk_size)
-    before, last = _states_of(arguments)(k, v, gates, fold_state(inputs.state), precision)
+    states, initial, first = _states_of(arguments, False), fold_state(inputs.state), None
+    states = functools.partial(states, precision=precision)
+    if context_axis:
+        before, last, first = states_of_part(states, k, v, gates, initial, context_axis)
+    else:
+        before, last = states(k, v, gates, initial)
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
@@ -167,6 +181,7 @@ def fwbw_forward(
         reset=reset,
         h=h,
         qn=qn,
+        first_state=first,
         last_state=unfold_state(last, leading),
         gates=gates if config.keep_gates else None,
         m=m if config.keep_M else None,
@@ -181,11 +196,14 @@ def _is_cpu() -> bool:
     return current_device().platform == "cpu"
 
 
-def _states_of(arguments: MLSTMArguments) -> Callable[..., tuple[MLSTMState, MLSTMState]]:
+def _states_of(
+    arguments: MLSTMArguments, has_earlier_part: bool
+) -> Callable[..., tuple[MLSTMState, MLSTMState]]:
     """Returns `chunk_states`, or the function that does the same without a loop."""
     if _is_cpu():
         return chunk_states
-    return functools.partial(chunk_states_by_decays, is_zero=arguments.initial_C is None)
+    is_zero = arguments.initial_C is None and not has_earlier_part
+    return functools.partial(chunk_states_by_decays, is_zero=is_zero)
 
 
 def _state_gradients_of(has_d_last: bool) -> Callable:
@@ -224,6 +242,7 @@ def fwbw_backward(
     dm_last: jax.Array | None = None,
     *,
     precision: lax.Precision | None = None,
+    context_axis: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """Runs the backward pass.
 
@@ -238,10 +257,12 @@ def fwbw_backward(
         dn_last: Gradient of the last `n (..., DHQK)`; None for zero.
         dm_last: Gradient of the last `m (...)`; None for zero.
         precision: Precision of float32 products, see `product_precision`.
+        context_axis: See `fwbw_forward`. The gradients of the last state are summed over it.
 
     Returns:
         The gradients of `q, k, v, i, f` and of the initial `C, n, m`, in the shapes and types of
-        the arguments, or of the zero state if no initial state was given.
+        the arguments, or of the zero state if no initial state was given. With `context_axis`,
+        those of the initial state are zero except in the first part.
 
     Raises:
         ValueError: If shapes are wrong.
@@ -257,13 +278,19 @@ def fwbw_backward(
         )
     )
     has_d_last = any(dx is not None for dx in (dc_last, dn_last, dm_last))
+    if has_d_last and context_axis:
+        d_last = lax.psum(d_last, context_axis)
     # Before the barrier, in which arguments that `shard_map` replicates lose that property.
     _, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     # Without the barrier the compiler would merge the recomputation with the forward pass, and keep
     # its results, or run it long before the gradient is available.
     ctx, dh, d_last = lax.optimization_barrier((ctx, dh, d_last))
     inputs = prepare_inputs(ctx.arguments)
-    d_inputs = _gradient_of_inputs(ctx, inputs, dh, d_last, has_d_last, config, precision)
+    if context_axis:
+        inputs = inputs._replace(state=unfold_state(ctx.first_state, inputs.state.m.shape))
+    d_inputs = _gradient_of_inputs(
+        ctx, inputs, dh, d_last, has_d_last, config, precision, context_axis
+    )
     (d_arguments,) = pull_back(d_inputs)
     if ctx.arguments.initial_C is None:
         return *d_arguments[:5], *d_inputs.state
@@ -278,9 +305,11 @@ def _gradient_of_inputs(
     has_d_last: bool,
     config: mLSTMBackendFwbwConfig,
     precision: lax.Precision | None,
+    context_axis: str | None,
 ) -> MLSTMInputs:
     """Returns the gradients of the prepared inputs; see `fwbw_backward`."""
-    q, k, v, gates, before, m = recompute(ctx, inputs, _states_of(ctx.arguments), precision)
+    states = _states_of(ctx.arguments, context_axis is not None)
+    q, k, v, gates, before, m = recompute(ctx, inputs, states, precision)
     dtype, (*leading, time) = v.dtype, inputs.i.shape
     multiply = functools.partial(product, precision=precision)
     # `d_qn` is the gradient of the normalizer times `early`, and `dh` that of `h` over `late`.
@@ -297,15 +326,20 @@ def _gradient_of_inputs(
 
     # Gradients through the states.
     carried_q = q * carry
-    (d_C, d_n), d_initial = _state_gradients_of(has_d_last)(
+    last = fold_state(d_last)[:2]
+    (d_C, d_n), d_initial = _state_gradients_of(has_d_last and not context_axis)(
         carried_q.astype(dtype),
         dh,
         jnp.sum(carried_q * d_qn, axis=-2),
         gates,
         m_of_states,
-        fold_state(d_last)[:2],
+        jax.tree.map(jnp.zeros_like, last) if context_axis else last,
         precision,
     )
+    if context_axis:
+        (d_C, d_n), d_initial = gradients_of_part(
+            (d_C, d_n), d_initial, gates, m_of_states, last, context_axis
+        )
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
         multiply("nctv,nckv->nctk", dh, before.C.astype(dtype)) + d_qn * before.n[..., None, :]
@@ -349,30 +383,42 @@ def _gradient_of_inputs(
     gradients = MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
     if not config.stabilize_correctly:
         return gradients
-    last = ctx.last_state, d_last if has_d_last else None
-    return add_scale_gradients(inputs, gradients, ctx.reset, *last)
+    d_last_m = d_last.m - state_product(ctx.last_state, d_last) if has_d_last else None
+    return add_scale_gradients(inputs, gradients, ctx.reset, d_last_m, context_axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _fwbw(
     arguments: MLSTMArguments,
     reset: jax.Array | None,
     config: mLSTMBackendFwbwConfig,
     precision: lax.Precision | None,
+    context_axis: str | None,
 ) -> jax.Array | tuple[jax.Array, MLSTMState]:
     """Implements the function that `mlstm_fwbw_custom_grad` returns, without its gradient."""
-    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset, precision=precision)
-    return (h, ctx.last_state) if config.return_state else h
+    return _fwbw_forward_rule(arguments, reset, config, precision, context_axis)[0]
 
 
-def _fwbw_forward_rule(arguments, reset, config, precision):
-    h, ctx = fwbw_forward(*arguments[:5], config, *arguments[5:], reset, precision=precision)
-    return ((h, ctx.last_state) if config.return_state else h), ctx
+def _fwbw_forward_rule(arguments, reset, config, precision, context_axis):
+    h, ctx = fwbw_forward(
+        *arguments[:5],
+        config,
+        *arguments[5:],
+        reset,
+        precision=precision,
+        context_axis=context_axis,
+    )
+    if not config.return_state:
+        return h, ctx
+    last = ctx.last_state
+    return (h, of_last_part(last, context_axis) if context_axis else last), ctx
 
 
-def _fwbw_backward_rule(config, precision, ctx, cotangents):
+def _fwbw_backward_rule(config, precision, context_axis, ctx, cotangents):
     dh, d_last = cotangents if config.return_state else (cotangents, (None, None, None))
-    grads = fwbw_backward(ctx, dh, config, *d_last, precision=precision)
+    grads = fwbw_backward(
+        ctx, dh, config, *d_last, precision=precision, context_axis=context_axis
+    )
     given = [x is not None for x in ctx.arguments]
     grads = (dx if is_given else None for dx, is_given in zip(grads, given, strict=True))
     return MLSTMArguments(*grads), None
@@ -381,12 +427,18 @@ def _fwbw_backward_rule(config, precision, ctx, cotangents):
 _fwbw.defvjp(_fwbw_forward_rule, _fwbw_backward_rule)
 
 
-def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig, precision: lax.Precision | None = None):
+def mlstm_fwbw_custom_grad(
+    config: mLSTMBackendFwbwConfig,
+    precision: lax.Precision | None = None,
+    context_axis: str | None = None,
+):
     """Creates the chunkwise mLSTM function with its hand-written gradient.
 
     Args:
         config: Options of the backend.
         precision: Precision of float32 products, see `product_precision`.
+        context_axis: Mesh axis that the tokens are sharded over in `shard_map`, see `fwbw_forward`;
+            None if they are not.
 
     Returns:
         A function of `(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None)`,
@@ -394,16 +446,18 @@ def mlstm_fwbw_custom_grad(config: mLSTMBackendFwbwConfig, precision: lax.Precis
         `config.return_state`.
     """
 
+    context_axis = context_axis if context_axis and axis_size(context_axis) > 1 else None
+
     def mlstm_fwbw(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None):
         arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
         dtype, dims = jnp.result_type(q, k, v), (q.shape[-1], v.shape[-1])
         chosen = choose_implementation(config.implementation, current_device(), dtype, *dims)
         if chosen.name == "xla":
-            return _fwbw(arguments, reset, config, precision)
+            return _fwbw(arguments, reset, config, precision, context_axis)
         # Imported only where it is used: not every jaxlib has Mosaic GPU.
         from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic import mlstm_mosaic
 
-        return mlstm_mosaic(arguments, reset, config)
+        return mlstm_mosaic(arguments, reset, config, context_axis)
 
     return mlstm_fwbw
 
@@ -413,8 +467,10 @@ class mLSTMBackendFwbw(mLSTMBackend):
 
     config: mLSTMBackendFwbwConfig
     config_class = mLSTMBackendFwbwConfig
+    can_shard_tokens = True
 
     def run(self, arguments, reset, return_last_states):
         """See `mLSTMBackend.run`."""
         config = dataclasses.replace(self.config, return_state=return_last_states)
-        return mlstm_fwbw_custom_grad(config, self.precision)(*arguments, reset=reset)
+        mlstm_fwbw = mlstm_fwbw_custom_grad(config, self.precision, self.context_axis)
+        return mlstm_fwbw(*arguments, reset=reset)

@@ -163,24 +163,25 @@ def gradients_of_gates(
 
 
 def gradient_of_last_m(
-    i: jax.Array, log_f: jax.Array, initial_m: jax.Array, reset: jax.Array | None, d_m: jax.Array
+    i: jax.Array, log_f: jax.Array, initial_m: jax.Array, reset: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients through the maxima that lead from the gates to the last `m`.
+    """Returns the derivatives of the last `m`, which is a maximum of sums of gates.
+
+    The derivative by what sets the maximum, and by the log forget gates after it, is 1.
 
     Args:
         i: Input gate pre-activations `(..., T)`.
         log_f: Log forget gates `(..., T)`.
         initial_m: Initial `m (...)`.
         reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
-        d_m: Gradient of the last `m (...)`, without its paths through `C` and `n`.
 
     Returns:
-        Gradients of `i (..., T)`, of `log_f (..., T)` and of the initial `m (...)`.
+        Derivatives by `i (..., T)`, by `log_f (..., T)` and by the initial `m (...)`.
     """
     time = i.shape[-1]
     to_end = rev_cumsum_off(log_f)  # Sum of the log forget gates after the token.
-    start = jnp.zeros(d_m.shape, int)
-    is_carried = jnp.ones(d_m.shape, bool)
+    start = jnp.zeros(initial_m.shape, int)
+    is_carried = jnp.ones(initial_m.shape, bool)
     if reset is not None:
         start = jnp.max(jnp.where(reset, jnp.arange(time), 0), axis=-1)
         is_carried = ~jnp.any(reset, axis=-1)
@@ -190,7 +191,7 @@ def gradient_of_last_m(
     carry = first + jnp.where(is_carried, initial_m, 0)
     from_token = jnp.max(token, axis=-1) >= carry
     source = jnp.where(from_token, jnp.argmax(token, axis=-1), start - 1)
-    d_i = jnp.where(from_token[..., None] & (jnp.arange(time) == source[..., None]), 1, 0)
-    d_log_f = jnp.where(jnp.arange(time) > source[..., None], 1, 0)
-    d_m0 = jnp.where(~from_token & is_carried, d_m, 0)
-    return d_i * d_m[..., None], d_log_f * d_m[..., None], d_m0
+    d_i = from_token[..., None] & (jnp.arange(time) == source[..., None])
+    d_log_f = jnp.arange(time) > source[..., None]
+    d_m0 = ~from_token & is_carried
+    return d_i.astype(i.dtype), d_log_f.astype(i.dtype), d_m0.astype(i.dtype)

@@ -29,17 +29,20 @@ def backend_config(choice: BackendConfig) -> mLSTMBackendConfig:
     return config_class(**{name: value for name, value in options.items() if name in known})
 
 
-def create_backend(choice: BackendConfig, model_config: Any = None) -> mLSTMBackend:
+def create_backend(
+    choice: BackendConfig, model_config: Any = None, context_axis: str | None = None
+) -> mLSTMBackend:
     """Creates the chosen backend, adapted to a model.
 
     Args:
         choice: The backend's name and options.
         model_config: The model's configuration, which sets the precision of the backend's products
             and is passed to `assign_model_config_params`; None for JAX's own precision.
+        context_axis: Mesh axis that the tokens are sharded over, see `mLSTMBackend`.
 
     Returns:
         The Flax module.
     """
     config = backend_config(choice).assign_model_config_params(model_config)
     precision = None if model_config is None else model_config.precision
-    return BACKENDS[choice.name](config=config, precision=precision)
+    return BACKENDS[choice.name](config, precision, context_axis)

@@ -26,6 +26,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMState,
     state_product,
 )
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import (
+    of_first_part,
+    scale_gradient_after_part,
+)
 
 
 class FwbwContext(NamedTuple):
@@ -36,7 +40,9 @@ class FwbwContext(NamedTuple):
         reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
         h: Output `(N, NC, L, DHV)`, in the type of the values.
         qn: `n_t . q_t`, `(N, NC, L)`.
-        last_state: State after the last token.
+        first_state: State before this device's part of the sequences, leading axis `N`; None if
+            they are not sharded.
+        last_state: State after the last token, or after this part.
         gates: Gates of the chunks with `keep_gates`, else None.
         m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
         weights: Weights of the pairs `(N, NC, L, L)` with `keep_G` on a CPU, else None.
@@ -49,6 +55,7 @@ class FwbwContext(NamedTuple):
     reset: jax.Array | None
     h: jax.Array
     qn: jax.Array
+    first_state: MLSTMState | None
     last_state: MLSTMState
     gates: ChunkGates | None
     m: jax.Array | None
@@ -119,8 +126,8 @@ def add_scale_gradients(
     inputs: MLSTMInputs,
     gradients: MLSTMInputs,
     reset: jax.Array | None,
-    last_state: MLSTMState,
-    d_last: MLSTMState | None,
+    d_last_m: jax.Array | None,
+    context_axis: str | None,
 ) -> MLSTMInputs:
     """Adds the gradients through the log scales of the initial and the last state.
 
@@ -128,18 +135,21 @@ def add_scale_gradients(
         inputs: Prepared arguments.
         gradients: Their gradients, without the paths through `m`.
         reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
-        last_state: State after the last token; not read without `d_last`.
-        d_last: Gradient of the last state; None for zero.
+        d_last_m: Gradient of the last `m (...)`, see `gradient_of_last_m`; None for zero.
+        context_axis: Mesh axis that the tokens are sharded over, or None.
 
     Returns:
         The gradients; that of the initial `m` replaces the given one.
     """
     d_i, d_log_f, d_initial = gradients[3:]
     d_m = state_product(inputs.state, d_initial)
-    if d_last is not None:
-        d_last_m = d_last.m - state_product(last_state, d_last)
-        more_i, more_f, more_m = gradient_of_last_m(
-            inputs.i, inputs.log_f, inputs.state.m, reset, d_last_m
+    if d_last_m is not None:
+        more_i, more_f, is_carried = gradient_of_last_m(
+            inputs.i, inputs.log_f, inputs.state.m, reset
         )
-        d_i, d_log_f, d_m = d_i + more_i, d_log_f + more_f, d_m + more_m
+        if context_axis:
+            d_last_m = scale_gradient_after_part(d_last_m, is_carried, context_axis)
+            is_carried = of_first_part(is_carried, context_axis)
+        d_i, d_log_f = d_i + more_i * d_last_m[..., None], d_log_f + more_f * d_last_m[..., None]
+        d_m += is_carried * d_last_m
     return gradients._replace(i=d_i, log_f=d_log_f, state=d_initial._replace(m=d_m))
