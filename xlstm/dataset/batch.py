@@ -23,12 +23,16 @@ class Batch:
         targets_mask: `(B, T)` bool, True where the target counts in the loss.
         reset: `(B, T)` bool, True where the input is the first token of a document: the model
             resets its state before it reads that token.
+        positions: `(B, T)` int32, the index of each target in its document, where 0 is the first
+            token; the first token of the next document has the number of tokens of the document.
+            0 in padding. Only validation sets of whole documents have positions.
     """
 
     inputs: np.ndarray | jax.Array
     targets: np.ndarray | jax.Array
     targets_mask: np.ndarray | jax.Array
     reset: np.ndarray | jax.Array
+    positions: np.ndarray | jax.Array | None = None
 
 
 def full_batch(windows: np.ndarray, bos_id: int) -> Batch:

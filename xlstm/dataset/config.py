@@ -6,7 +6,7 @@ import re
 from xlstm.finite import check_finite
 
 STDLIB = "stdlib"
-SHUFFLES = ("permutation", "grain")
+SHUFFLES = ("permutation", "grain", "contiguous")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,10 @@ class DataConfig:
     validation_stores: tuple[str, ...] = ()  # Validate on these stores too, each as "name=path".
     seed: int = 0  # Seed of the training order; the validation split does not depend on it.
     shuffle: str = "permutation"  # Order of an epoch. "permutation" yields every row once. "grain"
-    # is the order of older runs, which at some sizes (such as 65,537 rows) skips one row.
+    # is the order of older runs, which at some sizes (such as 65,537 rows) skips one row. With
+    # "contiguous", each row of a batch continues where that row of the previous batch ended.
+    carry_state: bool = False  # Start each row with the state that the same row of the previous
+    # batch ended with. This needs shuffle="contiguous"; validation then reads whole documents.
 
     def __post_init__(self):
         """Checks every field."""
@@ -48,10 +51,7 @@ class DataConfig:
             )
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, but is {self.seed}")
-        if self.shuffle not in SHUFFLES:
-            raise ValueError(
-                f"data.shuffle={self.shuffle!r} is unknown: choose one of {', '.join(SHUFFLES)}"
-            )
+        self._check_order()
         self._check_task()
         self._check_weights()
         self._check_ramp()
@@ -68,6 +68,41 @@ class DataConfig:
         """The path of each entry of `validation_stores`, by name."""
         entries = [entry.partition("=") for entry in self.validation_stores]
         return {name: path for name, _, path in entries}
+
+    def _check_order(self):
+        if self.shuffle not in SHUFFLES:
+            raise ValueError(
+                f"data.shuffle={self.shuffle!r} is unknown: choose one of {', '.join(SHUFFLES)}"
+            )
+        if self.carry_state and self.task:
+            raise ValueError(
+                "data.carry_state=True continues the documents of stores, but the examples of"
+                f" data.task={self.task!r} end in their rows: set data.carry_state=False"
+            )
+        if self.carry_state and self.shuffle != "contiguous":
+            raise ValueError(
+                "data.carry_state=True continues each row in its next batch, which"
+                f" data.shuffle={self.shuffle!r} does not keep in order: set"
+                " data.shuffle='contiguous'"
+            )
+        if self.shuffle != "contiguous":
+            return
+        if self.task:
+            raise ValueError(
+                "data.shuffle='contiguous' reads stores in order, but"
+                f" data.task={self.task!r} has none: set data.shuffle='permutation'"
+            )
+        if self.weights:
+            raise ValueError(
+                "data.shuffle='contiguous' reads one store after the other, which"
+                f" data.weights={self.weights} would mix: leave data.weights empty"
+            )
+        if self.ramp_batch_sizes:
+            raise ValueError(
+                "data.shuffle='contiguous' needs a constant batch size, but"
+                f" data.ramp_batch_sizes={self.ramp_batch_sizes} changes it: leave"
+                " data.ramp_batch_sizes and data.ramp_steps empty"
+            )
 
     def _check_task(self):
         if not self.task:

@@ -16,7 +16,33 @@ from xlstm.dataset.config import DataConfig
             "validation_fraction=nan: it must be a finite number",
         ),
         ({"seed": -1}, "negative, but is -1"),
-        ({"shuffle": "none"}, "'none' is unknown: choose one of permutation, grain"),
+        ({"shuffle": "none"}, "'none' is unknown: choose one of permutation, grain, contiguous"),
+        (
+            {"carry_state": True},
+            "data.carry_state=True continues each row in its next batch, which"
+            " data.shuffle='permutation' does not keep in order: set data.shuffle='contiguous'",
+        ),
+        ({"carry_state": True, "shuffle": "grain"}, "which data.shuffle='grain' does not keep"),
+        (
+            {"carry_state": True, "shuffle": "contiguous", "task": "parity"},
+            "data.carry_state=True continues the documents of stores, but the examples of"
+            " data.task='parity' end in their rows: set data.carry_state=False",
+        ),
+        (
+            {"shuffle": "contiguous", "task": "parity"},
+            "data.shuffle='contiguous' reads stores in order, but data.task='parity' has none: set"
+            " data.shuffle='permutation'",
+        ),
+        (
+            {"shuffle": "contiguous", "stores": ("a", "b"), "weights": (1.0, 2.0)},
+            "data.shuffle='contiguous' reads one store after the other, which"
+            r" data.weights=\(1.0, 2.0\) would mix: leave data.weights empty",
+        ),
+        (
+            {"shuffle": "contiguous", "ramp_batch_sizes": (4,), "ramp_steps": (9,)},
+            r"data.shuffle='contiguous' needs a constant batch size, but data.ramp_batch_sizes="
+            r"\(4,\) changes it: leave data.ramp_batch_sizes and data.ramp_steps empty",
+        ),
         ({"weights": (1.0, 2.0)}, "has 2 numbers for 1 stores"),
         ({"stores": ("a", "b"), "weights": (1.0, -1.0)}, r"are \(1.0, -1.0\)"),
         ({"stores": ("a", "b"), "weights": (0.0, 0.0)}, r"are \(0.0, 0.0\)"),
@@ -52,3 +78,5 @@ def test_good_values():
     assert config.ramp_steps == (1, 100)
     config = DataConfig(validation_stores=("wiki_1=/data/wiki", "b=/data/a=b"))
     assert config.validation_paths == {"wiki_1": "/data/wiki", "b": "/data/a=b"}
+    assert DataConfig(shuffle="contiguous").carry_state is False
+    assert DataConfig(shuffle="contiguous", carry_state=True).carry_state is True

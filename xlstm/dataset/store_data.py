@@ -71,11 +71,17 @@ def train_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Iterator[Batch]:
-    """Yields training batches without end, in a new order each epoch of a store.
+    """Yields training batches without end.
 
     Rows are windows of `T + 1` tokens of one store, without padding. In each epoch of a store,
     fewer than `T` tokens after the last full window are unused. Batches are consecutive pieces of
     one sequence of rows, even where the batch size changes (see `batch.remaining_phases`).
+
+    Each epoch of a store has a new order, unless `data.shuffle` is "contiguous". Then row `r` of
+    each batch continues row `r` of the previous batch: its first input is the last target there,
+    or the first token of a document, where `reset` is True. The `W` windows of all stores form a
+    ring, in which row `r` of batch `g` is window `(r * W // B + g) % W`. So any `W` consecutive
+    batches have each window `B` times, once in each row.
 
     Args:
         config: The configuration.
@@ -193,6 +199,8 @@ def _training_order(config: DataConfig, sources: Sequence[Windows]) -> grain.Map
     Grain shuffles indices rather than windows because it keeps statistics of every element that it
     reads. For windows, these would cost several times as much as reading.
     """
+    if config.shuffle == "contiguous":
+        return _contiguous_order(sum(map(len, sources)), config.batch_size)
     weights = config.weights or [source.num_tokens for source in sources]
     orders, kept, first = [], [], 0
     for position, (source, weight) in enumerate(zip(sources, weights, strict=True)):
@@ -220,6 +228,16 @@ def _grain_order(first: int, length: int, seed: int) -> grain.MapDataset:
     # would share their orders.
     indices = grain.MapDataset.range(first, first + length)
     return indices.shuffle(seed=seed).repeat(ENDLESS // length + 1)
+
+
+def _contiguous_order(length: int, batch_size: int) -> grain.MapDataset:
+    """Returns an endless order in which each row of a batch goes through all `length` indices."""
+
+    def index_at(position: int) -> int:
+        step, row = divmod(position, batch_size)
+        return (row * length // batch_size + step) % length
+
+    return grain.MapDataset.range(ENDLESS).map(index_at)
 
 
 _ORDERS = {"permutation": _permutation_order, "grain": _grain_order}

@@ -6,10 +6,12 @@ import pytest
 
 from xlstm.dataset.batch import remaining_phases, rows_before
 from xlstm.dataset.config import SHUFFLES, DataConfig
+from xlstm.dataset.json_tokenizer import JsonTokenizer
 from xlstm.dataset.store_data import batch_origins, open_stores, train_batches
 from xlstm.dataset.testing import (
     assert_equal_batches,
     config_for,
+    tokenizer_families,
     write_letter_store,
     write_store,
     write_tokenizer_json,
@@ -59,9 +61,10 @@ def test_starting_later_is_skipping(store, start, shuffle):
     assert_equal_batches(take(5, train_batches(config, [store], start_step=start)), skipped)
 
 
-def test_any_step_is_at_hand(store):
+@pytest.mark.parametrize("shuffle", ["permutation", "contiguous"])
+def test_any_step_is_at_hand(store, shuffle):
     far = 10**12
-    config = config_for(store)
+    config = config_for(store, shuffle=shuffle)
     (batch,) = take(1, train_batches(config, [store], start_step=far))
     before = take(2, train_batches(config, [store], start_step=far - 1))
     assert_equal_batches([batch], before[1:])
@@ -142,6 +145,69 @@ def test_the_order_of_runs_that_began_before(store, tmp_path):
     np.testing.assert_array_equal(found, np.stack([rows[order[i]][:-1] for i in range(200)]))
     new = take(200, train_batches(config_for(store, other, batch_size=1, seed=3), [store, other]))
     assert np.mean([np.array_equal(a, b.inputs[0]) for a, b in zip(found, new, strict=True)]) < 0.2
+
+
+def windows_of(config, *stores):
+    """Returns the windows of each store that are trained on, as lists of tokens."""
+    rows = []
+    for each in stores:
+        selected = ~split_documents(each.meta.num_documents, config.validation_fraction)
+        windows = Windows(each, selected, config.context_length)
+        rows.append([windows[index].tolist() for index in range(len(windows))])
+    return rows
+
+
+def rows_in(batch):
+    """Returns the tokens of each row, with the last target."""
+    return np.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1).tolist()
+
+
+# With a context of 300, there are fewer windows than rows.
+@pytest.mark.parametrize("fields", [{}, {"context_length": 300}, {"validation_fraction": 0.0}])
+@pytest.mark.parametrize("num_stores", [1, 2])
+def test_each_row_continues_in_the_next_batch(store, tmp_path, num_stores, fields):
+    other = write_letter_store(tmp_path / "other", first=61, documents=30)
+    stores = [store, other][:num_stores]
+    config = config_for(*stores, shuffle="contiguous", **fields)
+    of_stores = windows_of(config, *stores)
+    ring, seams = sum(of_stores, []), [0, len(of_stores[0])][:num_stores]
+    batches = take(len(ring) + 9, train_batches(config, stores))
+    for step, batch in enumerate(batches):
+        indices = [(row * len(ring) // 8 + step) % len(ring) for row in range(8)]
+        assert rows_in(batch) == [ring[index] for index in indices]
+        is_seam = np.isin(indices, seams)
+        assert batch.reset[is_seam, 0].all()
+        if step:
+            last = batches[step - 1].targets[:, -1]
+            np.testing.assert_array_equal(batch.inputs[~is_seam, 0], last[~is_seam])
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_rows_that_continue_show_every_window_equally_often(store, start):
+    config = config_for(store, shuffle="contiguous")
+    (windows,) = windows_of(config, store)
+    batches = take(len(windows), train_batches(config, [store], start_step=start))
+    found = sum(map(rows_in, batches), [])
+    assert sorted(found) == sorted(windows * 8)
+    # Each row shows all of them.
+    for row in range(8):
+        assert sorted(rows_in(batch)[row] for batch in batches) == sorted(windows)
+
+
+def test_the_first_window_of_a_store_starts_a_document(tmp_path):
+    """Even if the first document is held out, and if documents end with another marker."""
+    tokenizer = JsonTokenizer(tokenizer_families()["byte_level"], "x", None, "<s>")
+    assert tokenizer.bos_id != tokenizer.eod_id
+    fields = {"validation_fraction": 0.8, "context_length": 7}
+    assert split_documents(12, 0.8)[0]
+    stores = [write_store(tmp_path / x, [x * 30] * 12, tokenizer) for x in ("a", "b")]
+    config = config_for(*stores, shuffle="contiguous", batch_size=2, **fields)
+    one, two = windows_of(config, *stores)
+    batches = take(2 * len(one + two), train_batches(config, stores))
+    starts = [step for step, batch in enumerate(batches) if rows_in(batch)[0] in (one[0], two[0])]
+    assert starts == [0, len(one), 2 * len(one), 3 * len(one)]
+    for step in starts:
+        assert batches[step].inputs[0, 0] == tokenizer.bos_id and batches[step].reset[0, 0]
 
 
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (0.0, 1.0), ()])
@@ -227,11 +293,14 @@ def test_growing_batches_that_cannot_be_shared(store):
     assert len(next(train_batches(config, [store], start_step=3, shard_count=4)).inputs) == 2
 
 
+@pytest.mark.parametrize(
+    "order", [{"ramp_batch_sizes": (4,), "ramp_steps": (3,)}, {"shuffle": "contiguous"}]
+)
 @pytest.mark.parametrize("step", [0, 4, 10**6])
-def test_origins(store, tmp_path, step):
+def test_origins(store, tmp_path, step, order):
     other = write_letter_store(tmp_path / "other", first=61, documents=30, seed=1)
     stores = {each.path: each for each in (store, other)}
-    config = config_for(*stores.values(), ramp_batch_sizes=(4,), ramp_steps=(3,))
+    config = config_for(*stores.values(), **order)
     (batch,) = take(1, train_batches(config, [store, other], start_step=step))
     origins = batch_origins(config, [store, other], step)
     assert {origin.store for origin in origins} == set(stores)

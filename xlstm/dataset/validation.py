@@ -6,7 +6,9 @@ import numpy as np
 
 from xlstm.dataset.batch import Batch, padded_batch, rows_per_shard
 from xlstm.dataset.config import DataConfig
+from xlstm.dataset.contiguous_rows import ContiguousRows
 from xlstm.dataset.permutation import hashed_order
+from xlstm.dataset.selected_documents import SelectedDocuments
 from xlstm.dataset.token_store import TokenStore, check_same_tokenizer
 from xlstm.dataset.tokenizer import Tokenizer
 from xlstm.dataset.windows import ConcatenatedWindows, Windows, validation_documents
@@ -14,11 +16,46 @@ from xlstm.dataset.windows import ConcatenatedWindows, Windows, validation_docum
 HELD_OUT = ""  # The name of the set of documents held out from the training stores.
 
 
-class ValidationSet:
-    """Documents to validate on, in a fixed order.
+class ShuffledRows:
+    """Windows as the rows of batches, in a fixed order.
 
     The order is pseudorandom, so that the first few batches are a fair sample. It depends neither
     on the seed of the run nor on the weights of its stores.
+
+    Attributes:
+        num_batches: The number of global batches.
+    """
+
+    def __init__(self, windows: ConcatenatedWindows, bos_id: int, config: DataConfig):
+        """Computes the order, without reading any token.
+
+        Args:
+            windows: The rows, of `data.context_length + 1` tokens or, at the end of a store, fewer.
+            bos_id: The marker at the start of every document.
+            config: The configuration, with the context length and the batch size.
+        """
+        self._windows, self._bos_id = windows, bos_id
+        self._batch_size, self._width = config.batch_size, config.context_length + 1
+        self._order = hashed_order(len(windows))
+        self.num_batches = -(-len(windows) // config.batch_size)
+
+    def read(self, number: int, rows: slice) -> Batch:
+        """Returns some rows of a global batch."""
+        windows = [self._windows[index] for index in self._indices(number)[rows]]
+        return padded_batch(windows, (rows.stop - rows.start, self._width), self._bos_id)
+
+    def count_text_bytes(self, number: int) -> int | None:
+        """Counts the bytes of text of the targets of a global batch; None if unknown."""
+        counts = [self._windows.count_text_bytes(index) for index in self._indices(number)]
+        return None if None in counts else sum(counts)
+
+    def _indices(self, number: int) -> np.ndarray:
+        """Returns the indices of the windows of a global batch."""
+        return self._order[number * self._batch_size :][: self._batch_size]
+
+
+class ValidationSet:
+    """Documents to validate on, in a fixed order.
 
     Attributes:
         name: The name of the set; empty for documents held out from the training stores.
@@ -30,27 +67,25 @@ class ValidationSet:
         self,
         name: str,
         stores: Sequence[TokenStore],
-        windows: ConcatenatedWindows,
+        rows: ShuffledRows | ContiguousRows,
         tokenizer: Tokenizer,
-        config: DataConfig,
+        batch_size: int,
     ):
-        """Computes the order, without reading any token.
+        """Takes the parts of the set.
 
         Args:
             name: The name of the set.
             stores: The stores that hold the rows.
-            windows: The rows, of `data.context_length + 1` tokens or, at the end of a store, fewer.
+            rows: The rows of its batches.
             tokenizer: The tokenizer of the stores.
-            config: The configuration, with the context length and the batch size.
+            batch_size: The number of rows in a global batch.
         """
         self.name = name
         self.stores = stores
-        self._windows = windows
         self.tokenizer = tokenizer
-        self._batch_size = config.batch_size
-        self._width = config.context_length + 1
-        self._order = hashed_order(len(windows))
-        self._num_bytes: dict[int, int | None] = {}  # By the number of rows.
+        self._rows = rows
+        self._batch_size = batch_size
+        self._num_bytes: dict[int, int | None] = {}  # By the number of batches.
 
     def batches(
         self, *, max_batches: int | None = None, shard_index: int = 0, shard_count: int = 1
@@ -71,16 +106,15 @@ class ValidationSet:
             ValueError: The batch size does not divide into the shards; or, while iterating, a store
                 was found to be damaged.
         """
-        rows = rows_per_shard(self._batch_size, shard_index, shard_count)
-        indices, bos_id = self._indices(max_batches), self.tokenizer.bos_id
+        size = rows_per_shard(self._batch_size, shard_index, shard_count)
+        rows = slice(shard_index * size, (shard_index + 1) * size)
 
         def generate() -> Iterator[Batch]:
-            for first in range(0, indices.size, self._batch_size):
-                shard = indices[first + shard_index * rows :][:rows]
-                windows = [self._windows[index] for index in shard]
+            for number in range(self._count_batches(max_batches)):
+                batch = self._rows.read(number, rows)
                 for store in self.stores:
                     store.check()
-                yield padded_batch(windows, (rows, self._width), bos_id)
+                yield batch
 
         return generate()
 
@@ -94,17 +128,16 @@ class ValidationSet:
             The UTF-8 bytes of all targets that count in the loss of these batches, in all shards;
             None if a store of version 1 does not record them.
         """
-        indices = self._indices(max_batches)
-        if indices.size not in self._num_bytes:
-            counts = [self._windows.count_text_bytes(index) for index in indices]
-            self._num_bytes[indices.size] = None if None in counts else sum(counts)
-        return self._num_bytes[indices.size]
+        count = self._count_batches(max_batches)
+        if count not in self._num_bytes:
+            counts = [self._rows.count_text_bytes(number) for number in range(count)]
+            self._num_bytes[count] = None if None in counts else sum(counts)
+        return self._num_bytes[count]
 
-    def _indices(self, max_batches: int | None) -> np.ndarray:
-        """Returns the indices of the windows in the first batches, in order."""
-        if max_batches is None:
-            return self._order
-        return self._order[: max_batches * self._batch_size]
+    def _count_batches(self, max_batches: int | None) -> int:
+        """Returns the number of global batches, of which there are at most `max_batches`."""
+        every = self._rows.num_batches
+        return every if max_batches is None else min(every, max_batches)
 
 
 def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> list[ValidationSet]:
@@ -116,7 +149,8 @@ def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> li
 
     Returns:
         One set of the documents held out from `stores`, unless `validation_fraction` is 0; then one
-        set for each of `validation_stores`, with all of its documents.
+        set for each of `validation_stores`, with all of its documents. With `carry_state`, rows
+        are `ContiguousRows`.
 
     Raises:
         ValueError: A store cannot be opened or has another tokenizer, or has too few documents to
@@ -126,12 +160,15 @@ def open_validation_sets(config: DataConfig, stores: Sequence[TokenStore]) -> li
     check_same_tokenizer([*stores, *named.values()])
 
     def make(name: str, chosen: list[tuple[TokenStore, np.ndarray]]) -> ValidationSet:
-        parts = [
-            Windows(store, documents, config.context_length, keep_partial=True)
-            for store, documents in chosen
-        ]
-        windows, tokenizer = ConcatenatedWindows(parts), chosen[0][0].load_tokenizer()
-        return ValidationSet(name, [store for store, _ in chosen], windows, tokenizer, config)
+        held, tokenizer = [store for store, _ in chosen], chosen[0][0].load_tokenizer()
+        if config.carry_state:
+            documents = [SelectedDocuments(store, selected) for store, selected in chosen]
+            rows = ContiguousRows(documents, tokenizer.bos_id, config)
+        else:
+            length = config.context_length
+            windows = [Windows(*each, length, keep_partial=True) for each in chosen]
+            rows = ShuffledRows(ConcatenatedWindows(windows), tokenizer.bos_id, config)
+        return ValidationSet(name, held, rows, tokenizer, config.batch_size)
 
     sets = []
     if config.validation_fraction > 0:

@@ -1,14 +1,13 @@
 """Windows of a token store: its split into training and validation, and rows of tokens."""
 
 import bisect
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from xlstm.dataset.permutation import hashed_order
+from xlstm.dataset.selected_documents import SelectedDocuments
 from xlstm.dataset.token_store import TokenStore
-from xlstm.dataset.tokenizer import Tokenizer
 
 
 def split_documents(num_documents: int, fraction: float) -> np.ndarray:
@@ -59,11 +58,11 @@ def validation_documents(store: TokenStore, fraction: float) -> np.ndarray:
 
 
 class Windows:
-    """The windows of some documents of a store, read as if they were concatenated.
+    """The windows of some documents of a store.
 
-    Window `i` holds the `T + 1` tokens from position `i * T` on, so that every token except the
-    first is a target exactly once. `len()` is the number of windows. With `keep_partial`, the
-    tokens after the last full window are a window too.
+    Window `i` holds the `T + 1` tokens from position `i * T` on (see `SelectedDocuments`), so that
+    every token except the first is a target exactly once. `len()` is the number of windows. With
+    `keep_partial`, the tokens after the last full window are a window too.
     """
 
     def __init__(
@@ -82,15 +81,9 @@ class Windows:
             context_length: `T`.
             keep_partial: Whether to include a last window with fewer tokens.
         """
-        # Consecutive documents are one segment of the file, so that a window takes few copies.
-        edges = np.flatnonzero(np.diff(selected, prepend=False, append=False))
-        documents = store.documents[:]  # Too large to keep in memory.
-        starts, stops = documents[edges[::2]], documents[edges[1::2]]
-        self._store = store
-        self._ends = np.cumsum(stops - starts)
-        self._shifts = stops - self._ends  # Index in the file minus position, for each segment.
+        self._documents = SelectedDocuments(store, selected)
         self._context_length = context_length
-        self.num_tokens = int(self._ends[-1]) if self._ends.size else 0
+        self.num_tokens = self._documents.num_tokens
         targets = max(self.num_tokens - 1, 0)
         self._length = -(-targets // context_length) if keep_partial else targets // context_length
 
@@ -100,12 +93,7 @@ class Windows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Returns window `index`: `(T + 1,)` int32, fewer in a partial last window."""
-        start, stop = self._bounds(index)
-        window, filled = np.empty(stop - start, np.int32), 0
-        for first, end in self._file_ranges(start, stop):
-            window[filled : filled + end - first] = self._store.tokens[first:end]
-            filled += end - first
-        return window
+        return self._documents.read(*self._bounds(index))
 
     def count_text_bytes(self, index: int) -> int | None:
         """Counts the bytes of text of the targets of window `index`: all tokens except the first.
@@ -114,9 +102,7 @@ class Windows:
             See `TokenStore.count_text_bytes`.
         """
         start, stop = self._bounds(index)
-        count = functools.partial(self._store.count_text_bytes, tokenizer=self._tokenizer)
-        counts = [count(first, end) for first, end in self._file_ranges(start + 1, stop)]
-        return None if None in counts else sum(counts)
+        return self._documents.count_text_bytes(start + 1, stop)
 
     def document_range(self, index: int) -> tuple[int, int]:
         """Returns the indices, in the store, of the first and last document of window `index`.
@@ -124,13 +110,7 @@ class Windows:
         The window holds the selected documents between them.
         """
         start, stop = self._bounds(index)
-        tokens = [x + int(self._shifts[self._segment(x)]) for x in (start, stop - 1)]
-        first, last = (bisect.bisect_right(self._store.documents, x) - 1 for x in tokens)
-        return first, last
-
-    @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return self._store.load_tokenizer()
+        return self._documents.document_at(start), self._documents.document_at(stop - 1)
 
     def _bounds(self, index: int) -> tuple[int, int]:
         """Returns the first position of a window and the position after its last."""
@@ -138,19 +118,6 @@ class Windows:
             raise IndexError(f"no window {index}: expected an index from 0, below {self._length}")
         start = index * self._context_length
         return start, min(start + self._context_length + 1, self.num_tokens)
-
-    def _file_ranges(self, position: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yields the ranges of token indices in the file for a range of positions."""
-        segment = self._segment(position)
-        while position < stop:
-            size = min(int(self._ends[segment]), stop) - position
-            first = position + int(self._shifts[segment])
-            yield first, first + size
-            position, segment = position + size, segment + 1
-
-    def _segment(self, position: int) -> int:
-        """Returns the index of the segment that holds a position."""
-        return int(np.searchsorted(self._ends, position, side="right"))
 
 
 class ConcatenatedWindows:

@@ -178,7 +178,8 @@ def dump_batch(data: Data, directory: str, step: int) -> str:
     if jax.process_index() == 0:
         batch = next(iter(data.train_batches(start_step=step - 1)))
         arrays = io.BytesIO()
-        np.savez_compressed(arrays, **dataclasses.asdict(batch))
+        fields = {name: array for name, array in vars(batch).items() if array is not None}
+        np.savez_compressed(arrays, **fields)
         os.makedirs(directory, exist_ok=True)
         write_atomically(f"{path}.npz", arrays.getvalue())
         rows = [dataclasses.asdict(origin) for origin in origins]
