@@ -217,9 +217,9 @@ def test_a_step_s_batch_is_kept_with_its_documents(tmp_path, store, step, num_ro
 
     trained_on = list(zip(range(step), data.train_batches(), strict=False))[-1][1]
     with np.load(directory / f"step_{step}.npz") as batch:
-        assert sorted(batch) == sorted(vars(trained_on))
-        for name, rows in vars(trained_on).items():
-            np.testing.assert_array_equal(batch[name], rows)
+        assert sorted(batch) == ["inputs", "reset", "targets", "targets_mask"]
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], getattr(trained_on, name))
 
     origins = json.loads((directory / f"step_{step}.json").read_text())
     assert len(origins) == num_rows
