@@ -9,6 +9,7 @@ Sizes in array shapes:
     DH     channels of a head in the sLSTM  C     channels of any other kind
 
 Inside `shard_map`, shapes are local, and the name of a mesh axis means its size: `T / tp` tokens.
+There `T` is the number of tokens in this device's part of a sequence, if `cp` shards sequences.
 
 Arguments and outputs of the mLSTM (M) and sLSTM (S) cells:
 
@@ -55,9 +56,12 @@ class TrainState(train_state.TrainState):
         params_ema: Moving average of the parameters, a tree like `params`; or None.
         grad_norm_mean: Moving average of the gradient norm, float32; 0 before the first step.
         skipped_steps: Number of steps whose update was skipped, int32.
+        carried_state: Recurrent states after the last batch, one for each of its rows, on the
+            second axis; None if every batch starts with the zero state.
     """
 
     rng: PRNGKeyArray
     params_ema: PyTree = None
     grad_norm_mean: jax.Array | float = 0.0
     skipped_steps: jax.Array | int = 0
+    carried_state: PyTree = None

@@ -185,17 +185,42 @@ def _updating_variables_if(
     """Transforms a function of a module to change some collections only on a condition."""
     if not collections:
         return fn
-    before = None
+    return map_mutable_variables(
+        fn,
+        tuple(collections),
+        lambda variables: variables,
+        lambda before, variables: _select(condition, variables, before),
+    )
 
-    def remember(variables: PyTree) -> PyTree:
-        nonlocal before
-        before = variables
-        return variables
 
-    def choose(variables: PyTree) -> PyTree:
-        return _select(condition, variables, before)
+def map_mutable_variables(
+    fn: Callable[..., Any],
+    collections: str | Sequence[str],
+    read: Callable[[PyTree], PyTree],
+    write: Callable[[PyTree, PyTree], PyTree],
+) -> Callable[..., Any]:
+    """Transforms a function of a module to see a view of some mutable variables.
 
-    return nn.map_variables(fn, tuple(collections), remember, choose, mutable=True)
+    Args:
+        fn: Function whose first argument is a module.
+        collections: The collections of the variables.
+        read: Function of the variables that returns the view.
+        write: Function of the variables before and of the view after the call that returns the
+            variables.
+
+    Returns:
+        The transformed function.
+    """
+    pending = []  # Flax reads, and later writes, the variables of each module involved, in order.
+
+    def read_and_remember(variables: PyTree) -> PyTree:
+        pending.append(variables)
+        return read(variables)
+
+    def write_back(variables: PyTree) -> PyTree:
+        return write(pending.pop(0), variables)
+
+    return nn.map_variables(fn, collections, read_and_remember, write_back, mutable=True)
 
 
 def _select(condition: jax.Array, x: PyTree, y: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -42,9 +43,10 @@ from xlstm.tools.checkpoint_flags import checkpoint_path, note_nonfinite, use_ch
 from xlstm.tools.processes import abort_all_on_failure, initialize_devices
 from xlstm.trainer.base.multihost import sync_processes
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
+from xlstm.trainer.llm.carried_state import CarriedState
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.data import check_vocabulary, create_run_mesh
-from xlstm.trainer.llm.evaluation import create_evaluation
+from xlstm.trainer.llm.evaluation import PositionLoss, create_evaluation
 from xlstm.trainer.llm.find_checkpoint import split_checkpoint_path
 from xlstm.trainer.llm.language_model import abstract_params
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
@@ -78,6 +80,13 @@ _CONTEXT_LENGTH = flags.DEFINE_integer(
     "Tokens in a row. The default is the run's context length.",
     lower_bound=1,
 )
+_CARRY_STATE = flags.DEFINE_boolean(
+    "carry_state",
+    None,
+    "Whether rows read whole documents, of any length, and carry their state from batch to batch."
+    " This also prints the loss by position in the document. The default is data.carry_state of the"
+    " run.",
+)
 _VERIFY_DATA = define_verify_data()
 _JSON = flags.DEFINE_string("json", None, "File to write the results to, as a JSON object.")
 _MAX_PADDED_TOKENS = 2**24
@@ -102,6 +111,12 @@ def _changed(config: RunConfig) -> RunConfig:
         batch_size=_BATCH_SIZE.value or data.batch_size,
         context_length=_CONTEXT_LENGTH.value or data.context_length,
     )
+    if _CARRY_STATE.value is not None:
+        shuffle = "contiguous" if _CARRY_STATE.value else data.shuffle
+        # The weights of stores concern training alone.
+        data = dataclasses.replace(
+            data, carry_state=_CARRY_STATE.value, shuffle=shuffle, weights=()
+        )
     trainer = dataclasses.replace(config.trainer, num_minibatches=1)
     return dataclasses.replace(config, data=data, trainer=trainer)
 
@@ -140,9 +155,28 @@ def _check_batch_size(config: RunConfig, sets: list[ValidationSet]) -> None:
         )
 
 
-def load_checkpoint(
-    config: RunConfig, workdir: Workdir, step: int
-) -> Callable[[], dict[str, float]]:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Result of an evaluation.
+
+    Attributes:
+        row: The step, and the results of `create_evaluation`.
+        positions: Losses by position in the document, by the name of the validation set.
+    """
+
+    row: dict[str, float]
+    positions: dict[str, list[PositionLoss]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as a JSON object."""
+        positions = {
+            f"loss_by_position{name and '_'}{name}": [dataclasses.asdict(loss) for loss in losses]
+            for name, losses in self.positions.items()
+        }
+        return self.row | positions
+
+
+def load_checkpoint(config: RunConfig, workdir: Workdir, step: int) -> Callable[[], Result]:
     """Loads a checkpoint and opens the validation sets.
 
     Args:
@@ -152,7 +186,6 @@ def load_checkpoint(
 
     Returns:
         A function that evaluates the checkpoint as the flags say, and no longer needs its folder.
-        It returns the step and the results of `create_evaluation`.
     """
     config = _changed(config)
     mesh, sets = create_run_mesh(config), _open_sets(config, workdir, step)
@@ -160,7 +193,7 @@ def load_checkpoint(
     params = read_params(workdir.checkpoints, step, like)
     note_nonfinite(params)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> Result:
         columns = TextColumn("batches"), MofNCompleteColumn(), TimeElapsedColumn()
         console = Console(stderr=True, quiet=jax.process_index() != 0)
         say = functools.partial(console.print, markup=False, soft_wrap=True)
@@ -169,7 +202,7 @@ def load_checkpoint(
         sync_processes("stores")
         progress = Progress(*columns, console=console, disable=not console.is_terminal)
         with guard, progress:
-            task = progress.add_task("batches", total=None)
+            task, positions = progress.add_task("batches", total=None), {}
             evaluate_params = create_evaluation(
                 mesh,
                 specs,
@@ -177,8 +210,10 @@ def load_checkpoint(
                 sets,
                 _MAX_BATCHES.value,
                 on_batch=lambda: progress.advance(task),
+                carried_state=CarriedState.of_run(config),
+                report_positions=positions.__setitem__,
             )
-            return {"step": step} | evaluate_params(params)
+            return Result({"step": step} | evaluate_params(params), positions)
 
     return evaluate
 
@@ -199,6 +234,16 @@ def _table(row: dict[str, float]) -> Table:
     return table
 
 
+def _positions_table(name: str, losses: list[PositionLoss]) -> Table:
+    table = Table(title=f"{visible(name) or 'held out'}: loss by position in the document")
+    for column in ("positions", "targets", "loss (nats/token)"):
+        table.add_column(column, justify="right")
+    for loss in losses:
+        positions = f"{loss.first:,} to {loss.last:,}"
+        table.add_row(positions, f"{loss.count:,}", f"{loss.loss:.4f}")
+    return table
+
+
 def _extent() -> str:
     """Returns how much of each validation set is evaluated, in words."""
     if _MAX_BATCHES.value is None:
@@ -214,13 +259,15 @@ def main(argv: list[str]) -> None:
     json_path = output_path("json", _JSON.value)
     initialize_devices()
     with abort_all_on_failure():
-        row = use_checkpoint(path, load_checkpoint)()
+        result = use_checkpoint(path, load_checkpoint)()
         if jax.process_index() == 0:
             if json_path:
-                write_atomically(json_path, json.dumps(row, indent=2) + "\n")
+                write_atomically(json_path, json.dumps(result.to_dict(), indent=2) + "\n")
             workdir, _ = split_checkpoint_path(path)
-            print(f"step {row['step']:,} of {visible(workdir.path)}, {_extent()}:")
-            print_table(_table(row))
+            print(f"step {result.row['step']:,} of {visible(workdir.path)}, {_extent()}:")
+            print_table(_table(result.row))
+            for name, losses in result.positions.items():
+                print_table(_positions_table(name, losses))
 
 
 if __name__ == "__main__":

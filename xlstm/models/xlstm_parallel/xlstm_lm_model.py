@@ -1,5 +1,7 @@
 """The xLSTM language model."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jax import lax
 from xlstm.common_types import PRNGKeyArray, PyTree
 from xlstm.distributed.data_parallel import Target, gather_on_use
 from xlstm.distributed.mesh import TOKEN_AXES, VOCAB_AXES, axis_index, axis_size
-from xlstm.distributed.pipeline_parallel import execute_pipeline
+from xlstm.distributed.pipeline_parallel import execute_pipeline, map_mutable_variables
 from xlstm.distributed.tensor_parallel import (
     cross_entropy,
     gather_tokens,
@@ -18,7 +20,7 @@ from xlstm.distributed.tensor_parallel import (
 from xlstm.models.shared.dropout import dropout, token_keys
 from xlstm.models.shared.linear import Dense, Embedding, small_init, soft_cap
 from xlstm.models.shared.norm import LayerNorm, RMSNorm
-from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockCarry
+from xlstm.models.xlstm_parallel.blocks.block import CARRIED_STATE, KINDS, BlockCarry
 from xlstm.models.xlstm_parallel.blocks.stack import block_stack, stack_indices
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
@@ -152,20 +154,36 @@ class xLSTMLMModel(nn.Module):
         targets: jax.Array,
         targets_mask: jax.Array,
         reset: jax.Array | None = None,
+        groups: jax.Array | None = None,
+        num_groups: int = 1,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the sums of an evaluation; `next_token_nll` describes the arguments.
+        """Returns the sums of an evaluation; `next_token_nll` describes the other arguments.
+
+        Args:
+            tokens: Ids `(B, T)`.
+            targets: Ids `(B, T)`.
+            targets_mask: Which targets count, bool `(B, T)`.
+            reset: See `__call__`.
+            groups: Group of each target, int32 `(B, T)`; None for one group.
+            num_groups: `G`.
 
         Returns:
-            Three float32 scalars over the local unmasked targets: the sum of their negative
-            log-likelihoods, in nats; the number that have the largest logit of all tokens; and
-            their number.
+            Three arrays, float32 `(G,)`, over the local unmasked targets of each group: the sum of
+            their negative log-likelihoods, in nats; the number that have the largest logit of all
+            tokens; and their number.
         """
         logits = self._logits(self._run_stages(BlockCarry(self.embeddings(tokens), reset)))
         nll = cross_entropy(logits, targets, VOCAB_AXES)
         correct = is_correct(logits, targets, VOCAB_AXES)
         mask = local_tokens(targets_mask, VOCAB_AXES)
-        sums = jnp.where(mask, nll, 0), correct & mask, mask
-        return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)
+        values = jnp.where(mask, nll, 0), correct & mask, mask
+        if groups is None:
+            return tuple(jnp.sum(x, dtype=jnp.float32)[None] for x in values)
+        is_member = local_tokens(groups, VOCAB_AXES)[..., None] == jnp.arange(num_groups)
+        return tuple(
+            jnp.sum(jnp.where(is_member, x[..., None], 0), axis=(0, 1), dtype=jnp.float32)
+            for x in values
+        )
 
     def _gathering_parameters(self, target: Target) -> Target:
         """Returns the target with its parameters gathered over `fsdp` when it is called."""
@@ -185,6 +203,8 @@ class xLSTMLMModel(nn.Module):
         num_stages = axis_size("pp")
         if num_stages == 1:
             return self.blocks(carry, stack_indices(self.config.model.pattern))[0].x
+        if CARRIED_STATE in self.variables:
+            carry = carry._replace(rows=jnp.arange(carry.x.shape[0]))
 
         def run(model: xLSTMLMModel, carry: BlockCarry) -> BlockCarry:
             return execute_pipeline(
@@ -213,7 +233,25 @@ class _Stage(nn.Module):
     blocks: nn.Module
 
     def __call__(self, carry: BlockCarry, indices: PyTree) -> BlockCarry:
-        return self.blocks(carry, indices)[0]
+        def run(stage: _Stage, carry: BlockCarry) -> BlockCarry:
+            return stage.blocks(carry, indices)[0]
+
+        return run(self, carry) if carry.rows is None else _on_rows(run, carry)(self, carry)
+
+
+def _on_rows(run: Callable[..., BlockCarry], carry: BlockCarry) -> Callable[..., BlockCarry]:
+    """Transforms a function of a stage to read and replace the carried states of some rows."""
+    first, size = carry.rows[0], carry.rows.size
+
+    def read(states: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), states)
+
+    def write(states: PyTree, new: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, first, 1), states, new
+        )
+
+    return map_mutable_variables(run, CARRIED_STATE, read, write)
 
 
 def initial_state(config: LanguageModelConfig, batch_size: int) -> PyTree:

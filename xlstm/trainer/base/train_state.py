@@ -21,6 +21,8 @@ def create_train_state(
     mesh: Mesh,
     abstract: bool = False,
     with_ema: bool = False,
+    carried_state: Callable[[], PyTree] = lambda: None,
+    carried_specs: PyTree = None,
 ) -> tuple[TrainState, PyTree]:
     """Initializes a train state under `jit`, with every leaf sharded from the start.
 
@@ -32,6 +34,8 @@ def create_train_state(
         mesh: The mesh.
         abstract: Whether to return shapes and shardings only, without computing anything.
         with_ema: Whether the state has a moving average of the parameters, `params_ema`.
+        carried_state: Creates the first `TrainState.carried_state`.
+        carried_specs: Its partition specs.
 
     Returns:
         The state, whose values do not depend on the mesh, and the tree of its partition specs.
@@ -50,12 +54,14 @@ def create_train_state(
             params_ema=params if with_ema else None,
             grad_norm_mean=jnp.zeros((), jnp.float32),
             skipped_steps=jnp.zeros((), jnp.int32),
+            carried_state=carried_state(),
         )
 
     shapes = jax.eval_shape(init, rng)
     specs = nn.get_partition_spec(shapes)
     specs = specs.replace(
-        opt_state=_specs_like_params(shapes.opt_state, unboxed(shapes.params), specs.params)
+        opt_state=_specs_like_params(shapes.opt_state, unboxed(shapes.params), specs.params),
+        carried_state=carried_specs,
     )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     if abstract:

@@ -21,12 +21,13 @@ from xlstm.trainer.base.param_utils import (
 
 # Partition spec of every leaf of a batch, `(B, T)`: examples and tokens are sharded.
 BATCH_SPEC = P(BATCH_AXES, "cp")
+_ROWS = 1  # The axis of the examples in a carried state.
 
 
 def create_train_step(
     mesh: Mesh,
     state_specs: PyTree,
-    loss_metrics: Callable[..., Metrics],
+    loss_metrics: Callable[..., tuple[Metrics, PyTree]],
     count_targets: Callable[[PyTree], jax.Array],
     update: Callable[..., tuple[TrainState, Metrics]],
     num_minibatches: int,
@@ -37,11 +38,12 @@ def create_train_step(
     Args:
         mesh: The mesh.
         state_specs: Partition specs of the train state.
-        loss_metrics: `loss_metrics(params, apply_fn, batch, keys)` computes the metrics of a
-            minibatch, which are summed over the minibatches and over all devices of the mesh. The
-            metric `loss` is the pair (sum over the targets, their number). `keys` holds a random
-            key per example, made from `state.rng`, the step, and the example's index in the global
-            batch.
+        loss_metrics: `loss_metrics(params, apply_fn, batch, keys, carried_state)` computes the
+            metrics of a minibatch, which are summed over the minibatches and over all devices of
+            the mesh, and the carried state after it. The metric `loss` is the pair (sum over the
+            targets, their number). `keys` holds a random key per example, made from `state.rng`,
+            the step, and the example's index in the global batch. `carried_state` holds the rows of
+            `TrainState.carried_state` of the same examples.
         count_targets: Returns the number of targets in a batch.
         update: Computes the next state (see `update_state`) from a state, gradients, their global
             norm, the summed loss, and a function that computes such norms.
@@ -67,7 +69,7 @@ def create_train_step(
         ),
         mesh=mesh,
         in_specs=(state_specs.replace(**without), BATCH_SPEC, P(mesh.axis_names)),
-        out_specs=(state_specs.params, P()),
+        out_specs=(state_specs.params, P(), state_specs.carried_state),
         check_vma=False,
     )
     global_norm = _create_global_norm(mesh, state_specs.params)
@@ -79,9 +81,10 @@ def create_train_step(
     def train_step(
         state: TrainState, batch: PyTree, requests: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        grads, metrics = compute_gradients(state.replace(**without), batch, requests)
+        grads, metrics, carried = compute_gradients(state.replace(**without), batch, requests)
         total_loss, _ = metrics["loss"]
         state, update_metrics = update(state, grads, metrics["grad_norm"], total_loss, global_norm)
+        state = state.replace(carried_state=_restart_nonfinite_rows(carried))
         return state, metrics | update_metrics
 
     return train_step
@@ -93,12 +96,12 @@ def _compute_gradients(
     requests: jax.Array | None,
     *,
     axis_names: tuple[str, ...],
-    loss_metrics: Callable[..., Metrics],
+    loss_metrics: Callable[..., tuple[Metrics, PyTree]],
     count_targets: Callable[[PyTree], jax.Array],
     num_minibatches: int,
     norms_per_param: bool,
-) -> tuple[PyTree, Metrics]:
-    """Computes gradients and metrics of a global batch inside `shard_map`.
+) -> tuple[PyTree, Metrics, PyTree]:
+    """Computes gradients, metrics and carried state of a global batch inside `shard_map`.
 
     The loss of a minibatch is `sum * num_minibatches / targets of the global batch`. Its mean over
     the minibatches, summed over the devices, is the loss per target for any division of the batch.
@@ -111,20 +114,45 @@ def _compute_gradients(
 
     def loss_fn(params, apply_fn, minibatch, rng):
         del rng  # Every example has its own key, which does not depend on the mesh.
-        metrics = loss_metrics(params, apply_fn, *minibatch)
+        tokens, keys, carried = minibatch
+        carried = jax.tree.map(lambda x: jnp.moveaxis(x, 0, _ROWS), carried)
+        metrics, carried = loss_metrics(params, apply_fn, tokens, keys, carried)
         loss, _ = metrics["loss"]
-        return loss * num_minibatches / num_targets, (metrics, None)
+        return loss * num_minibatches / num_targets, (metrics, carried)
 
-    grads, metrics, _ = accumulate_gradients_scan(
-        state, (batch, keys), rng, num_minibatches, loss_fn
+    carried = jax.tree.map(lambda x: jnp.moveaxis(x, _ROWS, 0), state.carried_state)
+    grads, metrics, carried = accumulate_gradients_scan(
+        state, (batch, keys, carried), rng, num_minibatches, loss_fn
     )
+    carried = jax.tree.map(_merge_minibatches, carried)
     grads = sum_gradients(grads, axis_names)
     metrics = lax.psum(metrics, axis_names)
     metrics |= get_grad_norms(grads, norms_per_param)
     metrics |= get_param_norms(state.params, norms_per_param)
     if requests is not None:
         metrics["request"] = lax.pmax(requests[0], axis_names)
-    return grads, metrics
+    return grads, metrics, carried
+
+
+def _merge_minibatches(x: jax.Array) -> jax.Array:
+    """Merges the leading axis of minibatches with the axis of the rows."""
+    x = jnp.moveaxis(x, 0, _ROWS)
+    return x.reshape(*x.shape[:_ROWS], -1, *x.shape[_ROWS + 2 :])
+
+
+def _restart_nonfinite_rows(carried_state: PyTree) -> PyTree:
+    """Replaces the carried states of rows that are not finite with the zero state."""
+
+    def is_finite(x: jax.Array) -> jax.Array:
+        return jnp.all(jnp.isfinite(x), axis=[axis for axis in range(x.ndim) if axis != _ROWS])
+
+    leaves = jax.tree.leaves(carried_state)
+    if not leaves:
+        return carried_state
+    keep = functools.reduce(jnp.logical_and, map(is_finite, leaves))
+    return jax.tree.map(
+        lambda x: jnp.where(jnp.expand_dims(keep, [0, *range(2, x.ndim)]), x, 0), carried_state
+    )
 
 
 def _create_global_norm(mesh: Mesh, params_specs: PyTree) -> Callable[[PyTree], jax.Array]:
@@ -141,25 +169,35 @@ def _create_global_norm(mesh: Mesh, params_specs: PyTree) -> Callable[[PyTree], 
 def create_eval_step(
     mesh: Mesh,
     params_specs: PyTree,
-    eval_fn: Callable[[PyTree, PyTree], Metrics],
-) -> Callable[[PyTree, PyTree], Metrics]:
+    eval_fn: Callable[[PyTree, PyTree, PyTree], tuple[Metrics, PyTree]],
+    carried_specs: PyTree = None,
+) -> Callable[[PyTree, PyTree, PyTree], tuple[Metrics, PyTree]]:
     """Creates the compiled evaluation step.
 
     Args:
         mesh: The mesh.
         params_specs: Partition specs of the parameters.
-        eval_fn: Computes metrics from parameters and this device's part of a batch; they are summed
-            over all devices of the mesh.
+        eval_fn: Computes metrics from parameters, this device's part of a batch, and the carried
+            state before it, and returns the carried state after it as well. Metrics are summed over
+            all devices of the mesh.
+        carried_specs: Partition specs of the carried state; None if there is none.
 
     Returns:
-        A function `(params, batch) -> metrics` of a global batch.
+        A function `(params, batch, carried_state) -> (metrics, carried_state)` of a global batch,
+        which consumes the carried state.
     """
 
-    def step(params: PyTree, batch: PyTree) -> Metrics:
-        return lax.psum(eval_fn(params, batch), mesh.axis_names)
+    def step(params: PyTree, batch: PyTree, carried: PyTree) -> tuple[Metrics, PyTree]:
+        metrics, carried = eval_fn(params, batch, carried)
+        return lax.psum(metrics, mesh.axis_names), carried
 
     return jax.jit(
         jax.shard_map(
-            step, mesh=mesh, in_specs=(params_specs, BATCH_SPEC), out_specs=P(), check_vma=False
-        )
+            step,
+            mesh=mesh,
+            in_specs=(params_specs, BATCH_SPEC, carried_specs),
+            out_specs=(P(), carried_specs),
+            check_vma=False,
+        ),
+        donate_argnums=2,
     )

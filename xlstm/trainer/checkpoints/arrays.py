@@ -1,5 +1,6 @@
 """Arrays of a checkpoint: their names in a train state, and their metadata in storage."""
 
+import functools
 import itertools
 import math
 import os
@@ -16,7 +17,18 @@ from xlstm.files import read_json
 from xlstm.trainer.base.param_utils import reboxed, unboxed
 from xlstm.trainer.checkpoints.storage import literal_path_handler
 
-_FIELDS = ("params", "opt_state", "step", "rng", "params_ema", "grad_norm_mean", "skipped_steps")
+_FIELDS = (
+    "params",
+    "opt_state",
+    "step",
+    "rng",
+    "params_ema",
+    "grad_norm_mean",
+    "skipped_steps",
+    "carried_state",
+)
+# Fields that a checkpoint may lack or have in addition, see `fill_missing`.
+_OPTIONAL = ("params_ema", "carried_state")
 
 
 def _saved_fields(state: TrainState) -> dict[str, PyTree]:
@@ -42,23 +54,27 @@ def with_arrays(state: TrainState, arrays: Mapping[str, jax.Array]) -> TrainStat
 
 
 def arrays_to_read(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Selects the arrays to read from a checkpoint, which may lack `params_ema`.
+    """Selects the arrays to read from a checkpoint, which may lack whole fields.
+
+    These are `params_ema` and `carried_state`. It may also have one that is not wanted.
 
     Args:
         wanted: The arrays of the state wanted, by name; anything with a `shape`.
-        saved: The arrays of the checkpoint; may include a `params_ema` that is not wanted.
+        saved: The arrays of the checkpoint.
 
     Returns:
-        The arrays of `wanted` to read; `fill_missing_ema` adds the others.
+        The arrays of `wanted` to read; `fill_missing` adds the others.
 
     Raises:
         ValueError: If the checkpoint is from another model or optimizer.
     """
-    ema = {name for name in wanted if _is_ema(name)}
-    if not ema & saved.keys():
-        wanted = {name: x for name, x in wanted.items() if name not in ema}
-    if not ema:
-        saved = {name: x for name, x in saved.items() if not _is_ema(name)}
+    for field in _OPTIONAL:
+        is_wanted, is_saved = (any(_is_of(field, name) for name in x) for x in (wanted, saved))
+        if not (is_wanted and is_saved):
+            wanted, saved = (
+                {name: x for name, x in arrays.items() if not _is_of(field, name)}
+                for arrays in (wanted, saved)
+            )
     for name in sorted(wanted.keys() | saved.keys(), key=_params_first):
         expected, found = (_shape(arrays.get(name)) for arrays in (wanted, saved))
         if found != expected:
@@ -68,13 +84,15 @@ def arrays_to_read(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[
     return dict(wanted)
 
 
-def fill_missing_ema(
+def fill_missing(
     wanted: Mapping[str, Any], arrays: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Adds the `params_ema` that a checkpoint lacked, as a copy of the parameters.
+    """Adds the fields that a checkpoint lacked.
+
+    `params_ema` is a copy of the parameters, and `carried_state` the zero state.
 
     Args:
-        wanted: The arrays of the state wanted, by name; anything with a `dtype`.
+        wanted: The arrays of the state wanted, by name.
         arrays: The arrays that were read.
 
     Returns:
@@ -82,14 +100,19 @@ def fill_missing_ema(
     """
     filled = dict(arrays)
     for name in wanted.keys() - arrays.keys():
+        like = wanted[name]
+        if _is_of("carried_state", name):
+            zeros = functools.partial(jnp.zeros, like.shape, like.dtype)
+            filled[name] = jax.jit(zeros, out_shardings=like.sharding)()
+            continue
         parameter = arrays[name.replace("params_ema", "params", 1)]
         # A real copy, since a training step donates both buffers.
-        filled[name] = jnp.copy(parameter).astype(wanted[name].dtype)
+        filled[name] = jnp.copy(parameter).astype(like.dtype)
     return filled
 
 
-def _is_ema(name: str) -> bool:
-    return name.startswith("params_ema.")
+def _is_of(field: str, name: str) -> bool:
+    return name.startswith(f"{field}.")
 
 
 def _params_first(name: str) -> tuple[bool, str]:

@@ -16,7 +16,7 @@ from xlstm.common_types import TrainState
 from xlstm.trainer.base.param_utils import unboxed
 from xlstm.trainer.checkpoints.arrays import (
     arrays_to_read,
-    fill_missing_ema,
+    fill_missing,
     named_arrays,
     read_array_metadata,
     with_arrays,
@@ -211,10 +211,10 @@ def test_the_model_is_named_before_the_optimizer():
 
 def test_an_average_that_is_missing_is_a_copy():
     wanted, read = named_arrays(_state(with_ema=True)), named_arrays(_state())
-    filled = fill_missing_ema(wanted, read)
+    filled = fill_missing(wanted, read)
     assert filled.keys() == wanted.keys()
     np.testing.assert_array_equal(filled["params_ema.blocks.w"], read["params.blocks.w"])
     read["params.blocks.w"].delete()
     assert np.all(np.array(filled["params_ema.blocks.w"]) == 1)
-    found = fill_missing_ema(wanted, wanted)
+    found = fill_missing(wanted, wanted)
     assert all(found[name] is wanted[name] for name in wanted)

@@ -14,7 +14,7 @@ from xlstm.common_types import TrainState
 from xlstm.trainer.base.multihost import broadcast_from_process_0, run_on_process_0
 from xlstm.trainer.checkpoints.arrays import (
     arrays_to_read,
-    fill_missing_ema,
+    fill_missing,
     named_arrays,
     read_array_metadata,
     with_arrays,
@@ -225,7 +225,7 @@ class Checkpointer:
         for array in like_arrays.values():
             array.delete()
         arrays = self._orbax.restore(path, args=restore_arguments(target))
-        return with_arrays(like, fill_missing_ema(wanted, arrays))
+        return with_arrays(like, fill_missing(wanted, arrays))
 
     @staticmethod
     def _arrays_path(folder: str) -> str:

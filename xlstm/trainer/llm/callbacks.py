@@ -13,6 +13,7 @@ from xlstm.trainer.callbacks.evaluate import EvaluateCallback
 from xlstm.trainer.callbacks.metrics import MetricsCallback
 from xlstm.trainer.callbacks.profiling import ProfileCallback
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
+from xlstm.trainer.llm.carried_state import CarriedState
 from xlstm.trainer.llm.data import dump_batch
 from xlstm.trainer.llm.evaluation import DivergedError, create_evaluation
 from xlstm.trainer.llm.gate_statistics import gate_scalars
@@ -66,6 +67,7 @@ def create_callbacks(
         run.validation_sets,
         trainer.eval_batches,
         on_batch=run.clock.tick,
+        carried_state=CarriedState.of_run(run.config),
     )
 
     def evaluate_state(state: TrainState) -> dict[str, float]:

@@ -17,6 +17,7 @@ from xlstm.trainer.base.train_state import abstract_arrays, create_train_state
 from xlstm.trainer.base.train_step import create_train_step
 from xlstm.trainer.base.update import update_state
 from xlstm.trainer.checkpoints.read_params import read_params, read_run_info
+from xlstm.trainer.llm.carried_state import CarriedState
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.loss import loss_metrics
 from xlstm.trainer.llm.run_tokenizer import check_tokenizer
@@ -75,6 +76,7 @@ def create_training(
         `create_train_step`.
     """
     optimizer, schedule = config.optimizer, config.with_decay_steps().schedule
+    carried = CarriedState.of_run(config)
     state, specs = create_train_state(
         init_params=functools.partial(init_params, config, mesh),
         apply_fn=xLSTMLMModel(config.language_model).apply,
@@ -83,6 +85,7 @@ def create_training(
         mesh=mesh,
         abstract=abstract,
         with_ema=optimizer.ema_decay > 0,
+        **({"carried_state": carried.zeros, "carried_specs": carried.specs} if carried else {}),
     )
     train_step = create_train_step(
         mesh,

@@ -7,6 +7,7 @@ import jax
 from xlstm.common_types import TrainState
 from xlstm.trainer.checkpoints.checkpointer import Checkpointer
 from xlstm.trainer.checkpoints.read_params import read_run_info
+from xlstm.trainer.llm.carried_state import CarriedState
 from xlstm.trainer.llm.prepare_run import PreparedRun
 from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import run_info, write_config
@@ -76,7 +77,8 @@ def roll_back(
         state: The current state; it is consumed.
 
     Returns:
-        The checkpoint's parameters and optimizer state, as the state after `step`.
+        The checkpoint's parameters and optimizer state, as the state after `step`. A carried state
+        starts over.
 
     Raises:
         ValueError: If there is no checkpoint yet.
@@ -90,7 +92,13 @@ def roll_back(
     state, saved_step, _ = restored
     logger.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
-    return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
+    # The rows have gone on to other documents meanwhile.
+    carried = CarriedState.of_run(run.config)
+    return state.replace(
+        step=state.step + lost,
+        skipped_steps=state.skipped_steps + lost,
+        carried_state=carried and carried.create(run.mesh),
+    )
 
 
 def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:

@@ -23,6 +23,11 @@ from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
 
+# The Flax collection of the states that training carries from batch to batch. Each block has its
+# own, `state`, with the leading axis `B`, and replaces it.
+CARRIED_STATE = "carried_state"
+
+
 class BlockIndex(NamedTuple):
     """Index of a block, as int32 scalars that count from 0.
 
@@ -48,6 +53,8 @@ class BlockCarry(NamedTuple):
         states: States of all blocks before the first token, or None. A block gets those of its
             kind, with leading axes `(number of blocks of the kind, B)`, and replaces its own, in
             place where XLA can.
+        rows: Index of each example in the states of `CARRIED_STATE`, int32 `(B,)`; None if they
+            hold the same examples.
     """
 
     x: jax.Array
@@ -55,6 +62,7 @@ class BlockCarry(NamedTuple):
     dropout_keys: PRNGKeyArray | None = None
     padding: jax.Array | None = None
     states: PyTree | None = None
+    rows: jax.Array | None = None
 
     def state_of(self, index: BlockIndex) -> PyTree | None:
         """Returns the state of one block, without the axis of blocks."""
@@ -63,14 +71,39 @@ class BlockCarry(NamedTuple):
             self.states,
         )
 
-    def after(self, index: BlockIndex, x: jax.Array, state: PyTree | None) -> "BlockCarry":
-        """Returns the carry after a block, with its output and its new state."""
+    def with_state_of(self, index: BlockIndex, state: PyTree | None) -> "BlockCarry":
+        """Returns the carry with a new state of one block."""
         states = jax.tree.map(
             lambda states, new: lax.dynamic_update_index_in_dim(states, new, index.of_kind, 0),
             self.states,
             state,
         )
-        return self._replace(x=x, states=states)
+        return self._replace(states=states)
+
+
+def _run_layer(
+    block: nn.Module, layer: nn.Module, x: jax.Array, carry: BlockCarry, index: BlockIndex
+) -> tuple[jax.Array, BlockCarry]:
+    """Runs the layer of a block that has a state.
+
+    Args:
+        block: The block.
+        layer: Its layer.
+        x: Normalized local tokens `(B, T / tp, D)`.
+        carry: Carry from the previous block.
+        index: Index of the block.
+
+    Returns:
+        The output of the layer, and the carry with the block's new state.
+    """
+    if not block.has_variable(CARRIED_STATE, "state"):
+        y, state = layer(x, carry.reset, carry.padding, carry.state_of(index))
+        return y, carry.with_state_of(index, state)
+    carried = block.variable(CARRIED_STATE, "state")
+    y, state = layer(x, carry.reset, carry.padding, carried.value)
+    # Gradients end at the batch: truncated back-propagation through time.
+    carried.value = lax.stop_gradient(state)
+    return y, carry
 
 
 class mLSTMBlock(nn.Module):
@@ -97,8 +130,9 @@ class mLSTMBlock(nn.Module):
         dtype, x = config.compute_dtype, carry.x
         # Dropout site 0 is the embedding; each block has two sites.
         normed = RMSNorm(config.norm_eps, dtype, name="norm_mlstm")(x)
-        layer = mLSTMLayer(self.config, name="mlstm_layer")
-        y, state = layer(normed, carry.reset, carry.padding, carry.state_of(index))
+        y, carry = _run_layer(
+            self, mLSTMLayer(self.config, name="mlstm_layer"), normed, carry, index
+        )
         x = x + dropout(y, config.dropout, carry.dropout_keys, 2 * index.in_model + 1)
         normed = RMSNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         overlap = self.config.mesh.tp_overlap
@@ -111,7 +145,7 @@ class mLSTMBlock(nn.Module):
             name="ffn",
         )
         x = x + dropout(ffn(normed), config.dropout, carry.dropout_keys, 2 * index.in_model + 2)
-        return carry.after(index, x, state), None
+        return carry._replace(x=x), None
 
 
 class mLSTMPreUpBlock(nn.Module):
@@ -131,10 +165,11 @@ class mLSTMPreUpBlock(nn.Module):
         """Runs the block; see `mLSTMBlock`."""
         config = self.config.model
         normed = LayerNorm(config.norm_eps, config.compute_dtype, name="norm_mlstm")(carry.x)
-        layer = mLSTMPreUpLayer(self.config, name="mlstm_layer")
-        y, state = layer(normed, carry.reset, carry.padding, carry.state_of(index))
+        y, carry = _run_layer(
+            self, mLSTMPreUpLayer(self.config, name="mlstm_layer"), normed, carry, index
+        )
         x = carry.x + dropout(y, config.dropout, carry.dropout_keys, 2 * index.in_model + 1)
-        return carry.after(index, x, state), None
+        return carry._replace(x=x), None
 
 
 class sLSTMBlock(nn.Module):
@@ -155,8 +190,9 @@ class sLSTMBlock(nn.Module):
         config = self.config.model
         dtype, x = config.compute_dtype, carry.x
         normed = LayerNorm(config.norm_eps, dtype, name="norm_slstm")(x)
-        layer = sLSTMLayer(self.config, name="slstm_layer")
-        y, state = layer(normed, carry.reset, carry.padding, carry.state_of(index))
+        y, carry = _run_layer(
+            self, sLSTMLayer(self.config, name="slstm_layer"), normed, carry, index
+        )
         x = x + dropout(y, config.dropout, carry.dropout_keys, 2 * index.in_model + 1)
         normed = LayerNorm(config.norm_eps, dtype, name="norm_ffn")(x)
         ffn = GatedFeedForward(
@@ -169,7 +205,7 @@ class sLSTMBlock(nn.Module):
             name="ffn",
         )
         x = x + dropout(ffn(normed), config.dropout, carry.dropout_keys, 2 * index.in_model + 2)
-        return carry.after(index, x, state), None
+        return carry._replace(x=x), None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,17 +11,25 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import PyTree
 from xlstm.distributed.data_parallel import is_partitioned
 from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.distributed.tensor_parallel import SCATTERED
-from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockCarry, BlockIndex
+from xlstm.models.xlstm_parallel.blocks.block import (
+    CARRIED_STATE,
+    KINDS,
+    BlockCarry,
+    BlockIndex,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import INCOMING_STATE
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import RESIDUALS
-from xlstm.models.xlstm_parallel.config import LanguageModelConfig
+from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.pattern import BlockGroup, BlockPattern
 
+# The collections whose arrays have a leading axis of blocks.
+_STACKED = ("params", "intermediates", CARRIED_STATE)
 # Wraps the class of a block, for example to gather its parameters.
 Wrapper = Callable[[type[nn.Module]], type[nn.Module]]
 
@@ -44,7 +52,7 @@ def block_stack(config: LanguageModelConfig, wrap: Wrapper) -> type[nn.Module]:
     def scan(target: type[nn.Module], length: int, axis: str | None, unroll: int = 1):
         return nn.scan(
             target,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes=dict.fromkeys(_STACKED, 0),
             split_rngs={"params": True},
             length=length,
             unroll=min(unroll, length),
@@ -78,7 +86,7 @@ def block_stack(config: LanguageModelConfig, wrap: Wrapper) -> type[nn.Module]:
     lengths = {name: group.length for name, group in block_groups(pattern).items()}
     return nn.map_variables(
         scan(Repetition, repeats, "pp"),
-        ("params", "intermediates"),
+        _STACKED,
         lambda variables: {
             collection: {name: _split_repeats(tree, lengths[name]) for name, tree in groups.items()}
             for collection, groups in variables.items()
@@ -128,6 +136,44 @@ def group_indices(pattern: BlockPattern, group: BlockGroup, repeats: jax.Array) 
         repeats * pattern.length() + group.first + blocks,
         repeats * pattern.length(group.kind) + group.first_of_kind + blocks,
     )
+
+
+def carried_state(model: ModelConfig, batch_size: int) -> PyTree:
+    """Returns the states to carry from batch to batch, before the first document.
+
+    Args:
+        model: Configuration of the model.
+        batch_size: `B`.
+
+    Returns:
+        The variables of the collection `CARRIED_STATE` for all blocks: zero states with leading
+        axes `(blocks of a group, B)`.
+    """
+    pattern = model.pattern
+    return _variables_of_groups(
+        pattern,
+        lambda group: KINDS[group.kind].zero_state(
+            model, (pattern.repeats * group.length, batch_size)
+        ),
+    )
+
+
+def carried_state_specs(pattern: BlockPattern, rows: tuple[str, ...]) -> PyTree:
+    """Returns the partition specs of `carried_state`, with the rows sharded over some mesh axes."""
+
+    def specs(group: BlockGroup) -> PyTree:
+        of_kind = KINDS[group.kind].state_specs(rows)
+        return jax.tree.map(lambda spec: P("pp", *spec[1:]), of_kind)
+
+    return _variables_of_groups(pattern, specs)
+
+
+def _variables_of_groups(
+    pattern: BlockPattern, state_of: Callable[[BlockGroup], PyTree]
+) -> PyTree:
+    """Returns variables named `state`, as the blocks of each group of a pattern have them."""
+    groups = {name: {"state": state_of(g)} for name, g in block_groups(pattern).items()}
+    return {"blocks": next(iter(groups.values())) if pattern.is_uniform else groups}
 
 
 def _split_repeats(tree: PyTree, length: int) -> PyTree:

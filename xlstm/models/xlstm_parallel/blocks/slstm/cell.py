@@ -133,23 +133,26 @@ def gate_preactivations(
     x: tuple[jax.Array, ...],
     recurrent: jax.Array,
     h: jax.Array,
+    state: SLSTMState | None,
     reset: jax.Array | None,
     *,
     precision: lax.Precision | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Returns the complete pre-activations of sequences that start with the zero state.
+    """Returns the complete pre-activations.
 
     Args:
         x: Input parts of z, i, f and o, each `(B, NH, T, DH)`.
         recurrent: Recurrent weights, see `slstm`.
         h: Outputs of `slstm` for these arguments, `(B, NH, T, DH)`.
+        state: See `slstm`.
         reset: See `slstm`.
         precision: See `slstm`.
 
     Returns:
         z, i, f and o, each `(B, NH, T, DH)`.
     """
-    h = jnp.pad(h, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
+    first = jnp.zeros_like(h[:, :, 0]) if state is None else state.h.astype(h.dtype)
+    h = jnp.concatenate([first[:, :, None], h[:, :, :-1]], axis=2)
     if reset is not None:
         h = jnp.where(reset[:, None, :, None], 0, h)
     mixed = jnp.split(_mix(h, recurrent, h.dtype, precision), 4, axis=-1)

@@ -162,7 +162,7 @@ def test_documents_in_a_row_are_what_they_are_alone():
     for part in (slice(0, 4), slice(4, 9)):
         alone, _ = slstm(*inputs[:, :, :, part], recurrent)
         np.testing.assert_allclose(packed[:, :, part], alone, atol=1e-6)
-    i = gate_preactivations(inputs, recurrent, packed, reset)[1]
+    i = gate_preactivations(inputs, recurrent, packed, None, reset)[1]
     np.testing.assert_array_equal(i[:, :, 4], inputs[1][:, :, 4])
     mixed = np.einsum("nd,nde->ne", packed[0, :, 6], recurrent)[:, _DH : 2 * _DH]
     np.testing.assert_allclose(i[0, :, 7], inputs[1][0, :, 7] + mixed, atol=1e-5)

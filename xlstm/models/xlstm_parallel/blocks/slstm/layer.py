@@ -78,7 +78,7 @@ class sLSTMLayer(nn.Module):
         init_fn = nn.initializers.normal(config.slstm_recurrent_scale / math.sqrt(head_dim))
         recurrent = boxed_parameter(self, "recurrent", init_fn, shape, axes)
         recurrent = recurrent.astype(dtype)
-        h, cell_state = slstm(
+        h, last_state = slstm(
             *inputs,
             recurrent,
             cell_state,
@@ -89,12 +89,12 @@ class sLSTMLayer(nn.Module):
         )
         if self.is_mutable_collection("intermediates"):
             _, i, f, o = gate_preactivations(
-                inputs, recurrent, h, reset, precision=config.precision
+                inputs, recurrent, h, cell_state, reset, precision=config.precision
             )
             sow_gate_moments(self, i, f, nn.sigmoid(o))
         y = MultiHeadLayerNorm(config.norm_eps, dtype, TOKEN_AXES, name="multihead_norm")(h)
         y = features_to_tokens(y, TOKEN_AXES)
-        return y, None if state is None else ConvolutionalState(cell_state, last_inputs)
+        return y, None if state is None else ConvolutionalState(last_state, last_inputs)
 
 
 def _forget_bias_init(head_dim: int) -> Callable:
