@@ -44,13 +44,14 @@ def _squares(params, batch):
     return jnp.sum(errors * batch["mask"]), jnp.sum(batch["mask"])
 
 
-def _loss_metrics(params, apply_fn, batch, keys):
+def _loss_metrics(params, apply_fn, batch, keys, carried_state):
     noise = jax.vmap(jax.random.uniform)(keys)
-    return {
+    metrics = {
         "loss": _squares(params, batch),
-        "noise": jnp.sum(noise * batch["weight"]),
+        "noise": jnp.sum(noise * batch["weight"][:, 0]),
         "squared_noise": jnp.sum(noise**2),
     }
+    return metrics, carried_state
 
 
 def _batch():
@@ -59,7 +60,7 @@ def _batch():
     x = rng.normal(size=(_BATCH_SIZE, _TIME, _SIZE)).astype(np.float32)
     y = x @ np.arange(1.0, _SIZE + 1, dtype=np.float32) + 0.5
     mask = rng.random((_BATCH_SIZE, _TIME)) < np.linspace(0, 1, _BATCH_SIZE)[:, None]
-    weight = np.arange(1.0, _BATCH_SIZE + 1, dtype=np.float32)
+    weight = np.arange(1.0, _BATCH_SIZE + 1, dtype=np.float32)[:, None]
     return {"x": x, "y": y, "mask": mask.astype(np.float32), "weight": weight}
 
 
@@ -228,8 +229,10 @@ def test_random_numbers_do_not_depend_on_the_mesh(sizes):
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_evaluation_sums_over_the_whole_batch(num_devices):
     mesh, state, specs, _ = _setup(num_devices=num_devices)
-    eval_step = create_eval_step(mesh, specs.params, _squares)
-    found = eval_step(state.params, _batch())
+    eval_step = create_eval_step(
+        mesh, specs.params, lambda params, batch, carried: (_squares(params, batch), carried)
+    )
+    found, _ = eval_step(state.params, _batch(), None)
     np.testing.assert_allclose(found, _squares(state.params, _batch()), rtol=1e-5)
     assert not state.params["kernel"].value.is_deleted()
 

@@ -13,14 +13,14 @@ from xlstm.trainer.llm.evaluation import create_evaluation
 _VOCAB_SIZE = 257
 
 
-def _apply(variables, inputs, targets, targets_mask, reset, method):
+def _apply(variables, inputs, targets, targets_mask, reset, method, mutable):
     """Applies a model whose logits do not depend on the inputs."""
     assert method == "eval_sums"
     logits = variables["params"]["logits"]
     nll = -jax.nn.log_softmax(logits)[targets]
     is_correct = (targets == jnp.argmax(logits)) & targets_mask
     sums = jnp.where(targets_mask, nll, 0.0), is_correct, targets_mask
-    return tuple(jnp.sum(x, dtype=jnp.float32) for x in sums)
+    return tuple(jnp.sum(x, dtype=jnp.float32)[None] for x in sums), {}
 
 
 @pytest.fixture(scope="module")

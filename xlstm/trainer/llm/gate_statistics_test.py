@@ -67,7 +67,7 @@ def _forward(num_devices=8, model_options=None, **sizes):
 
     def compute(params, batch):
         pattern = model.config.model.pattern
-        metrics = loss_metrics(params, model.apply, *batch, gate_pattern=pattern)
+        metrics, _ = loss_metrics(params, model.apply, *batch, gate_pattern=pattern)
         return lax.psum(metrics, mesh.axis_names)
 
     return _run(compute, mesh, params, P())
@@ -83,7 +83,7 @@ def _step(gate_statistics):
         num_targets = lax.psum(jnp.sum(batch[0].targets_mask, dtype=jnp.float32), BATCH_AXES)
 
         def loss_fn(params, apply_fn, batch, rng):
-            metrics = loss_metrics(params, apply_fn, *batch, gate_pattern=pattern)
+            metrics, _ = loss_metrics(params, apply_fn, *batch, gate_pattern=pattern)
             return 2 * metrics["loss"][0] / num_targets, (metrics, None)
 
         grads, metrics, _ = accumulate_gradients(

@@ -5,7 +5,7 @@ import numpy as np
 from xlstm.dataset.batch import Batch
 from xlstm.models.shared.moments import Moments
 from xlstm.models.xlstm_parallel.pattern import find_pattern
-from xlstm.trainer.llm.loss import loss_metrics, next_token_nll
+from xlstm.trainer.llm.loss import eval_sums, loss_metrics
 
 _B, _T, _V = 2, 5, 7
 
@@ -20,13 +20,14 @@ def _batch(mask=None):
     )
 
 
-def _apply(variables, inputs, targets, targets_mask, reset, dropout_keys, *, method):
+def _apply(variables, inputs, targets, targets_mask, reset, dropout_keys, *, method, mutable):
     """Applies a model whose logits depend on the parameters, the tokens and the resets."""
-    assert method == "next_token_nll" and dropout_keys is None
+    assert method == "next_token_nll" and dropout_keys is None and not mutable
     logits = variables["params"]["table"][inputs]
     logits += jnp.where(reset, 1.0, 0.0)[..., None] * jnp.arange(_V)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(targets_mask, nll, 0)), jnp.sum(targets_mask, dtype=jnp.float32)
+    sums = jnp.sum(jnp.where(targets_mask, nll, 0)), jnp.sum(targets_mask, dtype=jnp.float32)
+    return sums, {}
 
 
 def _params():
@@ -46,23 +47,27 @@ def _expected(params, batch):
     return nll, count
 
 
-def test_nll_is_what_the_model_says():
-    found = next_token_nll(_params(), _apply, _batch())
-    np.testing.assert_allclose(found, _expected(_params(), _batch()), rtol=1e-6)
-
-
 def test_dropout_keys_reach_the_model():
-    def apply_fn(variables, *arguments, method):
-        return arguments[-1].sum(), method
+    def apply_fn(variables, *arguments, method, mutable):
+        return (arguments[-1].sum(), method), {}
 
     keys = jnp.arange(_B)
-    found = next_token_nll(_params(), apply_fn, _batch(), keys)
-    assert found == (keys.sum(), "next_token_nll")
-    assert loss_metrics(_params(), apply_fn, _batch(), keys) == {"loss": found}
+    metrics, carried = loss_metrics(_params(), apply_fn, _batch(), keys)
+    assert metrics == {"loss": (keys.sum(), "next_token_nll")} and carried is None
+
+
+def test_the_carried_state_goes_through_the_model():
+    def apply_fn(variables, *arguments, method, mutable):
+        assert mutable == ["carried_state"]
+        return method, {"carried_state": variables["carried_state"] + 1}
+
+    metrics, carried = loss_metrics(_params(), apply_fn, _batch(), None, 1)
+    assert metrics == {"loss": "next_token_nll"} and carried == 2
+    assert eval_sums(_params(), apply_fn, _batch(), 1) == ("eval_sums", 2)
 
 
 def test_the_loss_is_a_sum_over_the_targets_and_their_number():
-    metrics = loss_metrics(_params(), _apply, _batch(), None)
+    metrics, _ = loss_metrics(_params(), _apply, _batch(), None)
     assert metrics.keys() == {"loss"}
     np.testing.assert_allclose(metrics["loss"], _expected(_params(), _batch()), rtol=1e-6)
 
@@ -73,9 +78,10 @@ def test_gate_statistics_come_with_the_loss():
     def apply_fn(*arguments, mutable, **options):
         assert mutable == ["intermediates"]
         layer = {"gate_moments": ({"igate": moments},)}
-        return _apply(*arguments, **options), {"intermediates": {"blocks": {"mlstm_layer": layer}}}
+        sums, _ = _apply(*arguments, **options, mutable=[])
+        return sums, {"intermediates": {"blocks": {"mlstm_layer": layer}}}
 
     pattern = find_pattern(["xlstm_7b"] * 3)
-    metrics = loss_metrics(_params(), apply_fn, _batch(), None, gate_pattern=pattern)
+    metrics, _ = loss_metrics(_params(), apply_fn, _batch(), None, gate_pattern=pattern)
     np.testing.assert_allclose(metrics["loss"], _expected(_params(), _batch()), rtol=1e-6)
     np.testing.assert_array_equal(metrics["gates"]["igate"], moments)

@@ -145,10 +145,10 @@ def poisonous(monkeypatch):
 
 
 def _poisoned_loss_metrics(params, apply_fn, batch, *args, **kwargs):
-    metrics = loss_metrics(params, apply_fn, batch, *args, **kwargs)
+    metrics, carried = loss_metrics(params, apply_fn, batch, *args, **kwargs)
     poison = jax.numpy.where(jax.numpy.any(batch.inputs == _POISON), np.nan, 1.0)
     nll, count = metrics["loss"]
-    return metrics | {"loss": (nll * poison, count)}
+    return metrics | {"loss": (nll * poison, count)}, carried
 
 
 @pytest.fixture(scope="module")
