@@ -81,6 +81,33 @@ def test_it_finds_what_the_run_found(folder):
     assert found == pytest.approx({"step": 10} | expected, rel=1e-5)
 
 
+def test_whole_documents_in_pieces(folder):
+    """Pieces that carry the state have the loss of one row that holds all documents."""
+    pieces = _start(
+        *(folder, "--checkpoint=run", "--carry_state", "--batch_size=2", "--json=pieces.json"),
+        *("--simulate_devices=4", "--mesh=cp=2,tp=2"),
+    )
+    whole = _start(
+        *(folder, "--checkpoint=run", "--batch_size=1", "--context_length=16000"),
+        "--json=whole.json",
+    )
+    output, errors = pieces.communicate(timeout=PATIENCE)
+    assert pieces.returncode == 0, errors
+    assert "held out: loss by position in the document" in output
+    assert whole.wait(timeout=PATIENCE) == 0
+    found, expected = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("pieces", "whole")
+    )
+    positions = {name: found.pop(f"loss_by_position{name}") for name in ("", "_wiki")}
+    assert found == pytest.approx(expected, rel=1e-5)
+    # In its own pieces of 16 tokens, the run has another loss.
+    assert abs(found["val_loss"] / _logged(folder, 20)["val_loss"] - 1) > 1e-4
+    for name, losses in positions.items():
+        assert [(x["first"], x["last"]) for x in losses] == [(1, 255), (256, 511)]
+        total = sum(x["count"] * x["loss"] for x in losses)
+        assert total / sum(x["count"] for x in losses) == pytest.approx(found[f"val_loss{name}"])
+
+
 def test_bad_input_is_one_line_and_status_2(folder):
     tokens = next((folder / "run" / "checkpoints" / "10").rglob("d/*"))
     content = tokens.read_bytes()

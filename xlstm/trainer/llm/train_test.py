@@ -28,8 +28,9 @@ from xlstm.trainer.llm import train as train_module
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.evaluation import DivergedError
 from xlstm.trainer.llm.loss import loss_metrics
+from xlstm.trainer.llm.resume import roll_back
 from xlstm.trainer.llm.train import open_training, train_language_model
-from xlstm.trainer.logger.base_logger import LoggerConfig
+from xlstm.trainer.logger.base_logger import Logger, LoggerConfig
 from xlstm.trainer.optimizer.schedule import ScheduleConfig
 
 _POISON = 7  # A byte that makes gradients NaN.
@@ -55,7 +56,11 @@ def _create_training(config, mesh):
     state, specs, train_step = _shared_training(
         dataclasses.replace(
             config.with_decay_steps(),
-            data=DataConfig(),
+            data=DataConfig(
+                batch_size=config.data.batch_size,
+                shuffle=config.data.shuffle,
+                carry_state=config.data.carry_state,
+            ),
             trainer=TrainerConfig(
                 seed=config.trainer.seed, num_minibatches=config.trainer.num_minibatches
             ),
@@ -429,6 +434,35 @@ def test_a_mixed_stack_on_a_task_goes_on_as_if_never_stopped(tmp_path, store):
     # Another task means other data.
     with pytest.raises(ValueError, match="data.task was 'parity', is 'majority'"):
         train_language_model(_with(config, data={"task": "majority"}), str(tmp_path / "whole"))
+
+
+def test_a_run_that_carries_its_state_goes_on_as_if_never_stopped(tmp_path, store):
+    data = {"shuffle": "contiguous", "carry_state": True, "validation_fraction": 0.1}
+    trainer = {"num_steps": 6, "eval_interval": 3, "eval_batches": 2}
+    config = _config(store, data=data, trainer=trainer)
+    train_language_model(config, str(tmp_path / "whole"))
+    train_language_model(_with(config, trainer={"num_steps": 4}), str(tmp_path / "parts"))
+    train_language_model(config, str(tmp_path / "parts"))
+    _assert_same_end(config, tmp_path / "parts", tmp_path / "whole")
+    rows = [row for row in _rows(tmp_path / "whole") if "val_loss" in row]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    # The state matters.
+    alone = _with(config, data={"carry_state": False})
+    train_language_model(alone, str(tmp_path / "alone"))
+    of_alone, carried = _losses(tmp_path / "alone"), _losses(tmp_path / "whole")
+    assert of_alone[1] == carried[1] and of_alone[2] != carried[2]
+
+    # After a rollback the rows have gone on to other documents.
+    with open_training(config, str(tmp_path / "whole")) as run:
+        state = jax.tree.map(jax.numpy.copy, run.state)
+        assert all(np.any(x) for x in jax.tree.leaves(jax.device_get(state.carried_state)))
+        state = roll_back(run, Logger(), run.checkpointer, 9, state)
+        assert not any(np.any(x) for x in jax.tree.leaves(jax.device_get(state.carried_state)))
+        assert int(state.skipped_steps) == 3
+
+    # Another order has no rows that continue.
+    with pytest.raises(ValueError, match="data.shuffle='permutation' does not keep in order"):
+        _with(config, data={"shuffle": "permutation"})
 
 
 def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
