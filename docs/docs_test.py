@@ -29,6 +29,7 @@ _SHORT = {
     "evaluate": "--max_batches=1",
     "generate": "--num_tokens=8",
     "benchmark": "--repeats=1",
+    "benchmark_context": "--repeats=1 --config.data.context_length=64",
     "benchmark_generation": "--repeats=1 --batch_sizes=1 --prompt_lengths=16",
     "benchmark_slstm": "--repeats=1",
     "benchmark_trainer": "--stretches=1 --config.data.batch_size=1",

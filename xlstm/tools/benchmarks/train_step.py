@@ -17,7 +17,8 @@ from xlstm.trainer.llm.data import create_run_mesh, global_batches
 from xlstm.trainer.llm.language_model import create_training
 
 
-def _random_batch(config: RunConfig) -> Batch:
+def random_batch(config: RunConfig) -> Batch:
+    """Returns a batch of random tokens, with some resets, for a config."""
     rng = np.random.default_rng(0)
     shape = (config.data.batch_size, config.data.context_length)
     tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
@@ -48,7 +49,7 @@ def time_train_step(
     """
     mesh = create_run_mesh(config)
     state, _, train_step = create_training(config, mesh)
-    (batch,) = global_batches([_random_batch(config)], mesh)
+    (batch,) = global_batches([random_batch(config)], mesh)
     begin = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()
     compile_time = time.perf_counter() - begin
