@@ -122,7 +122,7 @@ def solve(problem: Problem, run: str, **options) -> tuple:
     def cell(arguments, reset):
         if run == "fwbw":
             return mlstm_fwbw_custom_grad(config)(*arguments, reset=reset)
-        return mlstm_mosaic(MLSTMArguments(*arguments), reset, config, attend)
+        return mlstm_mosaic(MLSTMArguments(*arguments), reset, config, attend=attend)
 
     outputs, gradients = testing.outputs_and_gradients(
         cell, problem.arguments, problem.reset, problem.cotangents

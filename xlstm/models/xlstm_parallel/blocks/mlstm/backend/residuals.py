@@ -47,7 +47,7 @@ class FwbwContext(NamedTuple):
         m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
         weights: Weights of the pairs `(N, NC, L, L)` with `keep_G` on a CPU, else None.
         scores: Gated scores of the pairs `(N, NC, L, L)` with `keep_G`, else None; divided as by
-            `fwbw._split_denominator`.
+            `programs.split_denominator`.
         before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
     """
 

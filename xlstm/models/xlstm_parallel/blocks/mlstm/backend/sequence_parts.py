@@ -121,27 +121,25 @@ def states_of_part(
     return whole, last, first
 
 
-def gradient_after_part(
-    before: _Gradient, keep: jax.Array, last: _Gradient, axis_name: str
-) -> _Gradient:
-    """Returns the gradient of the state after this device's part, of all later parts.
+def gradient_after_part(before: PyTree, keep: jax.Array, last: PyTree, axis_name: str) -> PyTree:
+    """Returns the gradient of the state after this device's part, through all later parts.
 
     Args:
-        before: Gradient of `C` and `n` before the part, through the outputs of this part alone,
-            leading axis `N`.
+        before: Gradients of `C`, of `n` or of both before the part, through the outputs of this
+            part alone, leading axis `N`.
         keep: Factor of the state before the part in the state after it `(N,)`.
-        last: Gradient of `C` and `n` after the last part, the same on all devices.
+        last: Gradients after the last part, the same on all devices, like `before`.
         axis_name: The mesh axis.
 
     Returns:
-        The gradient of `C` and `n`, leading axis `N`.
+        The gradients after this part, like `before`.
     """
 
     def combine(later, earlier):
         (later_keep, later_sums), (keep, sums) = later, earlier
         return later_keep * keep, _add_decayed(sums, keep, later_sums)
 
-    identity = 1.0, (0.0, 0.0)
+    identity = 1.0, jax.tree.map(lambda _: 0.0, before)
     keep, sums = combine_earlier(combine, (keep, before), identity, axis_name, reverse=True)
     return _add_decayed(sums, keep, last)
 
@@ -184,14 +182,16 @@ def of_first_part(x: PyTree, axis_name: str) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(is_first, x, 0), x)
 
 
-def _add_decayed(x: _Gradient, keep: jax.Array, y: _Gradient) -> _Gradient:
-    """Returns `x + keep y`."""
-    return x[0] + keep[..., None, None] * y[0], x[1] + keep[..., None] * y[1]
+def _add_decayed(x: PyTree, keep: jax.Array, y: PyTree) -> PyTree:
+    """Returns `x + keep y`, where the arrays of `x` and `y` have more trailing axes than `keep`."""
+
+    def add(x, y):
+        return x + jnp.expand_dims(keep, range(keep.ndim, x.ndim)) * y
+
+    return jax.tree.map(add, x, y)
 
 
-def scale_gradient_after_part(
-    d_m: jax.Array, is_carried: jax.Array, axis_name: str
-) -> jax.Array:
+def scale_gradient_after_part(d_m: jax.Array, is_carried: jax.Array, axis_name: str) -> jax.Array:
     """Returns the gradient of `m` after this device's part, through the maxima of later parts.
 
     Args:
