@@ -19,6 +19,7 @@ from xlstm.distributed.mesh import axis_index
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     PADDING_GATE,
     ChunkGates,
+    exp_decay,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import rev_cumsum
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMState
@@ -168,7 +169,7 @@ def gradients_of_part(
         initial ones, which are zero except in the first part.
     """
     log_decays = jnp.pad(rev_cumsum(gates.carry[..., -1]), [(0, 0), (0, 1)])
-    keep = jnp.exp(log_decays + m - m[:, -1:])
+    keep = exp_decay(log_decays + m - m[:, -1:])
     after = gradient_after_part(local_initial, keep[:, 0], last, axis_name)
     expanded = jax.tree.map(lambda x: x[:, None], after)
     d_C, d_n = _add_decayed(local, keep[:, 1:], expanded)
