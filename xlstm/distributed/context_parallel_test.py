@@ -24,9 +24,7 @@ def over_devices(function, size):
         return jax.tree.map(lambda y: y[None], function(x))
 
     spec = PartitionSpec("cp")
-    run = jax.shard_map(
-        local, mesh=mesh_of(size), in_specs=spec, out_specs=spec, check_vma=False
-    )
+    run = jax.shard_map(local, mesh=mesh_of(size), in_specs=spec, out_specs=spec, check_vma=False)
     return jax.jit(run)
 
 
