@@ -18,29 +18,26 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import INCO
 
 
 @pytest.mark.parametrize(
-    ("num_parts", "time", "dims", "options"),
+    ("num_parts", "time", "dims", "stabilize_correctly", "keep_c"),
     [
-        (2, 130, (40, 72), {"keep_c": False}),
-        (4, 280, (64, 128), {}),
-        (8, 8, (64, 64), {"stabilize_correctly": False}),
+        (2, 130, (40, 72), True, False),
+        (4, 280, (64, 128), True, True),
+        (8, 8, (64, 64), False, True),
     ],
 )
-def test_outputs_states_and_gradients(num_parts, time, dims, options):
-    problem = mosaic_testing.problem(
-        time,
-        *dims,
-        **{"stabilize_correctly": True}
-        | {key: value for key, value in options.items() if key == "stabilize_correctly"},
-    )
+def test_outputs_states_and_gradients(num_parts, time, dims, stabilize_correctly, keep_c):
+    problem = mosaic_testing.problem(time, *dims, stabilize_correctly)
+    options = {"stabilize_correctly": stabilize_correctly, "keep_c": keep_c}
     actual = mosaic_testing.solve(problem, "twin", num_parts, **options)
     mosaic_testing.assert_close(problem, actual, problem.expected, 5e-3, 1e-2)
     whole = mosaic_testing.solve(problem, "twin", **options)
     fwbw = mosaic_testing.solve(problem, "fwbw", num_parts, **options)
     mask = problem.is_well_conditioned
-    for expected, limit in ((whole, 5e-3), (fwbw[:4], 5e-3)):
+    # The gradients of `fwbw` in bfloat16 have larger errors of their own.
+    for expected in (whole, fwbw[:4]):
         for at, (x, y) in enumerate(zip(actual, expected, strict=False)):
             x, y = (np.asarray(z)[mask] if at == 0 else z for z in (x, y))
-            assert testing.relative_error(x, y, 1e-6) < limit
+            assert testing.relative_error(x, y, 1e-6) < 5e-3
 
 
 def test_parts_in_segments(monkeypatch):

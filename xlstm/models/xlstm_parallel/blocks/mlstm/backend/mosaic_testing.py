@@ -128,11 +128,9 @@ def solve(problem: Problem, run: str, num_parts: int = 1, **options) -> tuple:
             h, state = mlstm_mosaic(MLSTMArguments(*arguments), reset, config, axis, attend)
         return h, tuple(state)
 
+    whole = cell if num_parts == 1 else testing.in_parts(cell, num_parts)
     outputs, gradients = testing.outputs_and_gradients(
-        cell if num_parts == 1 else testing.in_parts(cell, num_parts),
-        problem.arguments,
-        problem.reset,
-        problem.cotangents,
+        whole, problem.arguments, problem.reset, problem.cotangents
     )
     return outputs[0], *outputs[1], *gradients
 
