@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from xlstm.distributed.context_parallel import combine_earlier, from_earlier, of_last_part
+from xlstm.distributed.context_parallel import (
+    combine_earlier,
+    from_earlier,
+    of_last_part,
+    only_in_first_part,
+)
 from xlstm.distributed.hlo_collectives import find_collectives
 
 SIZES = [1, 2, 3, 4, 5, 8]
@@ -100,8 +105,14 @@ def test_values_of_the_last_part_are_on_all_devices(size):
         np.testing.assert_array_equal(actual[name], jnp.broadcast_to(values[-1:], values.shape))
 
 
+def test_only_the_first_part_keeps_its_values():
+    x = jnp.arange(8.0).reshape(4, 2) + 1
+    actual = over_devices(lambda x: only_in_first_part(x, "cp"), 4)(x)
+    np.testing.assert_array_equal(actual, x.at[1:].set(0))
+
+
 def test_without_the_axis_there_is_no_earlier_part():
     digit = jnp.array(3)
     assert numbers_before(digit, reverse=False) == {"number": 0, "power": 1}
     assert from_earlier(digit, 5, "cp") == 5
-    assert of_last_part(digit, "cp") == 3
+    assert of_last_part(digit, "cp") == only_in_first_part(digit, "cp") == 3

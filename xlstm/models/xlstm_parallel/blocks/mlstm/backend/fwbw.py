@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlstm.distributed.context_parallel import of_last_part
-from xlstm.distributed.mesh import axis_size
+from xlstm.distributed.mesh import axis_size, varying_axes
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     chunk_gates,
     fold_state,
@@ -397,25 +397,30 @@ def mlstm_fwbw_custom_grad(
         config: Options of the backend.
         precision: Precision of float32 products, see `product_precision`.
         context_axis: Mesh axis that the tokens are sharded over in `shard_map`, see `fwbw_forward`;
-            None if they are not.
+            None if they are not. It needs `check_vma=False`.
 
     Returns:
         A function of `(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None)`,
         with the shapes of `fwbw_forward`, that returns `h (..., T, DHV)`, or `(h, (C, n, m))` with
-        `config.return_state`.
+        `config.return_state`. It raises a `ValueError` if shapes or types are wrong, the initial
+        state is incomplete, or `shard_map` checks the axes over which sharded tokens vary.
     """
-    context_axis = context_axis if context_axis and axis_size(context_axis) > 1 else None
 
     def mlstm_fwbw(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None):
         arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
+        axis = context_axis if context_axis and axis_size(context_axis) > 1 else None
+        if axis in varying_axes(arguments):
+            raise ValueError(
+                f"tokens that are sharded over {axis} need jax.shard_map(check_vma=False)"
+            )
         dtype, dims = jnp.result_type(q, k, v), (q.shape[-1], v.shape[-1])
         chosen = choose_implementation(config.implementation, current_device(), dtype, *dims)
         if chosen.name == "xla":
-            return _fwbw(arguments, reset, config, precision, context_axis)
+            return _fwbw(arguments, reset, config, precision, axis)
         # Imported only where it is used: not every jaxlib has Mosaic GPU.
         from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic import mlstm_mosaic
 
-        return mlstm_mosaic(arguments, reset, config, context_axis)
+        return mlstm_mosaic(arguments, reset, config, axis)
 
     return mlstm_fwbw
 

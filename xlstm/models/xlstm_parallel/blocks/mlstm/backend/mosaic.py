@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xlstm.distributed.context_parallel import of_last_part
+from xlstm.distributed.context_parallel import of_last_part, only_in_first_part
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     fold_state,
     merge_chunks,
@@ -51,7 +51,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.segments import (
     last_state,
     run_pass,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import of_first_part
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.token_gates import (
     TokenGates,
     Tokens,
@@ -300,7 +299,7 @@ def _token_gradients(
     )
     d_initial = by_v.last[:, :qk_dim, :v_dim], initial_dn[:, :qk_dim]
     if context_axis:
-        d_initial = of_first_part(d_initial, context_axis)
+        d_initial = only_in_first_part(d_initial, context_axis)
     return *d_tokens, d_i, d_log_f, d_initial
 
 

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.common_types import PyTree
-from xlstm.distributed.context_parallel import combine_earlier, of_last_part
-from xlstm.distributed.mesh import axis_index
+from xlstm.distributed.context_parallel import (
+    combine_earlier,
+    of_last_part,
+    only_in_first_part,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     PADDING_GATE,
     ChunkGates,
@@ -174,13 +177,7 @@ def gradients_of_part(
     expanded = jax.tree.map(lambda x: x[:, None], after)
     d_C, d_n = _add_decayed(local, keep[:, 1:], expanded)
     initial = _add_decayed(local_initial, keep[:, 0], after)
-    return (d_C.astype(local[0].dtype), d_n), of_first_part(initial, axis_name)
-
-
-def of_first_part(x: PyTree, axis_name: str) -> PyTree:
-    """Returns a tree of arrays in the first part, and zeros in the others."""
-    is_first = axis_index(axis_name) == 0
-    return jax.tree.map(lambda x: jnp.where(is_first, x, 0), x)
+    return (d_C.astype(local[0].dtype), d_n), only_in_first_part(initial, axis_name)
 
 
 def _add_decayed(x: PyTree, keep: jax.Array, y: PyTree) -> PyTree:

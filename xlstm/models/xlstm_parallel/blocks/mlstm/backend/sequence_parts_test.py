@@ -220,6 +220,19 @@ def test_a_policy_of_remat_spares_the_messages_of_the_forward_pass():
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_replicated_states_need_shard_map_without_its_check():
+    arguments = testing.random_arguments(0, (1, 2), 4, with_state=False)
+    tokens = PartitionSpec(None, None, "cp")
+    run = jax.shard_map(
+        mlstm_fwbw_custom_grad(mLSTMBackendFwbwConfig(), None, "cp"),
+        mesh=Mesh(jax.devices()[:2], "cp"),
+        in_specs=(tokens,) * 5,
+        out_specs=tokens,
+    )
+    with pytest.raises(ValueError, match=r"sharded over cp need .*check_vma=False"):
+        jax.eval_shape(run, *arguments[:5])
+
+
 @pytest.mark.parametrize("name", ["recurrent", "parallel_stabilized"])
 def test_other_backends_need_whole_sequences(name):
     arguments = testing.random_arguments(0, (1, 2), 4, with_state=False)
