@@ -17,7 +17,6 @@ from xlstm.distributed.context_parallel import of_last_part
 from xlstm.distributed.mesh import axis_size, varying_axes
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     chunk_gates,
-    fold_state,
     log_scales,
     merge_chunks,
     product,
@@ -54,9 +53,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import normalizer_gradients
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.programs import (
+    gradients_between_chunks,
     is_cpu,
     split_denominator,
-    state_gradients_of,
+    states_between_chunks,
     states_of,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
@@ -64,10 +64,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
     add_scale_gradients,
     recompute,
     split_tokens,
-)
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import (
-    gradients_of_part,
-    states_of_part,
 )
 
 __all__ = [
@@ -153,16 +149,10 @@ def fwbw_forward(
         chunk_size = default_chunk_size(current_device(), inputs.q.shape[-1], inputs.v.shape[-1])
     q, k, v = split_tokens(inputs, chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, chunk_size)
-    states = states_of(is_zero=arguments.initial_C is None or context_axis is not None)
-    states, initial, first = (
-        functools.partial(states, precision=precision),
-        fold_state(inputs.state),
-        None,
+    is_zero = initial_C is None
+    before, last, first = states_between_chunks(
+        k, v, gates, inputs.state, is_zero, precision, context_axis
     )
-    if context_axis:
-        before, last, first = states_of_part(states, k, v, gates, initial, context_axis)
-    else:
-        before, last = states(k, v, gates, initial)
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
@@ -286,21 +276,9 @@ def _gradient_of_inputs(
     write = jnp.exp(gates.write - m_of_states[:, 1:, None])[..., None]
 
     # Gradients through the states.
-    carried_q = q * carry
-    last = fold_state(d_last)[:2]
-    (d_C, d_n), d_initial = state_gradients_of(is_zero=not has_d_last or context_axis is not None)(
-        carried_q.astype(dtype),
-        dh,
-        jnp.sum(carried_q * d_qn, axis=-2),
-        gates,
-        m_of_states,
-        jax.tree.map(jnp.zeros_like, last) if context_axis else last,
-        precision,
+    (d_C, d_n), d_initial = gradients_between_chunks(
+        (q * carry, dh, d_qn), gates, m_of_states, d_last, has_d_last, precision, context_axis
     )
-    if context_axis:
-        (d_C, d_n), d_initial = gradients_of_part(
-            (d_C, d_n), d_initial, gates, m_of_states, last, context_axis
-        )
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
         multiply("nctv,nckv->nctk", dh, before.C.astype(dtype)) + d_qn * before.n[..., None, :]
