@@ -4,8 +4,8 @@ A recurrent layer hands a state of fixed size from one part to the next. Parts d
 other: each device summarizes its own part, the devices combine the summaries of all earlier parts
 in a logarithmic number of steps, and each device then starts from the state that results.
 
-All functions here run inside of `shard_map`. If the axis has size 1 or is not bound, there is no
-earlier part.
+All functions here run inside of `shard_map` with `check_vma=False`. If the axis has size 1 or is
+not bound, there is no earlier part.
 
 References:
     Hillis and Steele, "Data Parallel Algorithms", 1986 (prefix sums in log steps).
@@ -78,6 +78,12 @@ def combine_earlier(
         y = combine(from_earlier(y, identity, axis_name, distance=distance, reverse=reverse), y)
         distance *= 2
     return y
+
+
+def only_in_first_part(x: PyTree, axis_name: str) -> PyTree:
+    """Returns a tree of arrays in the first part, and zeros in the others."""
+    is_first = axis_index(axis_name) == 0
+    return jax.tree.map(lambda x: jnp.where(is_first, x, 0), x)
 
 
 def of_last_part(x: PyTree, axis_name: str) -> PyTree:

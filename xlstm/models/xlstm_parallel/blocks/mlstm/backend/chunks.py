@@ -261,7 +261,7 @@ def _log_decays(gates: ChunkGates) -> jax.Array:
 
 def _decays(log_decays: jax.Array, m: jax.Array) -> jax.Array:
     """Returns the weights of `_log_decays` in states that are divided by `exp(m)`."""
-    return jnp.exp(log_decays + m[:, None, :] - m[:, :, None])
+    return exp_decay(log_decays + m[:, None, :] - m[:, :, None])
 
 
 def state_keep(gates: ChunkGates, m: jax.Array) -> jax.Array:
@@ -274,7 +274,12 @@ def state_keep(gates: ChunkGates, m: jax.Array) -> jax.Array:
     Returns:
         The factors `(N, NC)`.
     """
-    return jnp.exp(gates.carry[..., -1] + m[:, :-1] - m[:, 1:])
+    return exp_decay(gates.carry[..., -1] + m[:, :-1] - m[:, 1:])
+
+
+def exp_decay(log_decay: jax.Array) -> jax.Array:
+    """Returns `exp(log_decay)`, at most 1: rounding can bring sums of huge gates above 0."""
+    return jnp.exp(jnp.minimum(log_decay, 0))
 
 
 def chunk_state_gradients(

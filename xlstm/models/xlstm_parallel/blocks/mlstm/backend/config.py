@@ -119,8 +119,8 @@ class mLSTMBackend(nn.Module):
             `h (..., T, DHV)` in the type of `v`, or `(h, MLSTMState)`.
 
         Raises:
-            ValueError: If shapes or types are wrong, the initial state is incomplete, or the backend
-                does not support sharded tokens.
+            ValueError: If shapes or types are wrong, the initial state is incomplete, or the tokens
+                are sharded and the backend does not support it.
         """
         arguments = MLSTMArguments(q, k, v, i, f, c_initial, n_initial, m_initial)
         if self.context_axis and axis_size(self.context_axis) > 1 and not self.can_shard_tokens:

@@ -8,21 +8,15 @@ derives the backward pass, and `xlstm.common_types` describes the notation.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from xlstm.distributed.context_parallel import of_last_part
-from xlstm.distributed.mesh import axis_size
+from xlstm.distributed.mesh import axis_size, varying_axes
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     chunk_gates,
-    chunk_state_gradients,
-    chunk_state_gradients_by_decays,
-    chunk_states,
-    chunk_states_by_decays,
-    fold_state,
     log_scales,
     merge_chunks,
     product,
@@ -57,19 +51,19 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     prepare_inputs,
     state_product,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
-    denominator,
-    normalizer_gradients,
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import normalizer_gradients
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.programs import (
+    gradients_between_chunks,
+    is_cpu,
+    split_denominator,
+    states_between_chunks,
+    states_of,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
     FwbwContext,
     add_scale_gradients,
     recompute,
     split_tokens,
-)
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import (
-    gradients_of_part,
-    states_of_part,
 )
 
 __all__ = [
@@ -155,12 +149,10 @@ def fwbw_forward(
         chunk_size = default_chunk_size(current_device(), inputs.q.shape[-1], inputs.v.shape[-1])
     q, k, v = split_tokens(inputs, chunk_size)
     gates = chunk_gates(inputs.i, inputs.log_f, reset, chunk_size)
-    states, initial, first = _states_of(arguments, False), fold_state(inputs.state), None
-    states = functools.partial(states, precision=precision)
-    if context_axis:
-        before, last, first = states_of_part(states, k, v, gates, initial, context_axis)
-    else:
-        before, last = states(k, v, gates, initial)
+    is_zero = initial_C is None
+    before, last, first = states_between_chunks(
+        k, v, gates, inputs.state, is_zero, precision, context_axis
+    )
     log_weights = pair_log_weights(gates.i, gates.log_f, gates.document)
     m = log_scales(log_weights, gates, before.m)
 
@@ -169,7 +161,7 @@ def fwbw_forward(
     scores = multiply("nctk,ncsk->ncts", q, k) * weights
     carried_q = q * jnp.exp(gates.carry + before.m[..., None] - m)[..., None]
     qn = jnp.sum(scores, axis=-1) + jnp.sum(carried_q * before.n[..., None, :], axis=-1)
-    early, late = _split_denominator(qn, m, config.stabilize_correctly)
+    early, late = split_denominator(qn, m, config.stabilize_correctly)
     carried_q, scores = (carried_q / early).astype(v.dtype), round_to(scores / early, v.dtype)
     # XLA on GPUs stores this sum in the type of `h`, without a pass of its own, in this order only.
     h = multiply("nctk,nckv->nctv", carried_q, before.C.astype(v.dtype))
@@ -185,52 +177,11 @@ def fwbw_forward(
         last_state=unfold_state(last, leading),
         gates=gates if config.keep_gates else None,
         m=m if config.keep_M else None,
-        weights=weights if config.keep_G and _is_cpu() else None,
+        weights=weights if config.keep_G and is_cpu() else None,
         scores=scores if config.keep_G else None,
         before=before if config.keep_c else None,
     )
     return merge_chunks(h, leading, time).astype(arguments.v.dtype), context
-
-
-def _is_cpu() -> bool:
-    return current_device().platform == "cpu"
-
-
-def _states_of(
-    arguments: MLSTMArguments, has_earlier_part: bool
-) -> Callable[..., tuple[MLSTMState, MLSTMState]]:
-    """Returns `chunk_states`, or the function that does the same without a loop."""
-    if _is_cpu():
-        return chunk_states
-    is_zero = arguments.initial_C is None and not has_earlier_part
-    return functools.partial(chunk_states_by_decays, is_zero=is_zero)
-
-
-def _state_gradients_of(has_d_last: bool) -> Callable:
-    """Returns `chunk_state_gradients`, or the function that does the same without a loop."""
-    if _is_cpu():
-        return chunk_state_gradients
-    return functools.partial(chunk_state_gradients_by_decays, is_zero=not has_d_last)
-
-
-def _split_denominator(
-    qn: jax.Array, m: jax.Array, stabilize_correctly: bool
-) -> tuple[jax.Array | float, jax.Array | float]:
-    """Splits the denominator into the divisors of the factors and of the output.
-
-    On accelerators, XLA stores a sum of products in the type of the output only if no division
-    follows. On a CPU, it computes the products and the division in one go.
-
-    Args:
-        qn: `n_t . q_t`, `(N, NC, L)`.
-        m: Log scale of every token `(N, NC, L)`.
-        stabilize_correctly: See `divide_by_normalizer`.
-
-    Returns:
-        The two divisors; one is the denominator `(N, NC, L, 1)`, and the other is 1.
-    """
-    divisor = denominator(qn, m, stabilize_correctly)[..., None]
-    return (1.0, divisor) if _is_cpu() else (divisor, 1.0)
 
 
 def fwbw_backward(
@@ -308,12 +259,12 @@ def _gradient_of_inputs(
     context_axis: str | None,
 ) -> MLSTMInputs:
     """Returns the gradients of the prepared inputs; see `fwbw_backward`."""
-    states = _states_of(ctx.arguments, context_axis is not None)
+    states = states_of(is_zero=ctx.arguments.initial_C is None and context_axis is None)
     q, k, v, gates, before, m = recompute(ctx, inputs, states, precision)
     dtype, (*leading, time) = v.dtype, inputs.i.shape
     multiply = functools.partial(product, precision=precision)
     # `d_qn` is the gradient of the normalizer times `early`, and `dh` that of `h` over `late`.
-    early, late = _split_denominator(ctx.qn, m, config.stabilize_correctly)
+    early, late = split_denominator(ctx.qn, m, config.stabilize_correctly)
     dh = split_chunks(dh, len(leading), ctx.chunk_size).astype(m.dtype)
     _, d_qn = normalizer_gradients(dh, ctx.h, ctx.qn, m, config.stabilize_correctly)
     d_qn, dh = d_qn[..., None] * early, (dh / late).astype(dtype)
@@ -325,28 +276,16 @@ def _gradient_of_inputs(
     write = jnp.exp(gates.write - m_of_states[:, 1:, None])[..., None]
 
     # Gradients through the states.
-    carried_q = q * carry
-    last = fold_state(d_last)[:2]
-    (d_C, d_n), d_initial = _state_gradients_of(has_d_last and not context_axis)(
-        carried_q.astype(dtype),
-        dh,
-        jnp.sum(carried_q * d_qn, axis=-2),
-        gates,
-        m_of_states,
-        jax.tree.map(jnp.zeros_like, last) if context_axis else last,
-        precision,
+    (d_C, d_n), d_initial = gradients_between_chunks(
+        (q * carry, dh, d_qn), gates, m_of_states, d_last, has_d_last, precision, context_axis
     )
-    if context_axis:
-        (d_C, d_n), d_initial = gradients_of_part(
-            (d_C, d_n), d_initial, gates, m_of_states, last, context_axis
-        )
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros_like(d_last.m.reshape(-1))), leading)
     dq_carry = carry * (
         multiply("nctv,nckv->nctk", dh, before.C.astype(dtype)) + d_qn * before.n[..., None, :]
     )
     dk_write = write * (multiply("ncsv,nckv->ncsk", v, d_C.astype(dtype)) + d_n[..., None, :])
     # A CPU scales the product in the addition below; a GPU would store the product once more.
-    of_k, of_product = (1.0, write) if _is_cpu() else (write, 1.0)
+    of_k, of_product = (1.0, write) if is_cpu() else (write, 1.0)
     dv = of_product * multiply("ncsk,nckv->ncsv", (k * of_k).astype(dtype), d_C.astype(dtype))
 
     # Gradients through the pairs within the chunk.
@@ -416,9 +355,7 @@ def _fwbw_forward_rule(arguments, reset, config, precision, context_axis):
 
 def _fwbw_backward_rule(config, precision, context_axis, ctx, cotangents):
     dh, d_last = cotangents if config.return_state else (cotangents, (None, None, None))
-    grads = fwbw_backward(
-        ctx, dh, config, *d_last, precision=precision, context_axis=context_axis
-    )
+    grads = fwbw_backward(ctx, dh, config, *d_last, precision=precision, context_axis=context_axis)
     given = [x is not None for x in ctx.arguments]
     grads = (dx if is_given else None for dx, is_given in zip(grads, given, strict=True))
     return MLSTMArguments(*grads), None
@@ -438,26 +375,30 @@ def mlstm_fwbw_custom_grad(
         config: Options of the backend.
         precision: Precision of float32 products, see `product_precision`.
         context_axis: Mesh axis that the tokens are sharded over in `shard_map`, see `fwbw_forward`;
-            None if they are not.
+            None if they are not. It needs `check_vma=False`.
 
     Returns:
         A function of `(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None)`,
         with the shapes of `fwbw_forward`, that returns `h (..., T, DHV)`, or `(h, (C, n, m))` with
-        `config.return_state`.
+        `config.return_state`. It raises a `ValueError` if shapes or types are wrong, the initial
+        state is incomplete, or `shard_map` checks the axes over which sharded tokens vary.
     """
-
-    context_axis = context_axis if context_axis and axis_size(context_axis) > 1 else None
 
     def mlstm_fwbw(q, k, v, i, f, initial_C=None, initial_n=None, initial_m=None, reset=None):
         arguments = MLSTMArguments(q, k, v, i, f, initial_C, initial_n, initial_m)
+        axis = context_axis if context_axis and axis_size(context_axis) > 1 else None
+        if axis in varying_axes(arguments):
+            raise ValueError(
+                f"tokens that are sharded over {axis} need jax.shard_map(check_vma=False)"
+            )
         dtype, dims = jnp.result_type(q, k, v), (q.shape[-1], v.shape[-1])
         chosen = choose_implementation(config.implementation, current_device(), dtype, *dims)
         if chosen.name == "xla":
-            return _fwbw(arguments, reset, config, precision, context_axis)
+            return _fwbw(arguments, reset, config, precision, axis)
         # Imported only where it is used: not every jaxlib has Mosaic GPU.
         from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic import mlstm_mosaic
 
-        return mlstm_mosaic(arguments, reset, config, context_axis)
+        return mlstm_mosaic(arguments, reset, config, axis)
 
     return mlstm_fwbw
 

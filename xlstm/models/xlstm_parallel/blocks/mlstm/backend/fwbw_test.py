@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend import fwbw, testing
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import programs, testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import mLSTMBackend
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.fwbw import (
     fwbw_backward,
@@ -171,7 +171,7 @@ def test_vmap_over_heads_is_the_heads_folded_in(axis):
 
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_an_accelerator_needs_no_loop(monkeypatch, with_reset):
-    monkeypatch.setattr(fwbw, "current_device", lambda: Device("gpu", "NVIDIA A100"))
+    monkeypatch.setattr(programs, "current_device", lambda: Device("gpu", "NVIDIA A100"))
     problem = testing.problem(65, with_reset=with_reset)
     function = mlstm_fwbw_custom_grad(dataclasses.replace(CONFIG, return_state=True))
     reset = problem.reset if with_reset else None

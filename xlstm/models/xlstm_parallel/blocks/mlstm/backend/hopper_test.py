@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend import mosaic_testing
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import Inputs, Options
@@ -78,6 +78,33 @@ def test_a_training_step_of_blocks_on_a_mesh_lowers_for_cuda():
     assert len(kernels) == 5
     # Only the second forward pass writes states, before the chunks 0 and 2 of two heads.
     assert sum("tensor<4x64x64xbf16>" in line.rpartition("->")[2] for line in kernels) == 1
+
+
+def test_a_training_step_on_parts_of_sequences_lowers_for_cuda():
+    def block(x, weights):
+        y = (x @ weights).reshape(*x.shape[:2], -1, 64).swapaxes(1, 2)
+        gate = y[..., 0].astype(jnp.float32)
+        h = mlstm_mosaic(MLSTMArguments(y, y, y, gate, gate + 3), None, CONFIG, "cp")
+        return x + h.swapaxes(1, 2).reshape(x.shape), None
+
+    def loss(x, weights):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(block), x, weights)[0].astype(jnp.float32))
+
+    tokens, everywhere = PartitionSpec(None, "cp"), PartitionSpec()
+    step = jax.shard_map(
+        jax.grad(loss, argnums=1),
+        mesh=AbstractMesh((8,), ("cp",), (AxisType.Auto,)),
+        in_specs=(tokens, everywhere),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    shapes = (2, 8 * 130, 128), (3, 128, 128)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    # In addition, states alone before each forward pass, and before the other backward passes.
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 5 + 3
+    # Between eight parts, four steps for each forward pass, for dC and for dn.
+    assert text.count("stablehlo.collective_permute") == 4 * 4
 
 
 def test_the_passes_of_a_single_chunk_lower_for_cuda():

@@ -6,16 +6,15 @@ and the backward pass reads the states for it. `docs/gpu.md` has the picture, an
 the equations.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlstm.distributed.context_parallel import of_last_part, only_in_first_part
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     fold_state,
     merge_chunks,
@@ -25,18 +24,21 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     CHUNK,
     Inputs,
     Options,
-    Outputs,
     Row,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import gradients_of_gates
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper import decayed_attention_hopper
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.hopper_plan import num_blocks
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMArguments,
     MLSTMInputs,
     MLSTMState,
     check_reset,
     prepare_inputs,
+    state_product,
+)
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic_parts import (
+    mosaic_gradient_after_part,
+    mosaic_state_before_part,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     bound_gradient,
@@ -44,8 +46,12 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     normalizer_bound,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import add_scale_gradients
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.segments import (
+    Attend,
+    last_state,
+    run_pass,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.token_gates import (
-    FEATURES,
     TokenGates,
     Tokens,
     carry_over,
@@ -56,12 +62,8 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.token_gates import (
     weighted_sums,
 )
 
-Attend = Callable[[Inputs, Options], Outputs]
-
-_LEAST_CHUNKS = 4  # In a segment; shorter ones cost more than they win.
 # On tensor cores, each factor as the sum of two bfloat16 numbers: relative errors below 2^-16.
 _TWO_PARTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
-_MULTIPROCESSORS = 132  # Of an H100; fewer blocks than these leave some of them idle.
 
 
 class MosaicContext(NamedTuple):
@@ -73,7 +75,10 @@ class MosaicContext(NamedTuple):
         h: Output as the kernels have it, `(B, T, NH * DHV)`.
         qn: `n_t . q_t`, `(N, NC, L)`.
         before_n: `n` before every chunk `(N, NC, DHQK)`.
-        last_state: State after the last token; `C` is None if it is not returned.
+        first_state: State before this device's part of the sequences, leading axis `N`; None if
+            they are not sharded.
+        last_state: State after the last token, or after this part; `C` is None if it is not
+            returned.
         gates: The gates.
         states: `C` before every second chunk `(N * NS, DHQK, DHV)`, bfloat16, with `keep_c`, else
             None.
@@ -84,51 +89,15 @@ class MosaicContext(NamedTuple):
     h: jax.Array
     qn: jax.Array
     before_n: jax.Array
+    first_state: MLSTMState | None
     last_state: MLSTMState
     gates: TokenGates
     states: jax.Array | None
 
 
-def _segments(inputs: Inputs, blocks: int) -> int:
-    """Returns into how many segments to cut the sequence, so that few heads fill the card."""
-    num_chunks = inputs.keep.shape[1]
-    segments = 1
-    while (
-        blocks * segments * 2 <= _MULTIPROCESSORS
-        and num_chunks % (segments * 4) == 0
-        and num_chunks // (segments * 2) >= _LEAST_CHUNKS
-    ):
-        segments *= 2
-    return segments
-
-
-def _run(attend: Attend, inputs: Inputs, options: Options) -> Outputs:
-    """Runs a pass; with few heads, in segments that run side by side, after their first states."""
-    n, num_chunks = inputs.keep.shape
-    heads = n // inputs.b.shape[0]
-    dims = inputs.b.shape[-1] // heads, inputs.x.shape[-1] // heads
-    segments = _segments(inputs, num_blocks(inputs, options))
-    if segments == 1:
-        return attend(inputs, options)
-    reverse = options.reverse
-    states_alone = Options(reverse=reverse, outputs=False, emit_last=True, segments=segments)
-    alone = Inputs(None, inputs.b, inputs.x, inputs.gates, inputs.keep)
-    added = attend(alone, states_alone).last
-    keep = jnp.prod(inputs.keep.reshape(n, segments, num_chunks // segments), axis=-1)
-    initial = jnp.zeros((n, *dims), jnp.float32) if inputs.init is None else inputs.init
-    before, _ = carry_over(
-        added.reshape(n, segments, -1), keep, initial.reshape(n, -1), reverse=reverse
-    )
-    inputs = inputs._replace(init=before.reshape(n * segments, *dims))
-    outputs = attend(inputs, dataclasses.replace(options, segments=segments))
-    if options.emit_last:
-        last = outputs.last.reshape(n, segments, *dims)
-        outputs = outputs._replace(last=last[:, 0 if reverse else -1])
-    return outputs
-
-
 def mosaic_forward(
     arguments: MLSTMArguments,
+    first_state: MLSTMState | None,
     reset: jax.Array | None,
     *,
     stabilize_correctly: bool,
@@ -140,6 +109,7 @@ def mosaic_forward(
 
     Args:
         arguments: Arguments of the backend.
+        first_state: See `MosaicContext`.
         reset: See `mLSTMBackend.__call__`.
         stabilize_correctly: See `mLSTMBackendFwbwConfig`.
         keep_states: Whether the states before the chunks are kept for the backward pass.
@@ -152,7 +122,7 @@ def mosaic_forward(
     Raises:
         ValueError: If shapes or types are wrong, or the initial state is incomplete.
     """
-    inputs = prepare_inputs(arguments)
+    inputs = _inputs_of_part(prepare_inputs(arguments), first_state)
     reset = check_reset(reset, inputs.i.shape)
     *leading, time, qk_dim = arguments.q.shape
     tokens = Tokens(tuple(leading), time)
@@ -160,13 +130,13 @@ def mosaic_forward(
     q, k, v = (tokens.fold(x) for x in arguments[:3])
 
     initial = fold_state(inputs.state)
-    initial_n = jnp.pad(initial.n, ((0, 0), (0, -qk_dim % FEATURES)))
     before_n, last_n = carry_over(
-        weighted_sums(tokens, k, gates.write), gates.keep, initial_n, reverse=False
+        weighted_sums(tokens, k, gates.write), gates.keep, pad_state(initial.n), reverse=False
     )
     carried_qn = read_vector(tokens, q, before_n) * gates.read
     bound = normalizer_bound(gates.m, stabilize_correctly)
-    results = _run(
+    has_initial = first_state is not None or arguments.initial_C is not None
+    results = run_pass(
         attend,
         Inputs(
             a=q,
@@ -174,7 +144,7 @@ def mosaic_forward(
             x=v,
             gates=gate_rows(gates, qk_dim, 0, 1, carried_qn, bound),
             keep=gates.keep,
-            init=None if arguments.initial_C is None else pad_state(initial.C),
+            init=pad_state(initial.C) if has_initial else None,
         ),
         Options(normalize=True, emit_states=keep_states, emit_last=return_state),
     )
@@ -188,6 +158,7 @@ def mosaic_forward(
         h=results.out,
         qn=results.normalizer,
         before_n=before_n,
+        first_state=first_state,
         last_state=MLSTMState(last_C, last_n, gates.last_m.reshape(inputs.state.m.shape)),
         gates=gates,
         states=results.states,
@@ -196,12 +167,20 @@ def mosaic_forward(
     return h.astype(arguments.v.dtype), context
 
 
+def _inputs_of_part(inputs: MLSTMInputs, first_state: MLSTMState | None) -> MLSTMInputs:
+    """Returns the inputs with the state before this device's part; with their own for None."""
+    if first_state is None:
+        return inputs
+    return inputs._replace(state=unfold_state(first_state, inputs.state.m.shape))
+
+
 def mosaic_backward(
     ctx: MosaicContext,
     dh: jax.Array,
     d_last: MLSTMState | None,
     *,
     stabilize_correctly: bool,
+    context_axis: str | None,
     attend: Attend,
 ) -> MLSTMArguments:
     """Runs the backward pass; see `fwbw_backward` for what it is the gradient of.
@@ -211,16 +190,20 @@ def mosaic_backward(
         dh: Gradient of the output `(..., T, DHV)`.
         d_last: Gradient of the last state; None for zero.
         stabilize_correctly: See `mLSTMBackendFwbwConfig`.
+        context_axis: See `mlstm_mosaic`.
         attend: The implementation of `decayed_attention`.
 
     Returns:
         The gradients of the arguments; None for those that were not given.
     """
+    if d_last is not None and context_axis:
+        d_last = lax.psum(d_last, context_axis)
     inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     # See `fwbw_backward`.
     ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
+    inputs = _inputs_of_part(inputs, ctx.first_state)
     d_q, d_k, d_v, d_i, d_log_f, d_initial = _token_gradients(
-        ctx, dh, d_last, stabilize_correctly, attend
+        ctx, inputs.state, dh, d_last, stabilize_correctly, context_axis, attend
     )
     leading = inputs.state.m.shape
     d_initial = unfold_state(MLSTMState(*d_initial, jnp.zeros(math.prod(leading))), leading)
@@ -231,16 +214,20 @@ def mosaic_backward(
     zeros = (jnp.zeros_like(x) for x in inputs[:3])
     gradients = MLSTMInputs(*zeros, d_i, d_log_f, d_initial)
     if stabilize_correctly:
-        gradients = add_scale_gradients(inputs, gradients, ctx.reset, ctx.last_state, d_last)
+        has_d_last = d_last is not None
+        d_last_m = d_last.m - state_product(ctx.last_state, d_last) if has_d_last else None
+        gradients = add_scale_gradients(inputs, gradients, ctx.reset, d_last_m, context_axis)
     (through,) = pull_back(gradients)
     return through._replace(q=d_q, k=d_k, v=d_v)
 
 
 def _token_gradients(
     ctx: MosaicContext,
+    initial: MLSTMState,
     dh: jax.Array,
     d_last: MLSTMState | None,
     stabilize_correctly: bool,
+    context_axis: str | None,
     attend: Attend,
 ):
     """Returns the gradients of q, k, v, of the gates in chunks, and of the initial C and n."""
@@ -251,18 +238,19 @@ def _token_gradients(
     q, k, v, dh = (tokens.fold(x) for x in (*arguments[:3], dh))
     initial_C = last_dC = None
     last_dn = jnp.zeros_like(ctx.before_n[:, 0])
-    if arguments.initial_C is not None:
-        initial_C = pad_state(arguments.initial_C.reshape(-1, qk_dim, v_dim)).astype(jnp.float32)
+    if context_axis or arguments.initial_C is not None:
+        initial_C = pad_state(fold_state(initial).C)
     if d_last is not None:
-        last_dC = pad_state(d_last.C.reshape(-1, qk_dim, v_dim)).astype(jnp.float32)
-        last_dn = d_last.n.reshape(-1, qk_dim).astype(jnp.float32)
-        last_dn = jnp.pad(last_dn, ((0, 0), (0, -qk_dim % FEATURES)))
+        last_dC, last_dn = (pad_state(x.astype(jnp.float32)) for x in fold_state(d_last)[:2])
 
     bound = normalizer_bound(gates.m, stabilize_correctly)
     norm = denominator(ctx.qn, gates.m, stabilize_correctly)
     bias = jnp.zeros_like(norm)
     rows = gate_rows(gates, qk_dim, jnp.log(norm), norm, bias, gates.last)
-    run, states = functools.partial(_run, attend), ctx.states
+    if context_axis:
+        before = last_state(attend, Inputs(None, q, dh, rows, keep), reverse=True)
+        last_dC = mosaic_gradient_after_part(before, gates, last_dC, (qk_dim, v_dim), context_axis)
+    run, states = functools.partial(run_pass, attend), ctx.states
     if states is None:
         alone = Inputs(None, k, v, rows, keep, init=initial_C)
         states = run(alone, Options(outputs=False, emit_states=True)).states
@@ -276,9 +264,11 @@ def _token_gradients(
         d_qn = -jnp.sign(ctx.qn) * jnp.sum(by_v.x_dots, axis=1) / norm
         bias = norm * jnp.where(jnp.abs(ctx.qn) > bound, bound_gradient(d_qn), 0)
         rows = rows.at[:, :, Row.BIAS].set(bias)
-    after_dn, initial_dn = carry_over(
-        weighted_sums(tokens, q, bias * gates.read / norm), keep, last_dn, reverse=True
-    )
+    read_q = weighted_sums(tokens, q, bias * gates.read / norm)
+    if context_axis:
+        _, before = carry_over(read_q, keep, jnp.zeros_like(last_dn), reverse=True)
+        last_dn = mosaic_gradient_after_part(before, gates, last_dn, (qk_dim,), context_axis)
+    after_dn, initial_dn = carry_over(read_q, keep, last_dn, reverse=True)
     by_q = run(
         Inputs(dh, v, k, rows, keep, _transpose(initial_C), ctx.before_n, partner=q), Options()
     )
@@ -308,6 +298,8 @@ def _token_gradients(
         for dx, x in zip((by_q.out, by_k.out, by_v.out), arguments[:3], strict=True)
     )
     d_initial = by_v.last[:, :qk_dim, :v_dim], initial_dn[:, :qk_dim]
+    if context_axis:
+        d_initial = only_in_first_part(d_initial, context_axis)
     return *d_tokens, d_i, d_log_f, d_initial
 
 
@@ -354,11 +346,11 @@ def _transpose(state: jax.Array | None) -> jax.Array | None:
     return None if state is None else state.swapaxes(-1, -2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def mlstm_mosaic(
     arguments: MLSTMArguments,
     reset: jax.Array | None,
     config: Any,
+    context_axis: str | None = None,
     attend: Attend = decayed_attention_hopper,
 ) -> jax.Array | tuple[jax.Array, MLSTMState]:
     """Computes the mLSTM with the kernels, and its gradient.
@@ -368,32 +360,55 @@ def mlstm_mosaic(
         reset: See `mLSTMBackend.__call__`.
         config: Options of `fwbw`, of which `stabilize_correctly`, `keep_c` and `return_state` have
             an effect.
+        context_axis: Mesh axis that the tokens are sharded over, or None, see `fwbw_forward`.
         attend: The implementation of `decayed_attention`.
 
     Returns:
         `h (..., T, DHV)`, or `(h, (C, n, m))` with `config.return_state`.
     """
-    return _forward_rule(arguments, reset, config, attend, keep_states=False)[0]
+    first_state = None
+    if context_axis:
+        # Outside of the function with its own gradient, where policies of remat see its name.
+        constants = lax.stop_gradient(arguments)
+        first_state = mosaic_state_before_part(constants, reset, context_axis, attend)
+    return _mlstm_mosaic(arguments, first_state, reset, config, context_axis, attend)
 
 
-def _forward_rule(arguments, reset, config, attend, keep_states=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _mlstm_mosaic(arguments, first_state, reset, config, context_axis, attend):
+    """Implements `mlstm_mosaic` with the state before this device's part, whose gradient is 0."""
+    return _forward_rule(
+        arguments, first_state, reset, config, context_axis, attend, keep_states=False
+    )[0]
+
+
+def _forward_rule(arguments, first_state, reset, config, context_axis, attend, keep_states=None):
     h, ctx = mosaic_forward(
         arguments,
+        first_state,
         reset,
         stabilize_correctly=config.stabilize_correctly,
         keep_states=config.keep_c if keep_states is None else keep_states,
         return_state=config.return_state,
         attend=attend,
     )
-    return ((h, ctx.last_state) if config.return_state else h), ctx
+    if not config.return_state:
+        return h, ctx
+    last = ctx.last_state
+    return (h, of_last_part(last, context_axis) if context_axis else last), ctx
 
 
-def _backward_rule(config, attend, ctx, cotangents):
+def _backward_rule(config, context_axis, attend, ctx, cotangents):
     dh, d_last = cotangents if config.return_state else (cotangents, None)
     grads = mosaic_backward(
-        ctx, dh, d_last, stabilize_correctly=config.stabilize_correctly, attend=attend
+        ctx,
+        dh,
+        d_last,
+        stabilize_correctly=config.stabilize_correctly,
+        context_axis=context_axis,
+        attend=attend,
     )
-    return grads, None
+    return grads, None, None
 
 
-mlstm_mosaic.defvjp(_forward_rule, _backward_rule, optimize_remat=True)
+_mlstm_mosaic.defvjp(_forward_rule, _backward_rule, optimize_remat=True)

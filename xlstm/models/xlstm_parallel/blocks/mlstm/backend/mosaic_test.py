@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend import mosaic, mosaic_testing, testing
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend import (
+    mosaic,
+    mosaic_testing,
+    segments,
+    testing,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.decayed_attention import (
     decayed_attention_xla,
 )
@@ -18,7 +23,9 @@ CONFIG = mLSTMBackendFwbwConfig(stabilize_correctly=True, return_state=True)
 
 @jax.jit
 def twin(arguments, reset=None):
-    return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, decayed_attention_xla)
+    return mosaic.mlstm_mosaic(
+        MLSTMArguments(*arguments), reset, CONFIG, None, decayed_attention_xla
+    )
 
 
 def random_arguments(seed, leading, time, qk_dim=24, v_dim=40, dtype=jnp.bfloat16):
@@ -42,7 +49,7 @@ def test_recomputed_states_equal_the_kept_ones():
 
 
 def test_segments_change_nothing_but_roundings(monkeypatch):
-    monkeypatch.setattr(mosaic, "_LEAST_CHUNKS", 2)
+    monkeypatch.setattr(segments, "_LEAST_CHUNKS", 2)
     arguments = random_arguments(5, (1, 3), 512)
     reset = np.random.default_rng(5).random((1, 3, 512)) < 0.01
     cotangents = testing.random_cotangents(6, arguments)
@@ -50,22 +57,22 @@ def test_segments_change_nothing_but_roundings(monkeypatch):
 
     def run(multiprocessors):
         """Returns the results, and the numbers of segments of the passes."""
-        monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", multiprocessors)
-        segments = set()
+        monkeypatch.setattr(segments, "_MULTIPROCESSORS", multiprocessors)
+        numbers = set()
 
         def attend(inputs, options):
-            segments.add(options.segments)
+            numbers.add(options.segments)
             return decayed_attention_xla(inputs, options)
 
         def cell(arguments, reset):
-            return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, attend)
+            return mosaic.mlstm_mosaic(MLSTMArguments(*arguments), reset, CONFIG, attend=attend)
 
-        return testing.outputs_and_gradients(cell, arguments, reset, cotangents), segments
+        return testing.outputs_and_gradients(cell, arguments, reset, cotangents), numbers
 
-    whole, segments = run(1)
-    assert segments == {1}
-    segmented, segments = run(132)
-    assert max(segments) == 4
+    whole, numbers = run(1)
+    assert numbers == {1}
+    segmented, numbers = run(132)
+    assert max(numbers) == 4
     for x, y in zip(jax.tree.leaves(segmented), jax.tree.leaves(whole), strict=True):
         assert testing.relative_error(x, y, 1e-3) < 5e-3
 

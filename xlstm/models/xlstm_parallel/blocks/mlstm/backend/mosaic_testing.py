@@ -101,12 +101,13 @@ def problem(time: int, qk_dim: int, v_dim: int, stabilize_correctly: bool = True
     return Problem(arguments, reset, cotangents, expected, is_well_conditioned)
 
 
-def solve(problem: Problem, run: str, **options) -> tuple:
+def solve(problem: Problem, run: str, num_parts: int = 1, **options) -> tuple:
     """Computes outputs, last states and gradients.
 
     Args:
         problem: The problem.
         run: `kernel`, `twin` (the same roundings in XLA) or `fwbw` (the XLA program).
+        num_parts: Number of parts of the sequences, each on its own device.
         **options: Options of `fwbw`.
 
     Returns:
@@ -117,15 +118,19 @@ def solve(problem: Problem, run: str, **options) -> tuple:
         return_state=True,
         implementation="xla",
     )
+    axis = None if num_parts == 1 else "cp"
     attend = {"kernel": decayed_attention_hopper, "twin": decayed_attention_xla}.get(run)
 
     def cell(arguments, reset):
         if run == "fwbw":
-            return mlstm_fwbw_custom_grad(config)(*arguments, reset=reset)
-        return mlstm_mosaic(MLSTMArguments(*arguments), reset, config, attend)
+            h, state = mlstm_fwbw_custom_grad(config, None, axis)(*arguments, reset=reset)
+        else:
+            h, state = mlstm_mosaic(MLSTMArguments(*arguments), reset, config, axis, attend)
+        return h, tuple(state)
 
+    whole = cell if num_parts == 1 else testing.in_parts(cell, num_parts)
     outputs, gradients = testing.outputs_and_gradients(
-        cell, problem.arguments, problem.reset, problem.cotangents
+        whole, problem.arguments, problem.reset, problem.cotangents
     )
     return outputs[0], *outputs[1], *gradients
 

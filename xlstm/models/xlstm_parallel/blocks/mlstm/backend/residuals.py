@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 from jax import lax
 
+from xlstm.distributed.context_parallel import only_in_first_part
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     ChunkGates,
     chunk_gates,
@@ -27,7 +28,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     state_product,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import (
-    of_first_part,
     scale_gradient_after_part,
 )
 
@@ -47,7 +47,7 @@ class FwbwContext(NamedTuple):
         m: Log scale of every token `(N, NC, L)` with `keep_M`, else None.
         weights: Weights of the pairs `(N, NC, L, L)` with `keep_G` on a CPU, else None.
         scores: Gated scores of the pairs `(N, NC, L, L)` with `keep_G`, else None; divided as by
-            `fwbw._split_denominator`.
+            `programs.split_denominator`.
         before: State before every chunk, leading axes `(N, NC)`, with `keep_c`, else None.
     """
 
@@ -149,7 +149,7 @@ def add_scale_gradients(
         )
         if context_axis:
             d_last_m = scale_gradient_after_part(d_last_m, is_carried, context_axis)
-            is_carried = of_first_part(is_carried, context_axis)
+            is_carried = only_in_first_part(is_carried, context_axis)
         d_i, d_log_f = d_i + more_i * d_last_m[..., None], d_log_f + more_f * d_last_m[..., None]
         d_m += is_carried * d_last_m
     return gradients._replace(i=d_i, log_f=d_log_f, state=d_initial._replace(m=d_m))

@@ -14,11 +14,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.common_types import PyTree
-from xlstm.distributed.context_parallel import combine_earlier, of_last_part
-from xlstm.distributed.mesh import axis_index
+from xlstm.distributed.context_parallel import (
+    combine_earlier,
+    of_last_part,
+    only_in_first_part,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     PADDING_GATE,
     ChunkGates,
+    exp_decay,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import rev_cumsum
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMState
@@ -121,27 +125,25 @@ def states_of_part(
     return whole, last, first
 
 
-def gradient_after_part(
-    before: _Gradient, keep: jax.Array, last: _Gradient, axis_name: str
-) -> _Gradient:
-    """Returns the gradient of the state after this device's part, of all later parts.
+def gradient_after_part(before: PyTree, keep: jax.Array, last: PyTree, axis_name: str) -> PyTree:
+    """Returns the gradient of the state after this device's part, through all later parts.
 
     Args:
-        before: Gradient of `C` and `n` before the part, through the outputs of this part alone,
-            leading axis `N`.
+        before: Gradients of `C`, of `n` or of both before the part, through the outputs of this
+            part alone, leading axis `N`.
         keep: Factor of the state before the part in the state after it `(N,)`.
-        last: Gradient of `C` and `n` after the last part, the same on all devices.
+        last: Gradients after the last part, the same on all devices, like `before`.
         axis_name: The mesh axis.
 
     Returns:
-        The gradient of `C` and `n`, leading axis `N`.
+        The gradients after this part, like `before`.
     """
 
     def combine(later, earlier):
         (later_keep, later_sums), (keep, sums) = later, earlier
         return later_keep * keep, _add_decayed(sums, keep, later_sums)
 
-    identity = 1.0, (0.0, 0.0)
+    identity = 1.0, jax.tree.map(lambda _: 0.0, before)
     keep, sums = combine_earlier(combine, (keep, before), identity, axis_name, reverse=True)
     return _add_decayed(sums, keep, last)
 
@@ -170,28 +172,24 @@ def gradients_of_part(
         initial ones, which are zero except in the first part.
     """
     log_decays = jnp.pad(rev_cumsum(gates.carry[..., -1]), [(0, 0), (0, 1)])
-    keep = jnp.exp(log_decays + m - m[:, -1:])
+    keep = exp_decay(log_decays + m - m[:, -1:])
     after = gradient_after_part(local_initial, keep[:, 0], last, axis_name)
     expanded = jax.tree.map(lambda x: x[:, None], after)
     d_C, d_n = _add_decayed(local, keep[:, 1:], expanded)
     initial = _add_decayed(local_initial, keep[:, 0], after)
-    return (d_C.astype(local[0].dtype), d_n), of_first_part(initial, axis_name)
+    return (d_C.astype(local[0].dtype), d_n), only_in_first_part(initial, axis_name)
 
 
-def of_first_part(x: PyTree, axis_name: str) -> PyTree:
-    """Returns a tree of arrays in the first part, and zeros in the others."""
-    is_first = axis_index(axis_name) == 0
-    return jax.tree.map(lambda x: jnp.where(is_first, x, 0), x)
+def _add_decayed(x: PyTree, keep: jax.Array, y: PyTree) -> PyTree:
+    """Returns `x + keep y`, where the arrays of `x` and `y` have more trailing axes than `keep`."""
+
+    def add(x, y):
+        return x + jnp.expand_dims(keep, range(keep.ndim, x.ndim)) * y
+
+    return jax.tree.map(add, x, y)
 
 
-def _add_decayed(x: _Gradient, keep: jax.Array, y: _Gradient) -> _Gradient:
-    """Returns `x + keep y`."""
-    return x[0] + keep[..., None, None] * y[0], x[1] + keep[..., None] * y[1]
-
-
-def scale_gradient_after_part(
-    d_m: jax.Array, is_carried: jax.Array, axis_name: str
-) -> jax.Array:
+def scale_gradient_after_part(d_m: jax.Array, is_carried: jax.Array, axis_name: str) -> jax.Array:
     """Returns the gradient of `m` after this device's part, through the maxima of later parts.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 
 class Arguments(NamedTuple):
@@ -165,6 +166,28 @@ def _gradients(arguments, reset, cotangents, stabilize_correctly):
         return jnp.moveaxis(h, 0, leading), last
 
     return jax.vjp(run, arguments)[1](cotangents)[0]
+
+
+def in_parts(cell: Callable, num_parts: int) -> Callable:
+    """Shards the tokens of a function under test, in contiguous parts.
+
+    Args:
+        cell: Function `cell(arguments, reset) -> (h, (C, n, m))`, with two leading axes and the
+            context axis `cp`.
+        num_parts: Number of devices, one for each part.
+
+    Returns:
+        The same function of whole sequences.
+    """
+    tokens, states = PartitionSpec(None, None, "cp"), PartitionSpec()
+    specs = Arguments(*[tokens] * 5, *[states] * 3)
+    return jax.shard_map(
+        cell,
+        mesh=Mesh(jax.devices()[:num_parts], "cp"),
+        in_specs=(specs, tokens),
+        out_specs=(tokens, states),
+        check_vma=False,
+    )
 
 
 def outputs_and_gradients(cell: Callable, arguments: Arguments, reset, cotangents):
