@@ -122,11 +122,12 @@ class _Device:
 @pytest.mark.parametrize(
     "shape, devices_per_process, process, shard",
     [
-        ((4, 2, 1, 1), 2, 1, (1, 4)),  # A process has two rows of its own.
-        ((2, 1, 1, 4), 2, 1, (0, 2)),  # Two processes share a `tp` group, and so the rows.
-        ((2, 1, 1, 4), 2, 2, (1, 2)),
-        ((1, 1, 2, 4), 2, 3, (0, 1)),
-        ((8, 1, 1, 1), 8, 0, (0, 1)),
+        ((4, 2, 1, 1, 1), 2, 1, (1, 4)),  # A process has two rows of its own.
+        ((2, 1, 1, 1, 4), 2, 1, (0, 2)),  # Two processes share a `tp` group, and so the rows.
+        ((2, 1, 1, 1, 4), 2, 2, (1, 2)),
+        ((2, 1, 1, 4, 1), 2, 1, (0, 2)),  # Also if they share the tokens of each row.
+        ((1, 1, 2, 1, 4), 2, 3, (0, 1)),
+        ((8, 1, 1, 1, 1), 8, 0, (0, 1)),
     ],
 )
 def test_a_process_reads_the_rows_of_its_devices(
@@ -139,7 +140,7 @@ def test_a_process_reads_the_rows_of_its_devices(
 
 
 def test_rows_that_are_no_equal_piece_of_the_batch():
-    devices = np.array([_Device(i, 3) for i in range(6)]).reshape(3, 1, 1, 2)
+    devices = np.array([_Device(i, 3) for i in range(6)]).reshape(3, 1, 1, 1, 2)
     mesh = types.SimpleNamespace(
         devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True))
     )

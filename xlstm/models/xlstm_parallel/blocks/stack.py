@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from xlstm.common_types import PyTree
+from xlstm.distributed.context_parallel import INCOMING_STATE
 from xlstm.distributed.data_parallel import is_partitioned
 from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.distributed.tensor_parallel import SCATTERED
 from xlstm.models.xlstm_parallel.blocks.block import KINDS, BlockCarry, BlockIndex
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import INCOMING_STATE
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import RESIDUALS
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.pattern import BlockGroup, BlockPattern

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.common_types import PyTree
-from xlstm.distributed.context_parallel import combine_earlier, of_last_part
+from xlstm.distributed.context_parallel import INCOMING_STATE, combine_earlier, of_last_part
 from xlstm.distributed.mesh import axis_index
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     PADDING_GATE,
@@ -22,10 +22,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import rev_cumsum
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMState
-
-# The name of the state before a part for `jax.checkpoint_policies`: a policy that saves it spares
-# the backward pass the communication.
-INCOMING_STATE = "mlstm_incoming_state"
 
 _Gradient = tuple[jax.Array, jax.Array]  # Of C and n.
 
