@@ -29,8 +29,8 @@ class CausalConvolution(nn.Module):
     """Depthwise convolution: `y_t = bias + sum_j kernel_j x_(t - W + 1 + j)` for each channel.
 
     Inputs before the first token are zero. If the tokens are sharded over `context_axis`, a part
-    gets the last inputs of the part before it. The layer sums shifted products, since XLA on CPU takes
-    thirty times as long for a convolution with as many groups as channels.
+    gets the last inputs of the part before it. The layer sums shifted products, since XLA on CPU
+    takes thirty times as long for a convolution with as many groups as channels.
 
     Attributes:
         width: Number of tokens that each output depends on, W.
