@@ -80,7 +80,8 @@ def _config(
             remat=remat,
             dtype=dtype,
         ),
-        backend=BackendConfig(chunk_size=4),
+        # Smaller chunks double the rounding of xlstm_2024, on every mesh.
+        backend=BackendConfig(chunk_size=4 if block == "xlstm_7b" else 8),
         mesh=MeshConfig(**{"dp": 1, "fsdp_min_weight_size": 64} | mesh),
         data=DataConfig(context_length=context_length, batch_size=_B),
         schedule=ScheduleConfig(warmup_steps=5, decay_steps=100),
