@@ -21,6 +21,10 @@ from jax.flatten_util import ravel_pytree
 from xlstm.common_types import PyTree
 from xlstm.distributed.mesh import axis_index, axis_size
 
+# The name of the state before a part for `jax.checkpoint_policies`: a policy that saves it spares
+# the backward pass the communication.
+INCOMING_STATE = "incoming_state"
+
 
 def from_earlier(
     x: PyTree, fill: PyTree, axis_name: str, *, distance: int = 1, reverse: bool = False

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from xlstm.distributed.hlo_collectives import find_collectives
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 
-_MESH = create_mesh(MeshConfig(dp=2, pp=2, tp=2))
+_MESH = create_mesh(MeshConfig(dp=2, cp=2, tp=2))
 _SHAPE = (4, 8)  # Shape of a local array of 128 bytes.
 
 
@@ -29,12 +29,17 @@ def _found(fn):
         (lambda x: lax.psum(x, ("dp", "tp")), ("all-reduce", ("dp", "tp"), (), 128)),
         (lambda x: lax.all_gather(x, "tp"), ("all-gather", ("tp",), (), 256)),
         (
-            lambda x: lax.psum_scatter(x, ("pp", "tp"), scatter_dimension=0, tiled=True),
-            ("reduce-scatter", ("pp", "tp"), (), 128),
+            lambda x: lax.psum_scatter(x, ("cp", "tp"), scatter_dimension=0, tiled=True),
+            ("reduce-scatter", ("cp", "tp"), (), 128),
         ),
         (
-            lambda x: lax.ppermute(x, "pp", [(0, 1), (1, 0)]),
-            ("collective-permute", ("pp",), (), 128),
+            lambda x: lax.ppermute(x, "cp", [(0, 1), (1, 0)]),
+            ("collective-permute", ("cp",), (), 128),
+        ),
+        (lambda x: lax.ppermute(x, "cp", [(0, 1)]), ("collective-permute", ("cp",), (), 128)),
+        (
+            lambda x: lax.all_to_all(x, ("cp", "tp"), 0, 1, tiled=True),
+            ("all-to-all", ("cp", "tp"), (), 128),
         ),
         (
             lambda x: lax.all_to_all(x, "tp", 0, 1, tiled=True),
@@ -55,13 +60,13 @@ def test_collectives_in_loops_count_as_often_as_the_loops_run():
         return x * lax.psum(jnp.sum(x), "dp"), None
 
     def fn(x):
-        return lax.all_gather(lax.scan(outer, x, length=3)[0], "pp")
+        return lax.all_gather(lax.scan(outer, x, length=3)[0], "cp")
 
     found = find_collectives(_compiled(fn), _MESH)
     assert {(c.kind, c.axes, c.loops, c.count) for c in found} == {
         ("collective-permute", ("tp",), (3, 5), 15),
         ("all-reduce", ("dp",), (3,), 3),
-        ("all-gather", ("pp",), (), 1),
+        ("all-gather", ("cp",), (), 1),
     }
     assert all("shard_map" in c.source for c in found)
 
@@ -89,16 +94,16 @@ def test_what_stays_on_a_device_is_not_counted():
         ("{{0,1},{2,3},{4,5},{6,7}}", ("tp",)),
         ("[4,2]<=[8]", ("tp",)),
         ("[4,2]<=[2,4]T(1,0)", ("dp",)),
-        ("[4,2]<=[2,2,2]T(0,2,1)", ("pp",)),
-        ("[1,8]<=[8]", ("dp", "pp", "tp")),
-        ("mesh['dp'=2,'fsdp'=1,'pp'=2,'tp'=2] {'pp'}", ("pp",)),
-        ("mesh['dp'=2,'fsdp'=1,'pp'=2,'tp'=2] {'tp','dp'}", ("dp", "tp")),
+        ("[4,2]<=[2,2,2]T(0,2,1)", ("cp",)),
+        ("[1,8]<=[8]", ("dp", "cp", "tp")),
+        ("mesh['dp'=2,'fsdp'=1,'pp'=1,'cp'=2,'tp'=2] {'cp'}", ("cp",)),
+        ("mesh['dp'=2,'fsdp'=1,'pp'=1,'cp'=2,'tp'=2] {'tp','dp'}", ("dp", "tp")),
         ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", ("tp",)),
         ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,0,1)) {'b'}", ("dp",)),
         ("mesh['a'=4,'b'=2], device_ids=(0,4,2,6,1,5,3,7) {'b'}", ("dp",)),
         ("mesh['a'=8] {'a':(1)2}", ("dp",)),
-        ("mesh['a'=8] {'a':(2)2}", ("pp",)),
-        ("mesh['a'=8] {'a':(2)4}", ("pp", "tp")),
+        ("mesh['a'=8] {'a':(2)2}", ("cp",)),
+        ("mesh['a'=8] {'a':(2)4}", ("cp", "tp")),
         ("mesh['a'=8] {'a':(1)2,'a':(4)2}", ("dp", "tp")),
     ],
 )

@@ -24,11 +24,12 @@ def sizes(**kwargs):
 
 
 def test_all_devices_are_replicas_by_default():
-    assert sizes() == {"dp": 8, "fsdp": 1, "pp": 1, "tp": 1}
+    assert sizes() == {"dp": 8, "fsdp": 1, "pp": 1, "cp": 1, "tp": 1}
 
 
 def test_given_sizes():
-    assert sizes(dp=1, fsdp=2, pp=2, tp=2) == {"dp": 1, "fsdp": 2, "pp": 2, "tp": 2}
+    given = {"dp": 1, "fsdp": 2, "pp": 1, "cp": 2, "tp": 2}
+    assert sizes(**given) == given
 
 
 @pytest.mark.parametrize("axis", MESH_AXES)
@@ -39,13 +40,13 @@ def test_any_axis_can_take_the_rest(axis):
 
 
 def test_neighboring_devices_share_a_tp_group():
-    mesh = create_mesh(MeshConfig(dp=2, pp=2, tp=2))
-    assert mesh.axis_names == MESH_AXES == ("dp", "fsdp", "pp", "tp")
+    mesh = create_mesh(MeshConfig(dp=2, cp=2, tp=2))
+    assert mesh.axis_names == MESH_AXES == ("dp", "fsdp", "pp", "cp", "tp")
     assert set(BATCH_AXES) < set(MESH_AXES)
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     np.testing.assert_array_equal(ids.reshape(4, 2), np.arange(8).reshape(4, 2))
     # dp is the outermost axis: its neighbors are half of the devices apart.
-    np.testing.assert_array_equal(ids[1] - ids[0], np.full((1, 2, 2), 4))
+    np.testing.assert_array_equal(ids[1] - ids[0], np.full((1, 1, 2, 2), 4))
 
 
 def test_a_part_of_the_devices_in_a_given_order():
@@ -80,7 +81,7 @@ def test_sizes_that_make_no_sense(size):
 
 
 def test_only_one_axis_takes_the_rest():
-    with pytest.raises(ValueError, match="dp=-1, fsdp=1, pp=1, tp=-1: expected at most one"):
+    with pytest.raises(ValueError, match="dp=-1, fsdp=1, pp=1, cp=1, tp=-1: expected at most one"):
         MeshConfig(tp=-1)
 
 

@@ -268,16 +268,17 @@ def test_cross_entropy_of_bfloat16_logits_is_float32(tokens):
     assert_close(gradient.astype(jnp.float32), expected[0].astype(jnp.bfloat16))
 
 
-def test_tokens_are_exchanged_for_features(x):
-    features = P(None, None, "tp")
-    actual = shard(lambda x: tokens_to_features(x, "tp"), TOKENS, features)(x)
+@over_one_and_two_axes
+def test_tokens_are_exchanged_for_features(axes):
+    x, weights = normal(0, B, T, 2 * D), normal(5, B, T, 2 * D)
+    tokens, features = P(None, axes), P(None, None, axes)
+    actual = shard(lambda x: tokens_to_features(x, axes), tokens, features)(x)
     np.testing.assert_array_equal(actual, x)
-    back = shard(lambda x: features_to_tokens(x, "tp"), features, TOKENS)
+    back = shard(lambda x: features_to_tokens(x, axes), features, tokens)
     np.testing.assert_array_equal(back(x), x)
-    weights = normal(5, B, T, D)
     grad = jax.grad(lambda x: jnp.sum(weights * back(x)))(x)
     np.testing.assert_array_equal(grad, weights)
-    assert tokens_to_features(x, "tp") is features_to_tokens(x, "tp") is x
+    assert tokens_to_features(x, axes) is features_to_tokens(x, axes) is x
 
 
 @over_one_and_two_axes

@@ -155,16 +155,21 @@ def memory_advice(config: RunConfig, mesh: Mesh, memory: dict[str, int]) -> str:
     if memory["temporary"] > _ACCELERATOR_BYTES / 2:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         rows = config.data.batch_size // shards // config.trainer.num_minibatches
+        tokens = config.data.context_length // mesh.shape["cp"]
         ways = ["raise trainer.num_minibatches, which leaves the result unchanged"]
         if config.model.remat != "block":
             ways.append(f"set model.remat=block (now {config.model.remat})")
         if config.model.dtype == "float32":
             ways.append("set model.dtype=bfloat16")
-        ways += ["raise mesh.dp or mesh.fsdp, on more devices", "lower data.batch_size"]
-        ways.append("lower data.context_length")
+        ways += [
+            "raise mesh.dp or mesh.fsdp, on more devices",
+            "raise mesh.cp, on more devices, which share the tokens of each row",
+            "lower data.batch_size",
+            "lower data.context_length",
+        ]
         text += (
             f"\nTo lower temporary memory ({_size(memory['temporary'])}), mostly activations of the"
-            f" {rows:,} x {config.data.context_length:,} tokens that a device computes at once:"
+            f" {rows:,} x {tokens:,} tokens that a device computes at once:"
             + "".join(f"\n  - {way}" for way in ways)
         )
     return text

@@ -1,6 +1,8 @@
 """Tests of memory and collectives of a step, and of the tool that prints them."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import subprocess
@@ -29,6 +31,60 @@ def _memory(**sizes):
         data=DataConfig(context_length=32, batch_size=32),
     )
     return describe_step.describe_step(config, create_run_mesh(config)).memory
+
+
+@functools.cache
+def _of_one_row(block, ratio, context_length, cp):
+    """Describes a step in which `cp` devices share each row, and no other axis needs them."""
+    config = RunConfig(
+        model=ModelConfig(
+            block=block,
+            ratio=ratio,
+            vocab_size=64,
+            embedding_dim=64,
+            num_blocks=2,
+            num_heads=8,
+            ffn_round_up_to_multiple_of=8,
+        ),
+        backend=BackendConfig(chunk_size=64),
+        mesh=MeshConfig(cp=cp),
+        data=DataConfig(context_length=context_length, batch_size=8 // cp),
+    )
+    return describe_step.describe_step(config, create_run_mesh(config))
+
+
+def _over_cp(collectives):
+    """Returns count and bytes of each kind of collective over `cp`, except for sums."""
+    sent = {}
+    for kind, axes, added_count, added_bytes in collectives:
+        if "cp" in axes and kind != "all-reduce":
+            count, num_bytes = sent.get(kind, (0, 0))
+            sent[kind] = count + added_count, num_bytes + added_bytes
+    return sent
+
+
+@pytest.mark.parametrize("block, ratio", [("xlstm_7b", ""), ("xlstm_2024", "[1:1]")])
+def test_only_slstm_layers_send_more_over_cp_in_longer_contexts(block, ratio):
+    def sent(context_length):
+        step = _of_one_row(block, ratio, context_length, 8)
+        found = _over_cp((c.kind, c.axes, c.count, c.count * c.num_bytes) for c in step.collectives)
+        assert found == _over_cp((t.kind, t.axes, t.count, t.num_bytes) for t in step.expected)
+        return found
+
+    short, long = sent(4096), sent(65536)
+    assert set(short) == {"collective-permute"} | ({"all-to-all", "all-gather"} if ratio else set())
+    for kind, (count, num_bytes) in short.items():
+        growth = 1 if kind == "collective-permute" else 16
+        assert long.pop(kind) == (count, growth * num_bytes)
+    assert not long
+
+
+def test_temporary_memory_is_divided_by_cp():
+    sizes = [
+        _of_one_row("xlstm_2024", "[1:1]", 65536, cp).memory["temporary"] for cp in (1, 2, 4, 8)
+    ]
+    for before, after in itertools.pairwise(sizes):
+        assert after < 0.55 * before
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +157,9 @@ def test_a_step_of_7b_is_divided_and_nothing_is_allocated():
     assert sum(x.nbytes for x in jax.live_arrays()) < 2**20
 
 
-def _advice(**gib):
+def _advice(cp=1, **gib):
     config = RunConfig(data=DataConfig(context_length=8192, batch_size=512))
-    mesh = create_run_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)))
+    mesh = create_run_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4, cp=cp)))
     sizes = {"parameters": 1, "optimizer state": 2, "temporary": 4} | gib
     return describe_step.memory_advice(
         config, mesh, {name: size * 2**30 for name, size in sizes.items()}
@@ -121,6 +177,8 @@ def test_the_fields_that_lower_the_memory_are_named():
     assert "the 64 x 8,192 tokens that a device computes at once" in text
     for field in ("data.batch_size", "trainer.num_minibatches", "model.remat=block", "mesh.fsdp"):
         assert field in text
+    assert "raise mesh.cp" in text
+    assert "the 128 x 4,096 tokens that a device computes" in _advice(cp=2, temporary=3143)
     assert "optimizer state (" not in text and "mesh.tp" not in text
     text = _advice(parameters=30, **{"optimizer state": 60})
     assert "parameters and optimizer state (90.0 GiB)" in text and "mesh.tp" in text
@@ -139,7 +197,7 @@ def test_the_tool_prints_tables():
         check=True,
     )
     lines = [line.split() for line in process.stdout.splitlines()]
-    assert "mesh: dp=2, fsdp=1, pp=2, tp=2 (8 CPU devices)" in process.stdout
+    assert "mesh: dp=2, fsdp=1, pp=2, cp=1, tp=2 (8 CPU devices)" in process.stdout
     assert "\nmLSTM: XLA program, chunks of 16 tokens (not mosaic: it needs a " in process.stdout
     assert "pipeline bubble: 33%" in process.stdout
     # 42,064 of 42,224 float32 parameters are sharded over four devices, 128 over two, 32 over none.

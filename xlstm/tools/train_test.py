@@ -114,7 +114,7 @@ def test_a_run_leaves_everything_in_its_folder(straight):
 
 def test_a_run_tells_what_it_does(straight):
     workdir, output = straight
-    assert "mesh: dp=1, fsdp=1, pp=1, tp=1 (1 CPU device)\n" in output
+    assert "mesh: dp=1, fsdp=1, pp=1, cp=1, tp=1 (1 CPU device)\n" in output
     assert output.count("mLSTM: XLA program, chunks of ") == 1
     assert "42,224" in output  # The number of parameters, under the table.
     assert "lm_head.kernel" in output

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.common_types import PyTree
-from xlstm.distributed.context_parallel import from_earlier, of_last_part
+from xlstm.distributed.context_parallel import INCOMING_STATE, from_earlier, of_last_part
 from xlstm.distributed.mesh import axis_size
 from xlstm.models.shared.linear import Axes, boxed_parameter, small_init
 
@@ -109,7 +110,7 @@ class CausalConvolution(nn.Module):
             )
         last = _last_inputs(x, document, before, None)
         fill = jnp.zeros_like(last) if first is None else first
-        return from_earlier(last, fill, self.context_axis)
+        return checkpoint_name(from_earlier(last, fill, self.context_axis), INCOMING_STATE)
 
 
 def _last_inputs(

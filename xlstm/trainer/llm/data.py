@@ -39,15 +39,17 @@ def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _check_context_length(config: RunConfig, mesh: Mesh) -> None:
-    context_length, model, parts = config.data.context_length, config.model, mesh.shape["cp"]
-    _check_divides("data.context_length", context_length, ("pp", "cp", "tp"), mesh)
-    needed = model.conv_width - 1
-    if parts > 1 and "xlstm_2024" in model.pattern.counts and context_length // parts < needed:
+    length, model, parts = config.data.context_length, config.model, mesh.shape["cp"]
+    _check_divides("data.context_length", length, ("pp", "cp", "tp"), mesh)
+    needed, others = model.conv_width - 1, mesh.shape["pp"] * mesh.shape["tp"]
+    if parts > 1 and "xlstm_2024" in model.pattern.counts and length // parts < needed:
+        shortest = -(-needed // others) * others * parts
+        fewer = (n for n in range(2, parts) if length % (n * others) == 0 and length // n >= needed)
         raise ValueError(
-            f"data.context_length={context_length} over mesh.cp={parts} leaves parts of"
-            f" {context_length // parts} tokens, fewer than the {needed} before a token that"
-            f" model.conv_width={model.conv_width} reads: expected a context of at least"
-            f" {parts * needed} tokens, or mesh.cp of at most {max(context_length // needed, 1)}"
+            f"data.context_length={length} over mesh.cp={parts} leaves parts of {length // parts}"
+            f" tokens, but the convolution of width {model.conv_width} (model.conv_width) needs"
+            f" {needed}: expected a data.context_length of at least {shortest}, or a mesh.cp of at"
+            f" most {max(fewer, default=1)}"
         )
 
 
@@ -60,14 +62,9 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
             f" {pattern.length()} mLSTM and sLSTM blocks repeats {pattern.repeats} times"
             f" (model.num_blocks={model.num_blocks}), which is not a multiple of {stages}"
         )
-    for name, size, axes in [
+    sizes = [
         ("model.num_blocks", model.num_blocks, ("pp",)),
         ("model.num_heads", model.num_heads, ("tp",)),
-        *(
-            [("model.num_heads (of sLSTM blocks)", model.num_heads, TOKEN_AXES)]
-            if "slstm" in pattern.counts
-            else []
-        ),
         ("the hidden size of feed-forward layers, model.ffn_dim", model.ffn_dim, ("tp",)),
         (
             "the hidden size of feed-forward layers in sLSTM blocks, model.slstm_ffn_dim",
@@ -75,7 +72,11 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
             ("tp",),
         ),
         ("model.vocab_size", model.vocab_size, ("pp", "tp")),
-    ]:
+    ]
+    if "slstm" in pattern.counts:
+        name = "the number of heads in sLSTM blocks, model.num_heads"
+        sizes.append((name, model.num_heads, TOKEN_AXES))
+    for name, size, axes in sizes:
         _check_divides(name, size, axes, mesh)
 
 
@@ -96,8 +97,8 @@ def create_run_mesh(config: RunConfig) -> Mesh:
     check_model(config.model, mesh)
     if mesh.shape["cp"] > 1 and config.backend.name != "fwbw":
         raise ValueError(
-            f"mesh.cp={mesh.shape['cp']} cannot be used with backend.name={config.backend.name}:"
-            " expected fwbw"
+            f"mesh.cp={mesh.shape['cp']} does not work with backend.name={config.backend.name}:"
+            " expected backend.name=fwbw, or mesh.cp=1"
         )
     _check_context_length(config, mesh)
     _check_batch_sizes(config, mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import types
 
 import jax
@@ -14,6 +15,7 @@ from xlstm.dataset.data import open_data
 from xlstm.dataset.testing import write_letter_store, write_store, write_tokenizer_json
 from xlstm.dataset.tokenizer import load_tokenizer
 from xlstm.distributed.mesh import MESH_AXES, MeshConfig, create_mesh
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import ModelConfig
 from xlstm.trainer.base.config import TrainerConfig
 from xlstm.trainer.llm.config import RunConfig
@@ -91,6 +93,12 @@ def test_every_batch_size_of_a_ramp_divides():
             "model.num_blocks=4 does not divide over mesh.pp=8: expected a multiple of 8",
         ),
         ({"tp": 8}, {}, "model.num_heads=4 does not divide over mesh.tp=8"),
+        (
+            {"cp": 4, "tp": 2},
+            {"ratio": "[1:1]"},
+            "the number of heads in sLSTM blocks, model.num_heads=4 does not divide over"
+            " mesh.cp=4 x mesh.tp=2: expected a multiple of 8",
+        ),
         ({"tp": 4}, {"ffn_round_up_to_multiple_of": 1}, "model.ffn_dim=341 does not divide"),
         (
             {"pp": 2, "tp": 4},
@@ -106,10 +114,57 @@ def test_a_model_that_does_not_fit_the_mesh(sizes, model, message):
         create_run_mesh(config)
 
 
-def test_a_context_that_does_not_fit_the_mesh():
-    config = RunConfig(mesh=MeshConfig(tp=4), data=DataConfig(context_length=250))
-    with pytest.raises(ValueError, match="data.context_length=250 does not divide over mesh.pp=1"):
+@pytest.mark.parametrize(
+    "sizes, block, context_length, message",
+    [
+        (
+            {"cp": 2, "tp": 4},
+            "xlstm_7b",
+            252,
+            "data.context_length=252 does not divide over mesh.pp=1 x mesh.cp=2 x mesh.tp=4:"
+            " expected a multiple of 8",
+        ),
+        (
+            {"cp": 8},
+            "xlstm_2024",
+            16,
+            "data.context_length=16 over mesh.cp=8 leaves parts of 2 tokens, but the convolution of"
+            " width 4 (model.conv_width) needs 3: expected a data.context_length of at least 24, or"
+            " a mesh.cp of at most 4",
+        ),
+        (
+            {"cp": 4, "tp": 2},
+            "xlstm_2024",
+            8,
+            "data.context_length=8 over mesh.cp=4 leaves parts of 2 tokens, but the convolution of"
+            " width 4 (model.conv_width) needs 3: expected a data.context_length of at least 16, or"
+            " a mesh.cp of at most 2",
+        ),
+    ],
+    ids=str,
+)
+def test_a_context_that_does_not_fit_the_mesh(sizes, block, context_length, message):
+    config = RunConfig(
+        model=ModelConfig(block=block),
+        mesh=MeshConfig(**sizes),
+        data=DataConfig(context_length=context_length),
+    )
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
         create_run_mesh(config)
+
+
+def test_parts_may_be_short_without_a_convolution():
+    config = RunConfig(mesh=MeshConfig(cp=8), data=DataConfig(context_length=16))
+    assert create_run_mesh(config).shape["cp"] == 8
+
+
+def test_one_backend_alone_shares_the_tokens_of_a_row():
+    config = RunConfig(backend=BackendConfig(name="recurrent"), mesh=MeshConfig(cp=2))
+    message = "mesh.cp=2 does not work with backend.name=recurrent: expected backend.name=fwbw, or"
+    with pytest.raises(ValueError, match=f"{message} mesh.cp=1$"):
+        create_run_mesh(config)
+    one_part = dataclasses.replace(config, mesh=MeshConfig(cp=1))
+    assert create_run_mesh(one_part).size == 8
 
 
 class _Device:
@@ -122,11 +177,12 @@ class _Device:
 @pytest.mark.parametrize(
     "shape, devices_per_process, process, shard",
     [
-        ((4, 2, 1, 1), 2, 1, (1, 4)),  # A process has two rows of its own.
-        ((2, 1, 1, 4), 2, 1, (0, 2)),  # Two processes share a `tp` group, and so the rows.
-        ((2, 1, 1, 4), 2, 2, (1, 2)),
-        ((1, 1, 2, 4), 2, 3, (0, 1)),
-        ((8, 1, 1, 1), 8, 0, (0, 1)),
+        ((4, 2, 1, 1, 1), 2, 1, (1, 4)),  # A process has two rows of its own.
+        ((2, 1, 1, 1, 4), 2, 1, (0, 2)),  # Two processes share a `tp` group, and so the rows.
+        ((2, 1, 1, 1, 4), 2, 2, (1, 2)),
+        ((2, 1, 1, 4, 1), 2, 1, (0, 2)),  # Also if they share the tokens of each row.
+        ((1, 1, 2, 1, 4), 2, 3, (0, 1)),
+        ((8, 1, 1, 1, 1), 8, 0, (0, 1)),
     ],
 )
 def test_a_process_reads_the_rows_of_its_devices(
@@ -139,7 +195,7 @@ def test_a_process_reads_the_rows_of_its_devices(
 
 
 def test_rows_that_are_no_equal_piece_of_the_batch():
-    devices = np.array([_Device(i, 3) for i in range(6)]).reshape(3, 1, 1, 2)
+    devices = np.array([_Device(i, 3) for i in range(6)]).reshape(3, 1, 1, 1, 2)
     mesh = types.SimpleNamespace(
         devices=devices, shape=dict(zip(MESH_AXES, devices.shape, strict=True))
     )

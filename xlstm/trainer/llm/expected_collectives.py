@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from xlstm.common_types import PyTree
 from xlstm.distributed.data_parallel import axes_of
-from xlstm.distributed.mesh import BATCH_AXES, VOCAB_AXES
+from xlstm.distributed.mesh import BATCH_AXES, TOKEN_AXES, VOCAB_AXES
 from xlstm.trainer.base.param_utils import is_partitioned
 from xlstm.trainer.llm.config import RunConfig
 
@@ -56,6 +56,7 @@ def expected_collectives(config: RunConfig, mesh: Mesh, params: PyTree) -> list[
     """
     counted = [
         *_tensor_collectives(config, mesh),
+        *_context_collectives(config, mesh),
         *_vocabulary_collectives(config, mesh),
         *_pipeline_collectives(config, mesh),
         *_parameter_collectives(config, mesh, params),
@@ -76,8 +77,9 @@ class _Work:
     minibatches: int
     ticks: int  # Executions of a stage for each minibatch.
     stages: int
-    tokens: int  # Tokens of a minibatch on one device of the batch axes.
+    tokens: int  # Tokens of a minibatch on one device of the batch axes and `cp`.
     tokens_per_tick: int
+    rows_per_tick: int
     embedding_bytes: int  # Bytes of the vector of a token.
 
     def block_executions(self, num_blocks: int) -> int:
@@ -90,13 +92,15 @@ def _work(config: RunConfig, mesh: Mesh) -> _Work:
     microbatches = config.mesh.count_microbatches(stages)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     minibatches = config.trainer.num_minibatches
-    tokens = config.data.batch_size * config.data.context_length // (shards * minibatches)
+    rows = config.data.batch_size // (shards * minibatches)
+    tokens = rows * config.data.context_length // mesh.shape["cp"]
     return _Work(
         minibatches=minibatches,
         ticks=microbatches + stages - 1,
         stages=stages,
         tokens=tokens,
         tokens_per_tick=tokens // microbatches,
+        rows_per_tick=rows // microbatches,
         embedding_bytes=config.model.embedding_dim * np.dtype(config.model.compute_dtype).itemsize,
     )
 
@@ -111,7 +115,7 @@ def _tensor_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedColle
         if kind == "xlstm_2024":
             yield from _gate_collectives(config, work, work.block_executions(count))
         if kind == "slstm":
-            yield _exchange_collectives(config, mesh, work.block_executions(count))
+            yield from _exchange_collectives(config, mesh, work.block_executions(count))
     for kind in ("all-gather", "reduce-scatter"):
         count = 2 * work.minibatches  # One forward, and the transpose of the other kind backward.
         num_bytes = count * work.tokens * work.embedding_bytes
@@ -145,13 +149,19 @@ def _layer_collectives(
         yield ExpectedCollective(kind, ("tp",), count, count * num_bytes, "tokens of layers")
 
 
-def _exchange_collectives(config: RunConfig, mesh: Mesh, executions: int) -> ExpectedCollective:
-    """Returns the exchanges of tokens for channels and back in sLSTM layers, and the transposes."""
+def _exchange_collectives(
+    config: RunConfig, mesh: Mesh, executions: int
+) -> Iterator[ExpectedCollective]:
+    """Yields the exchanges of tokens for channels and back in sLSTM layers, and the transposes."""
     work = _work(config, mesh)
     repeated = {"none": 0, "dots": 1, "block": 2}[config.model.remat]
     count = executions * (4 + repeated)
     num_bytes = count * work.tokens_per_tick * work.embedding_bytes // mesh.shape["tp"]
-    return ExpectedCollective("all-to-all", ("tp",), count, num_bytes, "tokens of sLSTM layers")
+    yield ExpectedCollective("all-to-all", TOKEN_AXES, count, num_bytes, "tokens of sLSTM layers")
+    # Resets do not change between blocks, so XLA moves the gather out of their loop.
+    count = work.minibatches * work.ticks + (executions if config.model.remat == "block" else 0)
+    num_bytes = count * work.tokens_per_tick * mesh.shape["cp"]
+    yield ExpectedCollective("all-gather", ("cp",), count, num_bytes, "resets of sLSTM layers")
 
 
 def _gate_collectives(
@@ -163,6 +173,41 @@ def _gate_collectives(
     for kind, each in (("reduce-scatter", sums), ("all-gather", 2)):
         count = executions * each
         yield ExpectedCollective(kind, ("tp",), count, count * num_bytes, "gates")
+
+
+def _context_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:
+    """Yields what the parts of a sequence send to later ones, and the gradients to earlier ones."""
+    parts, model, work = mesh.shape["cp"], config.model, _work(config, mesh)
+    if parts == 1:
+        return
+    messages = 1 + math.ceil(math.log2(parts - 1))  # See `combine_earlier`.
+    heads = work.rows_per_tick * model.num_heads // mesh.shape["tp"]
+    qk_dim, v_dim = model.qk_dim // model.num_heads, model.v_dim // model.num_heads
+    state = qk_dim * v_dim + qk_dim  # C and n.
+    # A backward pass that recomputes the block from its inputs alone sends again.
+    repeated = 2 if model.remat == "block" else 1
+    inputs = work.rows_per_tick * (model.conv_width - 1) * model.inner_dim // mesh.shape["tp"]
+    inputs_bytes = (1 + repeated) * inputs * np.dtype(model.compute_dtype).itemsize
+    for kind, count in model.pattern.counts.items():
+        executions = work.block_executions(count)
+        if kind in ("xlstm_7b", "xlstm_2024"):
+            # With the state, its decay and scale; with its gradient, the decay alone.
+            numbers = repeated * (state + 2) + state + 1
+            yield ExpectedCollective(
+                "collective-permute",
+                ("cp",),
+                executions * messages * (1 + repeated),
+                executions * messages * heads * numbers * _FLOAT_BYTES,
+                "states of mLSTM layers",
+            )
+        if kind == "xlstm_2024":
+            yield ExpectedCollective(
+                "collective-permute",
+                ("cp",),
+                executions * (1 + repeated),
+                executions * inputs_bytes,
+                "inputs of convolutions",
+            )
 
 
 def _vocabulary_collectives(config: RunConfig, mesh: Mesh) -> Iterator[ExpectedCollective]:

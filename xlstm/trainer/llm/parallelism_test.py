@@ -44,6 +44,16 @@ _MESHES = [
     {"pp": 2, "tp": 4},
     {"dp": 4, "fsdp": 2},
     {"fsdp": 2, "pp": 2, "tp": 2, "tp_overlap": True, "num_microbatches": 1},
+    {"cp": 8},
+    {"dp": 2, "cp": 4},
+    {"fsdp": 4, "cp": 2},
+    {"pp": 4, "cp": 2},
+    {"cp": 2, "tp": 4},
+    {"dp": 2, "fsdp": 2, "cp": 2},
+    {"fsdp": 2, "cp": 2, "tp": 2},
+    {"fsdp": 2, "pp": 2, "cp": 2, "num_microbatches": 4},
+    {"pp": 2, "cp": 2, "tp": 2},
+    {"cp": 4, "tp": 2, "tp_overlap": True},
 ]
 
 
@@ -54,6 +64,7 @@ def _config(
     remat="dots",
     dtype="float32",
     ratio="",
+    context_length=_T,
     **mesh,
 ):
     return RunConfig(
@@ -69,24 +80,33 @@ def _config(
             remat=remat,
             dtype=dtype,
         ),
-        backend=BackendConfig(chunk_size=8),
+        # Smaller chunks double the rounding of xlstm_2024, on every mesh.
+        backend=BackendConfig(chunk_size=4 if block == "xlstm_7b" else 8),
         mesh=MeshConfig(**{"dp": 1, "fsdp_min_weight_size": 64} | mesh),
-        data=DataConfig(context_length=_T, batch_size=_B),
+        data=DataConfig(context_length=context_length, batch_size=_B),
         schedule=ScheduleConfig(warmup_steps=5, decay_steps=100),
         trainer=TrainerConfig(num_minibatches=num_minibatches),
     )
 
 
 @functools.lru_cache
-def _batches():
-    """Returns batches with documents of all lengths and with padding, which fills some rows."""
-    batches = []
+def _batches(context_length=_T):
+    """Returns batches with documents of all lengths and with padding, which fills some rows.
+
+    The first rows are full. In three, documents begin before, at or behind every seam between 8
+    parts of the row; in another, no document begins.
+    """
+    batches, positions = [], np.arange(context_length)
     for seed in range(_STEPS):
         rng = np.random.default_rng(seed)
-        tokens = rng.zipf(1.5, (_B, _T + 1)).astype(np.int32) % _V
-        lengths = np.minimum(rng.integers(0, 2 * _T, (_B, 1)), _T)
-        mask = np.arange(_T) < lengths
-        reset = rng.random((_B, _T)) < 0.2
+        tokens = rng.zipf(1.5, (_B, context_length + 1)).astype(np.int32) % _V
+        lengths = rng.integers(0, 2 * context_length, (_B, 1))
+        lengths[:4] = context_length
+        mask = positions < lengths
+        reset = rng.random((_B, context_length)) < 0.2
+        for row, offset in enumerate((-1, 0, 1)):
+            reset[row] = (positions - offset) % (context_length // 8) == 0
+        reset[3] = False
         batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask, reset))
     return batches
 
@@ -107,6 +127,7 @@ def _recording_gradients(optimizer):
 class _Run:
     """A compiled training step and its initial state, from which training can start repeatedly."""
 
+    config: RunConfig
     mesh: jax.sharding.Mesh
     initial: TrainState  # On the host.
     shardings: PyTree
@@ -114,6 +135,9 @@ class _Run:
 
     def fresh_state(self):
         return jax.device_put(self.initial, self.shardings)
+
+    def batches(self, start, stop):
+        return _batches(self.config.data.context_length)[start:stop]
 
 
 @functools.lru_cache
@@ -129,9 +153,9 @@ def _prepare(config, num_devices=8):
     finally:
         language_model.create_optimizer = create_optimizer
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    (batch,) = global_batches(_batches()[:1], mesh)
+    (batch,) = global_batches(_batches(config.data.context_length)[:1], mesh)
     compiled = train_step.lower(state, batch).compile()
-    return _Run(mesh, jax.device_get(state), shardings, compiled)
+    return _Run(config, mesh, jax.device_get(state), shardings, compiled)
 
 
 @dataclasses.dataclass
@@ -151,7 +175,7 @@ def _steps(run, state, batches):
 
 def _train(run, num_steps=_STEPS):
     grads, losses = None, []
-    for state, loss in _steps(run, run.fresh_state(), _batches()[:num_steps]):
+    for state, loss in _steps(run, run.fresh_state(), run.batches(0, num_steps)):
         grads = grads or jax.device_get(unboxed(state.opt_state[0]))
         losses.append(loss)
     return _Result(unboxed(run.initial.params), grads, np.array(losses))
@@ -184,7 +208,8 @@ def _summed(rows):
     return totals
 
 
-def _assert_sends_what_it_should(config, run):
+def _assert_sends_what_it_should(run):
+    config = run.config
     found = find_collectives(run.train_step.as_text(), run.mesh)
     # At the end of a step, XLA merges the sums of gradients with those of metrics and norms.
     sums = [c for c in found if c.kind == "all-reduce" and not c.loops]
@@ -214,6 +239,7 @@ def _assert_sends_what_it_should(config, run):
             assert len(collective.loops) <= in_loop, collective
 
 
+_MIXED = {"block": "xlstm_2024", "ratio": "[1:1]"}
 _QUICK = [
     (1, {"dp": 8}),
     (4, {"fsdp": 8}),
@@ -222,6 +248,8 @@ _QUICK = [
     (1, {"fsdp": 2, "pp": 2, "tp": 2}),
     (4, {"dp": 2, "pp": 2, "tp": 2, "num_microbatches": 4}),
     (1, {"fsdp": 2, "pp": 2, "tp": 2, "tp_overlap": True, "num_microbatches": 1}),
+    (1, {"cp": 8}),
+    (4, {"fsdp": 2, "cp": 2, "tp": 2}),
 ]
 
 
@@ -240,51 +268,62 @@ def test_every_mesh_trains_as_one_device_does(num_minibatches, sizes, num_steps)
     run, expected = _prepare(config), _on_one_device(num_steps=num_steps)
     _assert_same(_train(run, num_steps), expected)
     assert expected.losses[-1] < 0.99 * expected.losses[0]
-    _assert_sends_what_it_should(config, run)
+    _assert_sends_what_it_should(run)
 
 
 @pytest.mark.parametrize(
-    "num_minibatches, remat, sizes",
+    "num_minibatches, remat, options",
     [
         (1, "dots", {"fsdp": 2, "pp": 2, "tp": 2}),
+        (1, "dots", {"cp": 4, "tp": 2}),
         pytest.param(4, "block", {"fsdp": 4, "tp": 2}, id="fsdp, tp full"),
         pytest.param(4, "dots", {"fsdp": 2, "pp": 4}, id="fsdp, pp full"),
         pytest.param(1, "none", {"pp": 2, "tp": 4, "tp_overlap": True}, id="overlap full"),
+        pytest.param(4, "dots", {"dp": 2, "cp": 4}, id="dp, cp full"),
+        pytest.param(1, "block", {"pp": 2, "cp": 2, "tp": 2}, id="pp, cp, tp full"),
+        pytest.param(1, "none", {"fsdp": 2, "cp": 2, "tp": 2, "tp_overlap": True}, id="cp full"),
+        pytest.param(2, "dots", {"cp": 8, "context_length": 2 * _T}, id="long cp full"),
     ],
     ids=str,
 )
-def test_the_block_of_2024_trains_as_on_one_device(num_minibatches, remat, sizes):
-    config = _config(num_minibatches, "xlstm_2024", remat=remat, **sizes)
-    run, expected = _prepare(config), _on_one_device(num_steps=_QUICK_STEPS, block="xlstm_2024")
+def test_the_block_of_2024_trains_as_on_one_device(num_minibatches, remat, options):
+    config = _config(num_minibatches, "xlstm_2024", remat=remat, **options)
+    data = {"context_length": config.data.context_length}
+    run = _prepare(config)
+    expected = _on_one_device(num_steps=_QUICK_STEPS, block="xlstm_2024", **data)
     # The norm magnifies heads with small outputs: even replicas (dp) differ by 1e-5.
     _assert_same(_train(run, _QUICK_STEPS), expected, rtol=3e-5)
     assert expected.losses[-1] < 0.99 * expected.losses[0]
-    _assert_sends_what_it_should(config, run)
+    _assert_sends_what_it_should(run)
 
 
 @pytest.mark.parametrize(
     "num_minibatches, remat, sizes",
     [
         (1, "dots", {"fsdp": 2, "pp": 2, "tp": 2}),
+        (1, "dots", {"pp": 2, "cp": 2, "tp": 2}),
         pytest.param(4, "block", {"fsdp": 4, "tp": 2}, id="mixed fsdp, tp full"),
         pytest.param(1, "none", {"pp": 2, "tp": 4, "tp_overlap": True}, id="mixed overlap full"),
+        pytest.param(4, "block", {"fsdp": 2, "cp": 4}, id="mixed fsdp, cp full"),
+        pytest.param(1, "none", {"cp": 4, "tp": 2, "tp_overlap": True}, id="mixed cp full"),
     ],
     ids=str,
 )
 def test_a_mixed_stack_trains_as_on_one_device(num_minibatches, remat, sizes):
-    model = {"block": "xlstm_2024", "ratio": "[1:1]"}
-    config = _config(num_minibatches, remat=remat, **model, **sizes)
-    run, expected = _prepare(config), _on_one_device(num_steps=_QUICK_STEPS, **model)
+    config = _config(num_minibatches, remat=remat, **_MIXED, **sizes)
+    run, expected = _prepare(config), _on_one_device(num_steps=_QUICK_STEPS, **_MIXED)
     _assert_same(_train(run, _QUICK_STEPS), expected, rtol=3e-5)
     assert expected.losses[-1] < 0.99 * expected.losses[0]
-    _assert_sends_what_it_should(config, run)
+    _assert_sends_what_it_should(run)
 
 
 @pytest.mark.parametrize(
     "num_minibatches, remat, sizes",
     [
         (1, "none", {"fsdp": 2, "pp": 2, "tp": 2}),
-        (2, "block", {"dp": 2, "fsdp": 2, "tp": 2}),
+        (2, "block", {"dp": 2, "cp": 2, "tp": 2}),
+        pytest.param(2, "dots", {"dp": 2, "fsdp": 2, "tp": 2}, id="dropout dp, fsdp full"),
+        pytest.param(1, "dots", {"fsdp": 2, "pp": 2, "cp": 2}, id="dropout pp, cp full"),
     ],
     ids=str,
 )
@@ -293,7 +332,7 @@ def test_dropout_and_rematerialization_do_not_depend_on_the_mesh(num_minibatches
     run, expected = _prepare(config), _on_one_device(num_steps=2, dropout=0.3)
     _assert_same(_train(run, 2), expected)
     assert abs(expected.losses[0] - _on_one_device(num_steps=_QUICK_STEPS).losses[0]) > 1e-3
-    _assert_sends_what_it_should(config, run)
+    _assert_sends_what_it_should(run)
 
 
 def test_bfloat16_rounds_a_little():
@@ -313,19 +352,37 @@ def test_bfloat16_rounds_a_little():
     assert all(error > 1e-4 for error in jax.tree.leaves(errors["blocks"]["ffn"]))
 
 
-def test_a_checkpoint_of_a_mesh_goes_on_on_any_other(tmp_path):
-    run = _prepare(_config(fsdp=2, pp=2, tp=2))
-    *_, (state, _) = _steps(run, run.fresh_state(), _batches()[:3])
+def _assert_goes_on(tmp_path, source, targets, model):
+    """Asserts that the checkpoint of one run goes on in others as one device goes on."""
+    *_, (state, _) = _steps(source, source.fresh_state(), source.batches(0, 3))
     with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
         checkpointer.save(3, state)
-    expected = _on_one_device(num_steps=_QUICK_STEPS).losses[3:6]
-    runs = [_prepare(_config(), num_devices=1)]
-    runs += [_prepare(_config(num_minibatches, **sizes)) for num_minibatches, sizes in _QUICK[:5]]
-    for run in runs:
+    expected = _on_one_device(num_steps=_QUICK_STEPS, **model).losses[3:6]
+    for run in targets:
         with Checkpointer(str(tmp_path), max_to_keep=1) as checkpointer:
             state = checkpointer.restore(run.fresh_state())
-        losses = [loss for _, loss in _steps(run, state, _batches()[3:6])]
+        losses = [loss for _, loss in _steps(run, state, run.batches(3, 6))]
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(run.mesh))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "pp": 2}, {"fsdp": 2, "cp": 2}], ids=str)
+def test_a_checkpoint_of_a_mesh_goes_on_on_any_other(tmp_path, sizes):
+    runs = [_prepare(_config(), num_devices=1)]
+    meshes = [case for case in _QUICK if "num_microbatches" not in case[1]]
+    runs += [_prepare(_config(num_minibatches, **sizes)) for num_minibatches, sizes in meshes]
+    source = next(run for run in runs if sizes.items() <= run.mesh.shape.items())
+    _assert_goes_on(tmp_path, source, runs, {})
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_checkpoint_of_a_mixed_stack_goes_on_with_or_without_cp(tmp_path, is_reversed):
+    """The parameters of sLSTM layers are sharded over `cp`."""
+    runs = [
+        _prepare(_config(**_MIXED, **{"fsdp": 2, "pp": 2, "tp": 2})),
+        _prepare(_config(**_MIXED, **{"pp": 2, "cp": 2, "tp": 2})),
+    ]
+    source, target = reversed(runs) if is_reversed else runs
+    _assert_goes_on(tmp_path, source, [target], _MIXED)
 
 
 def test_weights_are_gathered_for_a_block_at_a_time():

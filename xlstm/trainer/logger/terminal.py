@@ -27,7 +27,7 @@ _ACCELERATORS = {
 
 
 def mesh_line(mesh: Mesh) -> str:
-    """Returns a line that says how the devices are used, such as `mesh: dp=4, fsdp=2, pp=1, tp=1`.
+    """Returns a line that says how the devices are used, such as `mesh: dp=4, fsdp=2, ...`.
 
     Args:
         mesh: The mesh.

@@ -135,7 +135,7 @@ def test_a_time_that_is_not_known_yet_is_left_out():
 
 def test_the_mesh_is_one_line():
     mesh = create_mesh(MeshConfig(), jax.devices()[:1])
-    assert mesh_line(mesh) == "mesh: dp=1, fsdp=1, pp=1, tp=1 (1 CPU device)"
+    assert mesh_line(mesh) == "mesh: dp=1, fsdp=1, pp=1, cp=1, tp=1 (1 CPU device)"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from xlstm.common_types import PyTree
+from xlstm.distributed.context_parallel import INCOMING_STATE
 from xlstm.distributed.data_parallel import is_partitioned
 from xlstm.distributed.mesh import axis_index, axis_size
 from xlstm.distributed.tensor_parallel import SCATTERED
@@ -23,7 +24,6 @@ from xlstm.models.xlstm_parallel.blocks.block import (
     BlockCarry,
     BlockIndex,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.sequence_parts import INCOMING_STATE
 from xlstm.models.xlstm_parallel.blocks.slstm.cell import RESIDUALS
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.pattern import BlockGroup, BlockPattern

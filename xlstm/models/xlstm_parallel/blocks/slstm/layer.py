@@ -11,6 +11,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.distributed.mesh import TOKEN_AXES
 from xlstm.distributed.tensor_parallel import (
@@ -22,7 +23,7 @@ from xlstm.models.shared.convolution import CausalConvolution, ConvolutionalStat
 from xlstm.models.shared.linear import BlockDiagonal, boxed_parameter
 from xlstm.models.shared.moments import sow_gate_moments
 from xlstm.models.shared.norm import MultiHeadLayerNorm
-from xlstm.models.xlstm_parallel.blocks.slstm.cell import gate_preactivations, slstm
+from xlstm.models.xlstm_parallel.blocks.slstm.cell import RESIDUALS, gate_preactivations, slstm
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 
 
@@ -54,7 +55,8 @@ class sLSTMLayer(nn.Module):
         dtype, head_dim = config.compute_dtype, x.shape[-1] // config.num_heads
         cell_state, last_inputs = state or (None, None)
         x = tokens_to_features(x, TOKEN_AXES)
-        reset = None if reset is None else gather_tokens(reset, "cp")
+        if reset is not None:
+            reset = checkpoint_name(gather_tokens(reset, "cp"), RESIDUALS)
         conv = CausalConvolution(config.conv_width, dtype, TOKEN_AXES, name="conv")
         c, last_inputs = conv(x, reset, padding, last_inputs)
         c = nn.silu(c)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xlstm.common_types import PyTree
 from xlstm.distributed.context_parallel import (
+    INCOMING_STATE,
     combine_earlier,
     of_last_part,
     only_in_first_part,
@@ -26,10 +27,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import rev_cumsum
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import MLSTMState
-
-# The name of the state before a part for `jax.checkpoint_policies`: a policy that saves it spares
-# the backward pass the communication.
-INCOMING_STATE = "mlstm_incoming_state"
 
 _Gradient = tuple[jax.Array, jax.Array]  # Of C and n.
 
