@@ -22,7 +22,6 @@ from xlstm.models.xlstm_parallel.blocks.slstm import cell as slstm
 from xlstm.models.xlstm_parallel.blocks.slstm.layer import sLSTMLayer
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 
-
 # The Flax collection of the states that training carries from batch to batch. Each block has its
 # own, `state`, with the leading axis `B`, and replaces it.
 CARRIED_STATE = "carried_state"

@@ -168,9 +168,7 @@ def carried_state_specs(pattern: BlockPattern, rows: tuple[str, ...]) -> PyTree:
     return _variables_of_groups(pattern, specs)
 
 
-def _variables_of_groups(
-    pattern: BlockPattern, state_of: Callable[[BlockGroup], PyTree]
-) -> PyTree:
+def _variables_of_groups(pattern: BlockPattern, state_of: Callable[[BlockGroup], PyTree]) -> PyTree:
     """Returns variables named `state`, as the blocks of each group of a pattern have them."""
     groups = {name: {"state": state_of(g)} for name, g in block_groups(pattern).items()}
     return {"blocks": next(iter(groups.values())) if pattern.is_uniform else groups}
