@@ -233,6 +233,25 @@ def test_gradients_of_replicated_states_need_shard_map_without_its_check():
         jax.eval_shape(run, *arguments[:5])
 
 
+def test_a_sequence_in_one_part_has_the_program_of_a_whole_one():
+    *arguments, _, _, _ = testing.random_arguments(0, (1, 2), 16, with_state=False)
+
+    def program(context_axis, num_parts):
+        cell = mlstm_fwbw_custom_grad(mLSTMBackendFwbwConfig(), None, context_axis)
+        tokens = PartitionSpec(None, None, "cp")
+        gradient = jax.shard_map(
+            jax.grad(lambda *inputs: jnp.sum(cell(*inputs) ** 2), range(5)),
+            mesh=Mesh(jax.devices()[:num_parts], "cp"),
+            in_specs=tokens,
+            out_specs=tokens,
+            check_vma=False,
+        )
+        return jax.jit(gradient).lower(*arguments).as_text()
+
+    assert program("cp", 1) == program(None, 1)
+    assert program("cp", 2) != program(None, 2)
+
+
 @pytest.mark.parametrize("name", ["recurrent", "parallel_stabilized"])
 def test_other_backends_need_whole_sequences(name):
     arguments = testing.random_arguments(0, (1, 2), 4, with_state=False)
