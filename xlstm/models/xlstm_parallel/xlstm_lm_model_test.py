@@ -188,7 +188,7 @@ def test_initial_state_is_zero():
 def test_a_state_is_cut_over_rows_heads_and_channels(stack):
     config = stack_config(stack)
     state, specs = initial_state(config, 4), state_specs(config, ("dp", "fsdp"))
-    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("dp", "fsdp", "tp"))
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2), ("dp", "fsdp", "cp", "tp"))
 
     def check(x, spec):
         part = jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -249,18 +249,18 @@ AROUND = {
 
 SLSTM = {
     "norm_slstm.scale": ((16,), (None,)),
-    "slstm_layer.conv.kernel": ((4, 1, 16), (None, None, "tp")),
-    "slstm_layer.conv.bias": ((16,), ("tp",)),
+    "slstm_layer.conv.kernel": ((4, 1, 16), (None, None, ("cp", "tp"))),
+    "slstm_layer.conv.bias": ((16,), (("cp", "tp"),)),
     **{
         f"slstm_layer.{gate}_preact.{name}": value
         for gate in ("z", "igate", "fgate", "ogate")
         for name, value in {
-            "kernel": ((2, 8, 8), ("tp", None, None)),
-            "bias": ((16,), ("tp",)),
+            "kernel": ((2, 8, 8), (("cp", "tp"), None, None)),
+            "bias": ((16,), (("cp", "tp"),)),
         }.items()
     },
-    "slstm_layer.recurrent": ((2, 8, 32), ("tp", None, None)),
-    "slstm_layer.multihead_norm.scale": ((16,), ("tp",)),
+    "slstm_layer.recurrent": ((2, 8, 32), (("cp", "tp"), None, None)),
+    "slstm_layer.multihead_norm.scale": ((16,), (("cp", "tp"),)),
     "norm_ffn.scale": ((16,), (None,)),
     "ffn.proj_up_gate.kernel": ((16, 24), (None, "tp")),
     "ffn.proj_up.kernel": ((16, 24), (None, "tp")),
