@@ -13,6 +13,9 @@ from xlstm.trainer.llm.run_tokenizer import write_tokenizer
 from xlstm.trainer.llm.workdir import run_info, write_config
 from xlstm.trainer.logger.base_logger import Logger
 
+# Fields that decide, with the text of the stores, what each row of a batch reads.
+_ROW_FIELDS = ("batch_size", "context_length", "validation_fraction")
+
 
 def open_checkpointer(run: PreparedRun) -> Checkpointer:
     """Opens the checkpoints of a run; the caller closes the result."""
@@ -58,6 +61,9 @@ def resume(
         ]
         if changes:
             run.say(f"another version of the code wrote it: {'; '.join(changes)}")
+        row_changes = _row_changes(run, info)
+        if run.config.data.carry_state and row_changes:
+            run.say(f"all rows start with the zero state: {'; '.join(row_changes)}")
     if jax.process_index() == 0:
         write_config(run.workdir, run.config, run.data.checksums)
         write_tokenizer(run.workdir, run.tokenizer, run.source and run.source[0])
@@ -83,7 +89,8 @@ def roll_back(
     Raises:
         ValueError: If there is no checkpoint yet.
     """
-    restored = _restore(run, checkpointer, state)
+    # The rows have gone on to other documents meanwhile.
+    restored = _restore(run, checkpointer, state, restart_rows=True)
     if restored is None:
         raise ValueError(
             f"step {step} cannot be rolled back, since there is no checkpoint yet: start again with"
@@ -92,13 +99,7 @@ def roll_back(
     state, saved_step, _ = restored
     logger.log(step, {"rolled_back_to": saved_step})
     lost = step - saved_step
-    # The rows have gone on to other documents meanwhile.
-    carried = CarriedState.of_run(run.config)
-    return state.replace(
-        step=state.step + lost,
-        skipped_steps=state.skipped_steps + lost,
-        carried_state=carried and carried.create(run.mesh),
-    )
+    return state.replace(step=state.step + lost, skipped_steps=state.skipped_steps + lost)
 
 
 def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
@@ -132,9 +133,11 @@ def check_end(run: PreparedRun, checkpointer: Checkpointer, step: int) -> bool:
 
 
 def _restore(
-    run: PreparedRun, checkpointer: Checkpointer, state: TrainState
+    run: PreparedRun, checkpointer: Checkpointer, state: TrainState, restart_rows: bool = False
 ) -> tuple[TrainState, int, dict[str, Any]] | None:
     """Restores the last confirmed checkpoint, and its record of the steps before it.
+
+    A carried state starts over with `restart_rows`, or if the rows read other text than before.
 
     Returns:
         The state, its step and its `run_info`; None if there is no checkpoint.
@@ -143,9 +146,27 @@ def _restore(
         step = checkpointer.discard_unusable()
         if step is None:
             return None
-        state = checkpointer.restore(state)
         info = read_run_info(run.workdir.checkpoints, step)
+        carried = CarriedState.of_run(run.config)
+        if carried and (restart_rows or _row_changes(run, info)):
+            state = checkpointer.restore(state.replace(carried_state=None))
+            state = state.replace(carried_state=carried.create(run.mesh))
+        else:
+            state = checkpointer.restore(state)
         # Losses on other data do not predict those to come.
         is_same_data = info["corpora"] == run.data.checksums
         run.soundness.from_dict(checkpointer.soundness(step) if is_same_data else None)
     return state, step, info
+
+
+def _row_changes(run: PreparedRun, info: dict[str, Any]) -> list[str]:
+    """Returns why rows do not continue where a checkpoint left them; empty if they do."""
+    before, now = info["config"]["data"], run.config.data
+    changes = [
+        f"data.{name} was {before[name]!r}, is {getattr(now, name)!r}"
+        for name in _ROW_FIELDS
+        if before[name] != getattr(now, name)
+    ]
+    if info["corpora"] != run.data.checksums:
+        changes.append("the token stores hold other text")
+    return changes

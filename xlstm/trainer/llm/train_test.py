@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -25,6 +26,7 @@ from xlstm.trainer.checkpoints.folder import CheckpointFolder, confirmed_step
 from xlstm.trainer.llm import callbacks as callbacks_module
 from xlstm.trainer.llm import language_model
 from xlstm.trainer.llm import train as train_module
+from xlstm.trainer.llm.carried_state import CarriedState
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.evaluation import DivergedError
 from xlstm.trainer.llm.loss import loss_metrics
@@ -463,6 +465,29 @@ def test_a_run_that_carries_its_state_goes_on_as_if_never_stopped(tmp_path, stor
     # Another order has no rows that continue.
     with pytest.raises(ValueError, match="data.shuffle='permutation' does not keep in order"):
         _with(config, data={"shuffle": "permutation"})
+
+
+def test_rows_that_read_other_text_than_before_start_over(tmp_path, store, capsys):
+    data = {"shuffle": "contiguous", "carry_state": True, "validation_fraction": 0.1}
+    config = _config(store, data=data, trainer={"num_steps": 2})
+    train_language_model(config, str(tmp_path / "run"))
+    write_store(tmp_path / "other", ["another text " * 30] * 40)
+    changes = {
+        "data.batch_size was 8, is 4": {"batch_size": 4},
+        "data.context_length was 16, is 8": {"context_length": 8},
+        "data.validation_fraction was 0.1, is 0.2": {"validation_fraction": 0.2},
+        "the token stores hold other text": {"stores": (str(tmp_path / "other"),)},
+    }
+    for number, (text, fields) in enumerate(({"": {}} | changes).items()):
+        folder, changed = tmp_path / str(number), _with(config, data=fields)
+        shutil.copytree(tmp_path / "run", folder)
+        with open_training(changed, str(folder), allow_config_change=True) as run:
+            carried = jax.device_get(run.state.carried_state)
+        assert any(np.any(x) for x in jax.tree.leaves(carried)) == (not text)
+        expected = CarriedState.of_run(changed).zeros()
+        assert jax.tree.map(np.shape, carried) == jax.tree.map(np.shape, expected)
+        line = f"all rows start with the zero state: {text}\n"
+        assert (line in capsys.readouterr().out) == bool(text)
 
 
 def test_a_validation_loss_that_is_not_finite_names_the_good_checkpoint(
