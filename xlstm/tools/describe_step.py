@@ -193,7 +193,7 @@ def _traffic_table(description: StepDescription, mesh: Mesh) -> Table:
         expected.setdefault((traffic.axes, traffic.kind), []).append(traffic)
     table = Table(
         title="what a step sends",
-        caption="The expected columns leave out the sums of metrics and norms.",
+        caption="The expected columns leave out the sums of metrics and norms, and carried states.",
         box=box.SIMPLE,
     )
     for name in ("axes", "kind", "count", "expected", "size", "expected", "what"):
