@@ -97,6 +97,11 @@ def _changed(config: RunConfig) -> RunConfig:
     data = config.data
     if _DATA.value is not None and data.task:
         raise ValueError(f"the run is on data.task={data.task!r}: give --lengths, not --data")
+    if _CARRY_STATE.value and data.task:
+        raise ValueError(
+            "--carry_state reads the documents of stores, but the run is on"
+            f" data.task={data.task!r}"
+        )
     if _LENGTHS.value is not None and not data.task:
         raise ValueError("--lengths is for runs on a task: give --data")
     if _LENGTHS.value is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 
@@ -42,6 +43,14 @@ def folder(tmp_path_factory):
     words = write_tokenizer_json(str(folder / "tokenizer.json"), words=["wiki"])
     write_store(folder / "foreign", ["wiki = 1\n" * 40] * 30, load_tokenizer(words))
     return folder
+
+
+def _copy_onto_task(folder):
+    """Copies the run as one on a task, which has no stores to validate on."""
+    shutil.copytree(folder / "run", folder / "task")
+    saved = json.loads((folder / "run" / "config.json").read_text())
+    saved["config"]["data"] |= {"task": "parity", "validation_stores": []}
+    (folder / "task" / "config.json").write_text(json.dumps(saved))
 
 
 def _start(folder, *flags):
@@ -112,6 +121,7 @@ def test_bad_input_is_one_line_and_status_2(folder):
     tokens = next((folder / "run" / "checkpoints" / "10").rglob("d/*"))
     content = tokens.read_bytes()
     tokens.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    _copy_onto_task(folder)
     cases = {
         "is missing": [],
         "store has no complete checkpoint: expected the folder of a run": ["--checkpoint=store"],
@@ -123,6 +133,8 @@ def test_bad_input_is_one_line_and_status_2(folder):
         "encoded with another tokenizer": ["--checkpoint=run", "--data=foreign"],
         "expected sizes, such as fsdp=4,tp=2": ["--checkpoint=run", "--mesh=8"],
         "is larger than the validation sets": ["--checkpoint=run", "--batch_size=2000000"],
+        "but the run is on data.task='parity'": ["--checkpoint=task", "--carry_state"],
+        "expected a multiple of 3": ["--checkpoint=run", "--simulate_devices=3", "--mesh=cp=3"],
     }
     texts = list(cases)
     for two in (texts[i : i + 2] for i in range(0, len(texts), 2)):  # Most of it is importing.
