@@ -15,5 +15,5 @@ def test_all_are_timed_side_by_side():
             rows[name]["median_ms"] / rows[base]["median_ms"]
         )
     odd = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=65))
-    with pytest.raises(ValueError, match="does not divide over pp=1 x cp=2 x tp=1"):
+    with pytest.raises(ValueError, match="does not divide over mesh.pp=1 x mesh.cp=2"):
         measure(odd, repeats=1)

@@ -24,6 +24,7 @@ The exit status is 1 if a kernel spills more than `--most_spilled` bytes.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -181,9 +182,12 @@ def passes(shape: Shape) -> list[Pass]:
     def trace(q, v, gate):
         arguments = MLSTMArguments(q, q, v, gate, gate)
         how = {"stabilize_correctly": True, "attend": record}
-        _, ctx = mosaic_forward(arguments, None, keep_states=False, return_state=False, **how)
-        mosaic_backward(ctx, v, None, **how)
-        mosaic_forward(arguments, None, keep_states=True, return_state=False, **how)
+        forward = functools.partial(
+            mosaic_forward, arguments, first_state=None, reset=None, return_state=False, **how
+        )
+        _, ctx = forward(keep_states=False)
+        mosaic_backward(ctx, v, None, context_axis=None, **how)
+        forward(keep_states=True)
 
     rows = (shape.batch, shape.num_heads, shape.time)
     q, v = (jax.ShapeDtypeStruct((*rows, dim), jnp.bfloat16) for dim in (shape.qk_dim, shape.v_dim))
