@@ -62,6 +62,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.programs import (
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
     FwbwContext,
     add_scale_gradients,
+    inputs_of_part,
     recompute,
     split_tokens,
 )
@@ -237,8 +238,7 @@ def fwbw_backward(
     # its results, or run it long before the gradient is available.
     ctx, dh, d_last = lax.optimization_barrier((ctx, dh, d_last))
     inputs = prepare_inputs(ctx.arguments)
-    if context_axis:
-        inputs = inputs._replace(state=unfold_state(ctx.first_state, inputs.state.m.shape))
+    inputs = inputs_of_part(inputs, ctx.first_state)
     d_inputs = _gradient_of_inputs(
         ctx, inputs, dh, d_last, has_d_last, config, precision, context_axis
     )
@@ -322,8 +322,8 @@ def _gradient_of_inputs(
     gradients = MLSTMInputs(*d_tokens, d_i, d_log_f, d_initial)
     if not config.stabilize_correctly:
         return gradients
-    d_last_m = d_last.m - state_product(ctx.last_state, d_last) if has_d_last else None
-    return add_scale_gradients(inputs, gradients, ctx.reset, d_last_m, context_axis)
+    last = ctx.last_state, d_last if has_d_last else None
+    return add_scale_gradients(inputs, gradients, ctx.reset, *last, context_axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

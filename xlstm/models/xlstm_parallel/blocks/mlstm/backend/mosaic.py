@@ -34,7 +34,6 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.inputs import (
     MLSTMState,
     check_reset,
     prepare_inputs,
-    state_product,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.mosaic_parts import (
     mosaic_gradient_after_part,
@@ -45,7 +44,10 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.normalizer import (
     denominator,
     normalizer_bound,
 )
-from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import add_scale_gradients
+from xlstm.models.xlstm_parallel.blocks.mlstm.backend.residuals import (
+    add_scale_gradients,
+    inputs_of_part,
+)
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.segments import (
     Attend,
     last_state,
@@ -122,7 +124,7 @@ def mosaic_forward(
     Raises:
         ValueError: If shapes or types are wrong, or the initial state is incomplete.
     """
-    inputs = _inputs_of_part(prepare_inputs(arguments), first_state)
+    inputs = inputs_of_part(prepare_inputs(arguments), first_state)
     reset = check_reset(reset, inputs.i.shape)
     *leading, time, qk_dim = arguments.q.shape
     tokens = Tokens(tuple(leading), time)
@@ -167,13 +169,6 @@ def mosaic_forward(
     return h.astype(arguments.v.dtype), context
 
 
-def _inputs_of_part(inputs: MLSTMInputs, first_state: MLSTMState | None) -> MLSTMInputs:
-    """Returns the inputs with the state before this device's part; with their own for None."""
-    if first_state is None:
-        return inputs
-    return inputs._replace(state=unfold_state(first_state, inputs.state.m.shape))
-
-
 def mosaic_backward(
     ctx: MosaicContext,
     dh: jax.Array,
@@ -201,7 +196,7 @@ def mosaic_backward(
     inputs, pull_back = jax.vjp(prepare_inputs, ctx.arguments)
     # See `fwbw_backward`.
     ctx, inputs, dh, d_last = lax.optimization_barrier((ctx, inputs, dh, d_last))
-    inputs = _inputs_of_part(inputs, ctx.first_state)
+    inputs = inputs_of_part(inputs, ctx.first_state)
     d_q, d_k, d_v, d_i, d_log_f, d_initial = _token_gradients(
         ctx, inputs.state, dh, d_last, stabilize_correctly, context_axis, attend
     )
@@ -214,9 +209,9 @@ def mosaic_backward(
     zeros = (jnp.zeros_like(x) for x in inputs[:3])
     gradients = MLSTMInputs(*zeros, d_i, d_log_f, d_initial)
     if stabilize_correctly:
-        has_d_last = d_last is not None
-        d_last_m = d_last.m - state_product(ctx.last_state, d_last) if has_d_last else None
-        gradients = add_scale_gradients(inputs, gradients, ctx.reset, d_last_m, context_axis)
+        gradients = add_scale_gradients(
+            inputs, gradients, ctx.reset, ctx.last_state, d_last, context_axis
+        )
     (through,) = pull_back(gradients)
     return through._replace(q=d_q, k=d_k, v=d_v)
 

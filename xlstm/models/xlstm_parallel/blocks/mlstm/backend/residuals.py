@@ -1,6 +1,6 @@
 """What the forward pass of `fwbw` keeps for its backward pass, and how the rest is recomputed.
 
-`add_scale_gradients` serves the backward passes of both implementations.
+`inputs_of_part` and `add_scale_gradients` serve both implementations.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from xlstm.models.xlstm_parallel.blocks.mlstm.backend.chunks import (
     fold_state,
     log_scales,
     split_chunks,
+    unfold_state,
 )
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.gates import (
     gradient_of_last_m,
@@ -122,11 +123,27 @@ def recompute(
     return Recomputed(q, k, v, gates, before, m)
 
 
+def inputs_of_part(inputs: MLSTMInputs, first_state: MLSTMState | None) -> MLSTMInputs:
+    """Returns the inputs with the state before this device's part of the sequences.
+
+    Args:
+        inputs: Prepared arguments, with the state before the first part.
+        first_state: State before this part, leading axis `N`; None if there are no parts.
+
+    Returns:
+        The inputs; for None, unchanged.
+    """
+    if first_state is None:
+        return inputs
+    return inputs._replace(state=unfold_state(first_state, inputs.state.m.shape))
+
+
 def add_scale_gradients(
     inputs: MLSTMInputs,
     gradients: MLSTMInputs,
     reset: jax.Array | None,
-    d_last_m: jax.Array | None,
+    last_state: MLSTMState,
+    d_last: MLSTMState | None,
     context_axis: str | None,
 ) -> MLSTMInputs:
     """Adds the gradients through the log scales of the initial and the last state.
@@ -135,7 +152,8 @@ def add_scale_gradients(
         inputs: Prepared arguments.
         gradients: Their gradients, without the paths through `m`.
         reset: Bool `(..., T)`, True where the state is dropped before the token; or None.
-        d_last_m: Gradient of the last `m (...)`, see `gradient_of_last_m`; None for zero.
+        last_state: State after the last token, or after this part; not read without `d_last`.
+        d_last: Gradient of the last state; None for zero.
         context_axis: Mesh axis that the tokens are sharded over, or None.
 
     Returns:
@@ -143,7 +161,8 @@ def add_scale_gradients(
     """
     d_i, d_log_f, d_initial = gradients[3:]
     d_m = state_product(inputs.state, d_initial)
-    if d_last_m is not None:
+    if d_last is not None:
+        d_last_m = d_last.m - state_product(last_state, d_last)
         more_i, more_f, is_carried = gradient_of_last_m(
             inputs.i, inputs.log_f, inputs.state.m, reset
         )
