@@ -77,6 +77,7 @@ def _pip_repository_impl(repository_ctx):
         ))
 
     repository_ctx.report_progress("writing the BUILD file")
+    repository_ctx.symlink(repository_ctx.attr._rules, "python_rules.bzl")
     result = repository_ctx.execute(
         [python, "-B", generator, base_python] + locks,
         environment = {"PYTHONPATH": "site-packages"},
@@ -94,6 +95,7 @@ pip_repository = repository_rule(
             mandatory = True,
         ),
         "_generator": attr.label(default = Label("//third_party:pip_repository.py")),
+        "_rules": attr.label(default = Label("//third_party:python_rules.bzl")),
     },
     environ = ["XLSTM_PYTHON", "XLSTM_REQUIREMENTS"],
 )

@@ -26,7 +26,7 @@ _SITE = "site-packages"
 
 _HEADER = """\
 # Written by pip_repository.py.
-load("@bazel_tools//tools/python:toolchain.bzl", "py_runtime_pair")
+load(":python_rules.bzl", "py_library", "py_runtime", "py_runtime_pair")
 
 package(default_visibility = ["//visibility:public"])
 

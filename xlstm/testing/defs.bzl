@@ -1,5 +1,7 @@
 """The test rule of this repository."""
 
+load("//third_party:python_rules.bzl", "py_test")
+
 _MAIN = Label("//xlstm/testing:pytest_main.py")
 _QUICK_COMPILATION = Label("//xlstm/testing:quick_compilation")
 
@@ -34,7 +36,7 @@ def xlstm_test(
         env = dict(env, XLA_FLAGS = "--xla_force_host_platform_device_count=%d" % devices)
     if not quick_compilation:
         env = dict(env, XLSTM_TEST_QUICK_COMPILATION = "0")
-    native.py_test(
+    py_test(
         name = name,
         size = size,
         srcs = srcs + [_MAIN],
