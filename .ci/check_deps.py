@@ -22,7 +22,9 @@ IMPLIED_DEPS = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilati
 
 def build_files() -> list[Path]:
     """Returns the BUILD files of the packages that hold our code."""
-    return sorted(path for folder in ("docs", "xlstm") for path in Path(folder).rglob("BUILD"))
+    return sorted(
+        path for folder in ("docs", "wheel", "xlstm") for path in Path(folder).rglob("BUILD")
+    )
 
 
 class Target(NamedTuple):
@@ -66,12 +68,12 @@ def imports(source: Path) -> Iterator[str]:
 
 def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
     """Returns the absolute labels of all that sources import."""
-    labels = set()
+    labels, siblings = set(), {Path(src).stem for src in srcs}
     for name in (name for src in srcs for name in imports(build.parent / src)):
         top = name.partition(".")[0]
         if top == "xlstm":
             labels.add(owners.get(Path(name.replace(".", "/") + ".py")))
-        elif top not in sys.stdlib_module_names:
+        elif top not in sys.stdlib_module_names and top not in siblings:
             labels.add(f"@pip//:{DISTRIBUTIONS.get(top, top.lower())}")
     return labels - {None}
 

@@ -38,6 +38,7 @@ from xlstm.dataset.tokenizer import (
     same_tokenizer,
 )
 from xlstm.files import inner_path
+from xlstm.installation import tool_command
 from xlstm.visible_text import short_repr
 
 META_FILE = "meta.json"
@@ -211,8 +212,8 @@ def _read_meta(path: str) -> StoreMeta:
 
 def _text_hint(path: str) -> str:
     """Returns how to make a token store, in case the user names text instead of a store."""
-    command = "./bazelw run //xlstm/tools:prepare_data -- --output=FOLDER"
-    return f"to make a store of text, run: {command} --input={shlex.quote(path)}"
+    arguments = f"--output=FOLDER --input={shlex.quote(path)}"
+    return f"to make a store of text, run: {tool_command('prepare_data')} {arguments}"
 
 
 def _open_file(path: str, meta: StoreMeta, name: str, dtype: np.dtype) -> FileArray:

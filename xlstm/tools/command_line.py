@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
+from xlstm.installation import is_installed, tool_command
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.kernel_errors import kernel_problem
 from xlstm.trainer.base.steady_output import make_steady
 from xlstm.visible_text import visible
@@ -164,12 +165,21 @@ def help_text(description: str) -> str:
     """
     width = min(shutil.get_terminal_size((_WIDEST_HELP, 24)).columns, _WIDEST_HELP)
     indented = textwrap.TextWrapper(width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    parts = [description, "", "Flags:"]
+    parts = [_as_installed(description), "", "Flags:"]
     for flag in project_flags():
         text = " ".join((flag.help or "").split())
         # absl puts the values of an enum in front, which the usage shows already.
         parts += [f"  {_flag_usage(flag)}", indented.fill(re.sub(r"^<\S*>: ", "", text))]
     return "\n".join(parts)
+
+
+def _as_installed(text: str) -> str:
+    """Replaces Bazel's commands in a text where others start the tools."""
+    return re.sub(
+        r"bazel run (--config=\w+ )?//xlstm/tools:(\w+)( --)?",
+        lambda found: tool_command(found[2]) if is_installed() else found[0],
+        text,
+    )
 
 
 def _flag_usage(flag: flags.Flag) -> str:

@@ -229,5 +229,5 @@ def check_field(name: str) -> None:
     ]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "//xlstm/tools:show_config lists the fields"
+        hint = f"did you mean {near[0]}?" if near else "the tool show_config lists the fields"
         raise ValueError(f"config.{name}: there is no such field; {hint}")

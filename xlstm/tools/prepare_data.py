@@ -35,6 +35,7 @@ from xlstm.dataset.store_meta import StoreMeta
 from xlstm.dataset.token_store import TokenStore
 from xlstm.dataset.token_store_writer import EncodedDocuments, TokenStoreWriter, encode_blocks
 from xlstm.dataset.tokenizer import Tokenizer, load_tokenizer
+from xlstm.installation import tool_command
 from xlstm.tools.command_line import define_share, print_line, print_table, resolve_path, run
 from xlstm.visible_text import visible
 
@@ -182,7 +183,7 @@ def prepare(
 
 
 def train_command(path: str, meta: StoreMeta) -> str:
-    """Returns the command that trains on a store, to be pasted into a shell in the checkout.
+    """Returns the command that trains on a store, to be pasted into a shell.
 
     Args:
         path: The store's folder.
@@ -198,7 +199,7 @@ def train_command(path: str, meta: StoreMeta) -> str:
     if not round(meta.num_documents * DataConfig.validation_fraction):  # Less than one document.
         fraction = 0.0 if meta.num_documents == 1 else round(1 / meta.num_documents, 2)
         arguments.append(f"--config.data.validation_fraction={fraction}")
-    return shlex.join(["./bazelw", "run", "//xlstm/tools:train", "--", *arguments])
+    return f"{tool_command('train')} {shlex.join(arguments)}"
 
 
 def main(argv: Sequence[str]) -> None:

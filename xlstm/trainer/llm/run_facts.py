@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from xlstm.dataset.data import Data
 from xlstm.dataset.store_sample import sample_store
 from xlstm.dataset.token_store import TokenStore
 from xlstm.files import file_checksum
+from xlstm.installation import VERSION, commit
 from xlstm.trainer.base.coordinator import Facts, num_processes
 from xlstm.trainer.llm.config import RunConfig
 from xlstm.trainer.llm.workdir import plain_config
@@ -33,14 +33,19 @@ _OTHER_PACKAGES = (
 
 
 def code_version() -> dict[str, str]:
-    """Returns the git commit of this code, and the versions of Python and the main packages.
+    """Returns the versions of this code, of Python and of the main packages.
 
     Returns:
-        Versions by name. `commit` ends in `+changes` if files differ from it, and is `unknown`
-        outside a git checkout.
+        Versions by name. `xlstm` is the version of this code, `commit` its git commit, see
+        `xlstm.installation`.
     """
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"commit": _commit(), "python": platform.python_version(), **packages}
+    return {
+        "xlstm": VERSION,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def package_versions() -> dict[str, str | None]:
@@ -68,26 +73,6 @@ def source_digests() -> dict[str, str]:
         if path.startswith(os.path.join(root, "xlstm", "")) and path.endswith(".py"):
             digests[os.path.relpath(path, root)] = file_checksum(path).sha256[:16]
     return dict(sorted(digests.items()))
-
-
-def _commit() -> str:
-    # Under Bazel, this file is a link into the checkout.
-    folder = os.path.dirname(os.path.realpath(__file__))
-    command = [
-        "git",
-        "-C",
-        folder,
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty=+changes",
-    ]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip()
 
 
 SAME_COMMAND = "start all processes with the same command"

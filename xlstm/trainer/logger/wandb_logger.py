@@ -113,7 +113,7 @@ def _import_wandb() -> ModuleType:
     except ImportError as error:
         raise ValueError(
             "logger.wandb=True needs the package wandb, which is not installed: run with Bazel, or"
-            " run `pip install wandb`"
+            " run `pip install 'xlstm-lm[wandb]'`"
         ) from error
     return wandb
 
