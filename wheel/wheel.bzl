@@ -20,7 +20,7 @@ def _wheel_impl(ctx):
         mnemonic = "Wheel",
         progress_message = "Building a wheel",
     )
-    return [DefaultInfo(files = depset([folder]))]
+    return [DefaultInfo(files = depset([folder]), runfiles = ctx.runfiles([folder]))]
 
 wheel = rule(
     doc = "A folder with the wheel of Python targets and all of this repository that they need.",

@@ -49,9 +49,9 @@ class mLSTMLayer(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        reset: jax.Array | None,
-        padding: jax.Array | None,
-        state: MLSTMState | None,
+        reset: jax.Array | None = None,
+        padding: jax.Array | None = None,
+        state: MLSTMState | None = None,
     ) -> tuple[jax.Array, MLSTMState | None]:
         """Runs the layer on local tokens and heads; the state has the leading axes `(B, NH)`."""
         config, overlap = self.config.model, self.config.mesh.tp_overlap
@@ -107,9 +107,9 @@ class mLSTMPreUpLayer(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        reset: jax.Array | None,
-        padding: jax.Array | None,
-        state: ConvolutionalState | None,
+        reset: jax.Array | None = None,
+        padding: jax.Array | None = None,
+        state: ConvolutionalState | None = None,
     ) -> tuple[jax.Array, ConvolutionalState | None]:
         """Runs the layer on local tokens, heads and channels; the cell's state is `MLSTMState`."""
         config, overlap = self.config.model, self.config.mesh.tp_overlap

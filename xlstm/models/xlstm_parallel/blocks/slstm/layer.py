@@ -46,9 +46,9 @@ class sLSTMLayer(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        reset: jax.Array | None,
-        padding: jax.Array | None,
-        state: ConvolutionalState | None,
+        reset: jax.Array | None = None,
+        padding: jax.Array | None = None,
+        state: ConvolutionalState | None = None,
     ) -> tuple[jax.Array, ConvolutionalState | None]:
         """Runs the layer on local tokens, heads and channels; the cell's state is `SLSTMState`."""
         config = self.config.model
