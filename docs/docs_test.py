@@ -20,6 +20,7 @@ _PAGES = {page.name: page for page in sorted(_DOCS.glob("*.md"))} | {
     "README.md": _DOCS.parent / "README.md",
     "docs/README.md": _DOCS / "README.md",
     "CONTRIBUTING.md": _DOCS.parent / "CONTRIBUTING.md",
+    "wheel/pypi.md": _DOCS.parent / "wheel" / "pypi.md",
 }
 
 # Flags to append to the printed ones; the last value of a flag counts.
