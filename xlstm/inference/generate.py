@@ -148,7 +148,7 @@ def generate_text(
     rows = range(len(prompts))
     # The inputs of each program always have the same shardings, so that it is compiled once.
     shardings = decode_state_shardings(model.config, len(prompts), model.mesh)
-    tokens, lengths = (jax.device_put(x, shardings.done) for x in pad_rows(prompts))
+    tokens, lengths = (jax.device_put(x, shardings.done) for x in _padded(prompts))
     decode_state = (
         state.decode_state if state else init_decode_state(model.config, len(prompts), model.mesh)
     )
@@ -254,21 +254,13 @@ def check_prompts(
             raise ValueError(f"prompt {index} is empty: expected at least one token")
 
 
-def pad_rows(rows: Sequence[Sequence[int]], *, least: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Pads rows of ids to one of a few widths, to limit compilations.
-
-    Args:
-        rows: Ids of each of the `B` rows.
-        least: The least width, a power of two.
-
-    Returns:
-        The padded rows, int32 `(B, T)`, and the length of each row, int32 `(B,)`.
-    """
-    lengths = np.array([len(row) for row in rows], np.int32)
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the prompts, padded to one of a few widths to limit compilations, and lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = max(1, int(lengths.max()))
-    # Padding of the longest row is at most an eighth once rows are long.
-    step = max(least, 2 ** (longest.bit_length() - 3))
-    tokens = np.zeros((len(rows), math.ceil(longest / step) * step), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
+    # Padding of the longest prompt is at most an eighth once prompts are long.
+    step = max(16, 2 ** (longest.bit_length() - 3))
+    tokens = np.zeros((len(prompts), math.ceil(longest / step) * step), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
     return tokens, lengths

@@ -4,28 +4,27 @@
     best = max(range(len(scores)), key=lambda i: scores[i].log_likelihood)
 
 A context that several continuations follow is read once: they start from its state, whose size does
-not depend on its length. The memory does not depend on the number of tokens either: a continuation
-is read in parts, and the logits of one part exist at a time.
+not depend on its length. The memory does not depend on the number of tokens either: texts are read
+in parts, and the logits of one part exist at a time.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from xlstm.common_types import PyTree
 from xlstm.inference.decode import decode_state_shardings, init_decode_state, prefill_step
-from xlstm.inference.generate import check_prompts, pad_rows
+from xlstm.inference.generate import check_prompts
 from xlstm.inference.loaded_model import LoadedModel
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.trainer.base.multihost import to_host
 
-# Over all rows, in one pass: the largest number of tokens, and of logits (256 MiB of them).
+# Over all rows, in one pass: the largest number of tokens, and of logits (256 MiB in float32).
 _PASS_TOKENS = 16384
 _PASS_LOGITS = 2**26
 
@@ -99,12 +98,16 @@ def _prefill(model: LoadedModel, prefixes: list[Sequence[int]], batch_size: int)
     """Returns the model's state after each prefix, in a batch of `batch_size` rows."""
     shardings = decode_state_shardings(model.config, batch_size, model.mesh)
     state = init_decode_state(model.config, batch_size, model.mesh).state
-    tokens, lengths = pad_rows([*prefixes, *[[]] * (batch_size - len(prefixes))])
-    if lengths.any():
-        tokens, lengths = (jax.device_put(x, shardings.done) for x in (tokens, lengths))
-        _, state = prefill_step(model.params, tokens, state, lengths, config=model.config)
-    # The inputs of each program always have the same shardings, so that it is compiled once.
-    return jax.device_put(state, shardings.state)
+    lengths = np.array([len(prefix) for prefix in prefixes])
+    for start, width in _parts(max(lengths), _PASS_TOKENS // batch_size):
+        tokens = _columns(prefixes, start, (batch_size, width))
+        inside = np.zeros(batch_size, np.int32)
+        inside[: len(prefixes)] = np.clip(lengths - start, 0, width)
+        tokens, inside = jax.device_put((tokens, inside), shardings.done)
+        _, state = prefill_step(model.params, tokens, state, inside, config=model.config)
+        # The inputs of each program always have the same shardings, so that it is compiled once.
+        state = jax.device_put(state, shardings.state)
+    return state
 
 
 def _score_rows(
@@ -115,61 +118,80 @@ def _score_rows(
     batch_size: int,
 ) -> list[Score]:
     """Scores all tokens but the first of each text, which continues a row of `states`."""
-    missing = batch_size - len(texts)
-    tokens, lengths = pad_rows([*texts, *[[0]] * missing], least=4)
-    state_rows = np.array([*state_rows, *[0] * missing])
-    targets = np.roll(tokens, -1, axis=1)
-    rows = decode_state_shardings(model.config, batch_size, model.mesh).done
-    arrays = (jax.device_put(x, rows) for x in (state_rows, tokens, targets))
-    found = score_step(model.params, states, *arrays, config=model.config)
-    log_probs, is_greedy = (to_host(x) for x in found)
+    shardings = decode_state_shardings(model.config, batch_size, model.mesh)
+    rows = np.resize(state_rows, batch_size)
+    state = jax.device_put(_take_rows(states, rows), shardings.state)
+    targets, parts = [text[1:] for text in texts], []
+    num_tokens = min(_PASS_TOKENS, _PASS_LOGITS // model.config.model.vocab_size)
+    for start, width in _parts(max(map(len, targets)), num_tokens // batch_size):
+        arrays = [_columns(ids, start, (batch_size, width)) for ids in (texts, targets)]
+        arrays = jax.device_put(arrays, shardings.done)
+        *found, state = score_step(model.params, *arrays, state, config=model.config)
+        state = jax.device_put(state, shardings.state)
+        parts.append(found)
+    found = [[to_host(x) for x in part] for part in parts]
     results = []
-    for row, length in enumerate(lengths[: len(texts)]):
+    for row, ids in enumerate(targets):
+        log_probs, is_greedy = (
+            np.concatenate([[], *(part[i][row] for part in found)])[: len(ids)] for i in (0, 1)
+        )
         # A float32 sum over a long document would lose digits.
-        total = float(np.sum(log_probs[row, : length - 1], dtype=np.float64))
-        results.append(Score(total, bool(np.all(is_greedy[row, : length - 1]))))
+        results.append(Score(float(np.sum(log_probs, dtype=np.float64)), bool(is_greedy.all())))
     return results
 
 
-@functools.partial(jax.jit, static_argnames="config")
+def _parts(length: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Yields the starts and widths of parts that cover a length.
+
+    The widths are `largest`, rounded down to a power of two, and its quarters down to 4: few
+    programs are compiled, and a multiple of the backend's chunk is read at once.
+    """
+    start, widest = 0, 2 ** (max(1, int(largest)).bit_length() - 1)
+    while start < length:
+        width = widest
+        while width // 4 >= max(4, length - start):
+            width //= 4
+        yield start, width
+        start += width
+
+
+def _columns(rows: Sequence[Sequence[int]], start: int, shape: tuple[int, int]) -> np.ndarray:
+    """Returns the columns of ragged rows from `start` on, padded to a shape."""
+    columns = np.zeros(shape, np.int32)
+    for padded, row in zip(columns, rows, strict=False):
+        part = row[start : start + shape[1]]
+        padded[: len(part)] = part
+    return columns
+
+
+@jax.jit
+def _take_rows(states: PyTree, rows: np.ndarray) -> PyTree:
+    return jax.tree.map(lambda x: x[:, rows], states)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def score_step(
     params: PyTree,
-    states: PyTree,
-    state_rows: jax.Array,
     tokens: jax.Array,
     targets: jax.Array,
+    state: PyTree,
     *,
     config: LanguageModelConfig,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, PyTree]:
     """Computes the log-probability of the target of each token.
 
     Args:
         params: Parameters of the model.
-        states: States of the model, leading axes `(num_blocks, B')`.
-        state_rows: The row of `states` before each row's first token, int `(B,)`.
         tokens: Ids `(B, T)`.
         targets: Ids `(B, T)`.
+        state: The model's state before them; donated.
         config: Configuration of the model.
 
     Returns:
-        The log-probabilities, float32 `(B, T)`, and whether each target has the largest logit, bool
-        `(B, T)`.
+        The log-probabilities, float32 `(B, T)`; whether each target has the largest logit, bool
+        `(B, T)`; and the model's state after the tokens.
     """
-    (batch, time), vocab_size = tokens.shape, config.model.vocab_size
-    size = max(1, min(_PASS_TOKENS, _PASS_LOGITS // vocab_size) // batch)
-    size = min(2 ** (size.bit_length() - 1), time)  # A multiple of the backend's chunk.
-
-    def body(state, xs):
-        chunk, chunk_targets = xs
-        logits, state = xLSTMLMModel(config).apply({"params": params}, chunk, state=state)
-        found = jnp.take_along_axis(logits, chunk_targets[..., None], axis=-1)[..., 0]
-        log_probs = found - jax.nn.logsumexp(logits, axis=-1)
-        return state, (log_probs, jnp.argmax(logits, axis=-1) == chunk_targets)
-
-    def split(x):
-        return jnp.pad(x, ((0, 0), (0, -time % size))).reshape(batch, -1, size).swapaxes(0, 1)
-
-    state = jax.tree.map(lambda x: x[:, state_rows], states)
-    _, found = lax.scan(body, state, (split(tokens), split(targets)))
-    log_probs, is_greedy = (x.swapaxes(0, 1).reshape(batch, -1)[:, :time] for x in found)
-    return log_probs, is_greedy
+    logits, state = xLSTMLMModel(config).apply({"params": params}, tokens, state=state)
+    found = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    log_probs = found - jax.nn.logsumexp(logits, axis=-1)
+    return log_probs, jnp.argmax(logits, axis=-1) == targets, state

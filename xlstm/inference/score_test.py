@@ -108,30 +108,37 @@ def test_a_context_is_read_once_for_all_its_continuations(monkeypatch):
     assert_scores(found, [direct(*pair) for pair in pairs])
 
 
-def test_long_texts_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(score_module, "_PASS_LOGITS", 12 * 2 * 8)
-    score_module.score_step.clear_cache()
-    contexts, continuations = texts(3, 9), texts(61, 17, seed=1)
+def test_long_texts_are_read_in_parts_of_few_shapes(monkeypatch):
+    shapes, score_step = [], score_module.score_step
+
+    def watched(params, tokens, *args, **options):
+        shapes.append(tokens.shape)
+        return score_step(params, tokens, *args, **options)
+
+    monkeypatch.setattr(score_module, "score_step", watched)
+    monkeypatch.setattr(score_module, "_PASS_LOGITS", 12 * 2 * 17)
+    monkeypatch.setattr(score_module, "_PASS_TOKENS", 2 * 16)
+    contexts, continuations = texts(3, 40), texts(70, 35, seed=1)
     found = score(model(), contexts, continuations, batch_size=2)
-    score_module.score_step.clear_cache()
+    assert shapes == [(2, 16)] * 5
     pairs = zip(contexts, continuations, strict=True)
     assert_scores(found, [direct(*pair) for pair in pairs])
 
 
-def test_memory_is_that_of_one_part_and_not_of_the_length(monkeypatch):
-    monkeypatch.setattr(score_module, "_PASS_LOGITS", 12 * 2 * 64)
-    states, rows = score_module._prefill(model(), [[1], [1, 2]], 2), np.arange(2)
-
-    def temporary_bytes(length):
-        tokens = np.zeros((2, length), np.int32)
-        lowered = score_module.score_step.lower(
-            model().params, states, rows, tokens, tokens, config=CONFIG
-        )
-        return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    short, long = temporary_bytes(128), temporary_bytes(128 + 4096)
-    logits = 4 * 12 * 2 * 4096
-    assert long - short < logits
+@pytest.mark.parametrize(
+    ("length", "largest", "parts"),
+    [
+        (0, 64, []),
+        (1, 64, [(0, 4)]),
+        (5, 64, [(0, 16)]),
+        (65, 64, [(0, 64), (64, 4)]),
+        (90, 70, [(0, 64), (64, 64)]),
+        (3, 1, [(0, 1), (1, 1), (2, 1)]),
+        (3, 0, [(0, 1), (1, 1), (2, 1)]),
+    ],
+)
+def test_parts_cover_a_length(length, largest, parts):
+    assert list(score_module._parts(length, largest)) == parts
 
 
 def test_scores_arrive_with_their_indices():
