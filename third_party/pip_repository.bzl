@@ -53,21 +53,30 @@ def _find_locks(repository_ctx):
         ))
     return [lock, repository_ctx.path(label.relative(prefix + accelerator + ".txt"))]
 
-def _pip_repository_impl(repository_ctx):
-    locks = _find_locks(repository_ctx)
-    names = " and ".join([lock.basename for lock in locks])
-    generator = repository_ctx.path(repository_ctx.attr._generator)
-    python, base_python = _find_python(repository_ctx)
+def _pin(repository_ctx, locks, name):
+    """Returns the lines that pin a package, with its hashes; empty if the locks do not."""
+    lines, is_inside = [], False
+    for lock in locks:
+        for line in repository_ctx.read(lock).split("\n"):
+            is_inside = line.startswith(name + "==") or (is_inside and line.startswith(" "))
+            if is_inside:
+                lines.append(line)
+    return "\n".join(lines)
 
-    repository_ctx.report_progress("installing the packages of %s" % names)
+def _pip_install(repository_ctx, python, locks, target, names):
+    """Installs the packages of locks in a folder; only what a lock names by --no-binary is built."""
     command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--no-compile", "--only-binary", ":all:", "--target", "site-packages"]
+    command += ["--no-compile", "--no-build-isolation", "--only-binary", ":all:", "--target", target]
     for lock in locks:
         command += ["-r", lock]
     result = repository_ctx.execute(
         command,
-        # Overrides settings in a user's pip configuration that reject `--target`.
-        environment = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0"},
+        environment = {
+            # Overrides settings in a user's pip configuration that reject `--target`.
+            "PIP_REQUIRE_VIRTUALENV": "0",
+            "PIP_USER": "0",
+            "PYTHONPATH": "%s" % repository_ctx.path("setuptools"),
+        },
         timeout = 3600,
     )
     if result.return_code:
@@ -75,6 +84,20 @@ def _pip_repository_impl(repository_ctx):
             names,
             result.stderr,
         ))
+
+def _pip_repository_impl(repository_ctx):
+    locks = _find_locks(repository_ctx)
+    names = " and ".join([lock.basename for lock in locks])
+    generator = repository_ctx.path(repository_ctx.attr._generator)
+    python, base_python = _find_python(repository_ctx)
+
+    repository_ctx.report_progress("installing the packages of %s" % names)
+    backend = _pin(repository_ctx, locks, "setuptools")
+    if backend:
+        # It builds what has no wheel; in an environment of its own pip would take an unlocked one.
+        repository_ctx.file("setuptools.txt", backend)
+        _pip_install(repository_ctx, python, ["setuptools.txt"], "setuptools", names)
+    _pip_install(repository_ctx, python, locks, "site-packages", names)
 
     repository_ctx.report_progress("writing the BUILD file")
     repository_ctx.symlink(repository_ctx.attr._rules, "python_rules.bzl")
