@@ -40,21 +40,25 @@ for size in 1 8; do
   score "hf_rolling_$size" xlstm_rolling "${hf[@]}" $model,add_bos_token=False
 done
 
-# Collects the answers to all requests of each task.
+# Collects the answers to all requests: of a choice its log-likelihood and whether it is greedy, of a
+# document its log-likelihood, and texts.
 python3 - "$out" << 'END'
-import ast, glob, json, sys
+import glob, json, sys
 
-for model, folders in (
-    ("xlstm_1", ["xlstm_1"]), ("xlstm_8", ["xlstm_8"]),
-    ("hf_1", ["hf_1", "hf_rolling_1"]), ("hf_8", ["hf_8", "hf_rolling_8"]),
-):
-    answers = {}
-    for path in sorted(p for f in folders for p in glob.glob(f"{sys.argv[1]}/{f}/*/samples_*.jsonl")):
-        task = path.split("samples_")[-1].rsplit("_", 1)[0]
-        samples = [json.loads(line) for line in open(path)]
-        samples.sort(key=lambda sample: sample["doc_id"])
-        answers[task] = [x[0] for sample in samples for x in sample["resps"]]
-    with open(f"{sys.argv[1]}/answers_{model}.json", "w") as file:
-        json.dump(answers, file, indent=1)
-        file.write("\n")
+
+def answer(x):
+    if isinstance(x, list):
+        return [float(x[0]), x[1] == "True"]
+    return float(x) if task == "xlstm_rolling" else x
+
+
+for size in 1, 8:
+    for model in "xlstm", "hf":
+        answers = {}
+        for path in glob.glob(f"{sys.argv[1]}/{model}*_{size}/*/samples_*.jsonl"):
+            task = path.split("samples_")[-1].rsplit("_", 1)[0]
+            samples = sorted(map(json.loads, open(path)), key=lambda sample: sample["doc_id"])
+            answers[task] = [answer(x[0]) for sample in samples for x in sample["resps"]]
+        with open(f"{sys.argv[1]}/answers_{model}_{size}.json", "w") as file:
+            file.write(json.dumps(answers, sort_keys=True, ensure_ascii=False) + "\n")
 END

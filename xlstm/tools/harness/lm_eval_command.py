@@ -21,11 +21,13 @@ _MISSING = (
 def main(argv: list[str]) -> None:
     """Runs the harness's command with the arguments, with the model class `xlstm` registered."""
     try:
+        import jinja2
         import lm_eval.models  # noqa: F401  # Registers the harness's own models.
+        import yaml
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
     except ModuleNotFoundError as error:
-        raise ValueError(_MISSING if error.name == "lm_eval" else str(error)) from None
+        raise ValueError(_MISSING) from error
     import xlstm.tools.harness.model  # noqa: F401  # Registers ours.
 
     # Paths in arguments and in the files of tasks start where the user called `bazel run`.
@@ -35,7 +37,12 @@ def main(argv: list[str]) -> None:
     setup_logging()
     sys.argv = ["lm_eval", *argv[1:]]
     command = HarnessCLI()
-    command.execute(command.parse_args())
+    try:
+        command.execute(command.parse_args())
+    except (yaml.YAMLError, jinja2.TemplateError) as error:  # A task's file is wrong.
+        raise ValueError(f"a task cannot be used: {error}") from error
+    except ModuleNotFoundError as error:  # A model or a task needs more packages.
+        raise ValueError(f"{error}: install it beside lm_eval") from error
 
 
 if __name__ == "__main__":
