@@ -79,7 +79,7 @@ def scored(folder):
             *common,
             f"--output_path={folder / 'eight'}",
             "--batch_size=8",
-            model_args=f"{checkpoint},tp=2",
+            model_args=f"{checkpoint},fsdp=2",
             env={"JAX_NUM_CPU_DEVICES": "2"},
         ),
     }
@@ -175,7 +175,7 @@ def test_a_document_is_read_whole_or_in_the_windows_of_hf(folder, model, run):
     whole = model.loglikelihood_rolling(given, disable_tqdm=True)
     expected = [direct(run, "", "import os\n")[0], 0.0, direct(run, "", "x")[0]]
     np.testing.assert_allclose(whole, expected, atol=1e-4)
-    assert model.cache_hook.found == {"import os\n": whole[0], "x": whole[2]}
+    assert model.cache_hook.found == dict(zip(texts, whole, strict=True))
     windowed = RunLM(str(folder / "run"), batch_size=4, max_length=4, dp=1)
     (found, _, _) = windowed.loglikelihood_rolling(given, disable_tqdm=True)
     # The last window has the most context that it can.
@@ -253,7 +253,7 @@ def test_a_request_beyond_max_length_is_named(folder):
         ("task: broken\ndataset_path: [json\n", "a task cannot be used: while parsing"),
         ("dataset_kwargs: {data_files: {test: nowhere.jsonl}}", "Unable to find .*nowhere.jsonl"),
         ('doc_to_text: "{{context"', "a task cannot be used: unexpected end of template"),
-        ("doc_to_choice: nothing", "a task cannot be used: 'nothing' is undefined"),
+        ('doc_to_text: "{{nothing}}"', "a task cannot be used: 'nothing' is undefined"),
         ("output_type: nonsense", "invalid output_type 'nonsense'"),
     ],
 )
