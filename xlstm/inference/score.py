@@ -24,9 +24,9 @@ from xlstm.models.xlstm_parallel.config import LanguageModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
 from xlstm.trainer.base.multihost import to_host
 
-# Over all rows, in one pass: the largest number of tokens, and of logits (256 MiB in float32).
+# Over all rows, in one pass: the largest number of tokens, and of logits (512 MiB in float32).
 _PASS_TOKENS = 16384
-_PASS_LOGITS = 2**26
+_PASS_LOGITS = 2**27
 
 
 class Score(NamedTuple):
