@@ -5,8 +5,9 @@
 #   requirements allow.
 # What happens: pytablewriter, which writes the table, allows python-dateutil below 3 only, through
 #   typepy. lm_eval sets no lower bound, so a resolver that must take python-dateutil 4 goes back to
-#   pytablewriter 0.38 of 2019. That knows no `headers`; it ignores the assignment, and the columns
-#   are A, B, C. `pip check` finds nothing wrong.
+#   pytablewriter 0.38 of 2019 (uv 0.13.9 does, in a second; pip searches for minutes, so the version
+#   is named here). That knows no `headers`; it ignores the assignment, and the columns are A, B, C.
+#   `pip check` finds nothing wrong.
 # Version: lm_eval 0.4.13, pytablewriter 0.38.0, typepy 1.3.5, python-dateutil 4.0.0.
 # Decided in: lm_eval's requirements (pytablewriter without a bound), lm_eval/utils.py, make_table.
 #

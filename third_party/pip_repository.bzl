@@ -40,18 +40,21 @@ def _find_locks(repository_ctx):
     """Returns the paths of the locks to install: the lock, and what XLSTM_REQUIREMENTS adds to it."""
     label = repository_ctx.attr.requirements
     lock = repository_ctx.path(label)
-    accelerator = repository_ctx.os.environ.get("XLSTM_REQUIREMENTS")
-    if not accelerator:
-        return [lock]
+    additions = (repository_ctx.os.environ.get("XLSTM_REQUIREMENTS") or "").split(",")
+    additions = [addition for addition in additions if addition]
     prefix = lock.basename.replace(".txt", "_")
     names = [file.basename for file in lock.dirname.readdir() if file.basename.endswith(".txt")]
     choices = [name[len(prefix):-len(".txt")] for name in names if name.startswith(prefix)]
-    if accelerator not in choices:
-        fail("XLSTM_REQUIREMENTS is '%s'; it can be %s, or empty for the CPU." % (
-            accelerator,
-            " or ".join(sorted(choices)),
-        ))
-    return [lock, repository_ctx.path(label.relative(prefix + accelerator + ".txt"))]
+    for addition in additions:
+        if addition not in choices:
+            fail("XLSTM_REQUIREMENTS names '%s'; it can be %s, several of them, or empty." % (
+                addition,
+                " or ".join(sorted(choices)),
+            ))
+    return [lock] + [
+        repository_ctx.path(label.relative(prefix + addition + ".txt"))
+        for addition in additions
+    ]
 
 def _pin(repository_ctx, locks, name):
     """Returns the lines that pin a package, with its hashes; empty if the locks do not."""
@@ -114,7 +117,7 @@ pip_repository = repository_rule(
     implementation = _pip_repository_impl,
     attrs = {
         "requirements": attr.label(
-            doc = "The lock NAME.txt. XLSTM_REQUIREMENTS=x adds the packages of NAME_x.txt beside it.",
+            doc = "The lock NAME.txt. XLSTM_REQUIREMENTS=x,y adds those of NAME_x.txt and NAME_y.txt.",
             mandatory = True,
         ),
         "_generator": attr.label(default = Label("//third_party:pip_repository.py")),
