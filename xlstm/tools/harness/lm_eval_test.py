@@ -220,7 +220,7 @@ def test_the_seed_decides_what_is_sampled(model):
         ({"batch_size": "auto"}, "batch_size=auto: expected a number; the memory of a row"),
         ({"batch_size": "0"}, "batch_size=0: expected a positive number"),
         ({"batch_size": "many"}, "batch_size=many: expected a positive number"),
-        ({"max_length": -1}, "max_length=-1: expected a positive number"),
+        ({"max_length": 0}, "max_length=0: expected a positive number"),
         ({"max_gen_toks": True}, "max_gen_toks=True: expected a positive number"),
         ({"add_bos_token": "maybe"}, "add_bos_token='maybe': expected True or False"),
     ],

@@ -86,7 +86,7 @@ class RunLM(TemplateLM):
             raise ValueError(f"add_bos_token={add_bos_token!r}: expected True or False")
         self.batch_size = _to_size("batch_size", batch_size)
         self.add_bos_token = add_bos_token
-        self.max_length = max_length and _to_size("max_length", max_length)
+        self.max_length = None if max_length is None else _to_size("max_length", max_length)
         self.max_gen_toks = _to_size("max_gen_toks", max_gen_toks)
         sizes = {axis: _to_size(axis, size) for axis, size in mesh.items()}
         self.run = load_run(str(checkpoint), mesh=sizes, report=_LOGGER.warning)
