@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
 # Distributions whose names differ from their modules.
-DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
+DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
 # What a rule adds to `deps` itself.
 IMPLIED_DEPS = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
 

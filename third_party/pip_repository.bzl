@@ -40,18 +40,53 @@ def _find_locks(repository_ctx):
     """Returns the paths of the locks to install: the lock, and what XLSTM_REQUIREMENTS adds to it."""
     label = repository_ctx.attr.requirements
     lock = repository_ctx.path(label)
-    accelerator = repository_ctx.os.environ.get("XLSTM_REQUIREMENTS")
-    if not accelerator:
-        return [lock]
+    additions = (repository_ctx.os.environ.get("XLSTM_REQUIREMENTS") or "").split(",")
+    additions = [addition for addition in additions if addition]
     prefix = lock.basename.replace(".txt", "_")
     names = [file.basename for file in lock.dirname.readdir() if file.basename.endswith(".txt")]
     choices = [name[len(prefix):-len(".txt")] for name in names if name.startswith(prefix)]
-    if accelerator not in choices:
-        fail("XLSTM_REQUIREMENTS is '%s'; it can be %s, or empty for the CPU." % (
-            accelerator,
-            " or ".join(sorted(choices)),
+    for addition in additions:
+        if addition not in choices:
+            fail("XLSTM_REQUIREMENTS names '%s'; it can be %s, several of them, or empty." % (
+                addition,
+                " or ".join(sorted(choices)),
+            ))
+    return [lock] + [
+        repository_ctx.path(label.relative(prefix + addition + ".txt"))
+        for addition in additions
+    ]
+
+def _pin(repository_ctx, locks, name):
+    """Returns the lines that pin a package, with its hashes; empty if the locks do not."""
+    lines, is_inside = [], False
+    for lock in locks:
+        for line in repository_ctx.read(lock).split("\n"):
+            is_inside = line.startswith(name + "==") or (is_inside and line.startswith(" "))
+            if is_inside:
+                lines.append(line)
+    return "\n".join(lines)
+
+def _pip_install(repository_ctx, python, locks, target, names):
+    """Installs the packages of locks in a folder; only what a lock names by --no-binary is built."""
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--no-compile", "--no-build-isolation", "--only-binary", ":all:", "--target", target]
+    for lock in locks:
+        command += ["-r", lock]
+    result = repository_ctx.execute(
+        command,
+        environment = {
+            # Overrides settings in a user's pip configuration that reject `--target`.
+            "PIP_REQUIRE_VIRTUALENV": "0",
+            "PIP_USER": "0",
+            "PYTHONPATH": "%s" % repository_ctx.path("setuptools"),
+        },
+        timeout = 3600,
+    )
+    if result.return_code:
+        fail("pip could not install %s; is the package registry reachable? It said:\n%s" % (
+            names,
+            result.stderr,
         ))
-    return [lock, repository_ctx.path(label.relative(prefix + accelerator + ".txt"))]
 
 def _pip_repository_impl(repository_ctx):
     locks = _find_locks(repository_ctx)
@@ -60,21 +95,12 @@ def _pip_repository_impl(repository_ctx):
     python, base_python = _find_python(repository_ctx)
 
     repository_ctx.report_progress("installing the packages of %s" % names)
-    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--no-compile", "--only-binary", ":all:", "--target", "site-packages"]
-    for lock in locks:
-        command += ["-r", lock]
-    result = repository_ctx.execute(
-        command,
-        # Overrides settings in a user's pip configuration that reject `--target`.
-        environment = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0"},
-        timeout = 3600,
-    )
-    if result.return_code:
-        fail("pip could not install %s; is the package registry reachable? It said:\n%s" % (
-            names,
-            result.stderr,
-        ))
+    backend = _pin(repository_ctx, locks, "setuptools")
+    if backend:
+        # It builds what has no wheel; in an environment of its own pip would take an unlocked one.
+        repository_ctx.file("setuptools.txt", backend)
+        _pip_install(repository_ctx, python, ["setuptools.txt"], "setuptools", names)
+    _pip_install(repository_ctx, python, locks, "site-packages", names)
 
     repository_ctx.report_progress("writing the BUILD file")
     repository_ctx.symlink(repository_ctx.attr._rules, "python_rules.bzl")
@@ -91,7 +117,7 @@ pip_repository = repository_rule(
     implementation = _pip_repository_impl,
     attrs = {
         "requirements": attr.label(
-            doc = "The lock NAME.txt. XLSTM_REQUIREMENTS=x adds the packages of NAME_x.txt beside it.",
+            doc = "The lock NAME.txt. XLSTM_REQUIREMENTS=x,y adds those of NAME_x.txt and NAME_y.txt.",
             mandatory = True,
         ),
         "_generator": attr.label(default = Label("//third_party:pip_repository.py")),

@@ -8,7 +8,7 @@ from third_party import pip_repository
 
 _HERE = Path(__file__).parent
 _LOCKS = {path.stem: path.read_text() for path in sorted(_HERE.glob("requirements*.txt"))}
-_ACCELERATORS = [name.removeprefix("requirements_") for name in _LOCKS if "_" in name]
+_ADDITIONS = [name.removeprefix("requirements_") for name in _LOCKS if "_" in name]
 
 
 def _install(site, name, files=(), requires=()):
@@ -96,25 +96,35 @@ def test_two_locks_are_read_as_one(tmp_path, monkeypatch):
     assert uses == [False, True]
 
 
-def _pins(lock):
+def _pins(lock, marker=""):
     """Returns the pins of a lock without extras, and the names of the packages."""
-    pins = re.findall(r"^([a-z0-9-]+)(?:\[.*\])?(==.*) \\$", lock, flags=re.MULTILINE)
+    pattern = rf"^([a-z0-9-]+)(?:\[.*\])?(==.*{re.escape(marker)}) \\$"
+    pins = re.findall(pattern, lock, flags=re.MULTILINE)
     return {name + version for name, version in pins}, {name for name, _ in pins}
 
 
-@pytest.mark.parametrize("accelerator", _ACCELERATORS)
-def test_an_accelerator_adds_to_the_packages_and_changes_none(accelerator):
+@pytest.mark.parametrize("addition", _ADDITIONS)
+def test_a_further_lock_adds_to_the_packages_and_changes_none(addition):
     pins, names = _pins(_LOCKS["requirements"])
-    its_pins, its_names = _pins(_LOCKS[f"requirements_{accelerator}"])
-    assert its_names & names == {"jax"}
+    its_pins, its_names = _pins(_LOCKS[f"requirements_{addition}"])
+    for_windows = _pins(_LOCKS["requirements"], " ; sys_platform == 'win32'")[1]
+    shared = its_names & names
+    assert shared <= {"jax"} | for_windows
     assert {pin for pin in its_pins if pin.startswith("jax==")} <= pins
     assert len(its_names) > 1
+
+
+def test_every_package_without_a_wheel_is_built_with_the_locked_setuptools():
+    for name, lock in _LOCKS.items():
+        built = re.findall("^--no-binary (.*)$", lock, re.MULTILINE)
+        assert set(built) <= _pins(lock)[1]
+        assert not built or "setuptools" in _pins(lock)[1], name
 
 
 def test_every_lock_has_a_config_of_its_name():
     configs = dict(
         re.findall(r"^common:(\w+) (.*)$", (_HERE.parent / ".bazelrc").read_text(), re.MULTILINE)
     )
-    assert {"cuda12", "cuda13", "tpu"} <= set(_ACCELERATORS)
+    assert {"cuda12", "cuda13", "eval", "tpu"} <= set(_ADDITIONS)
     assert configs.pop("cuda").removeprefix("--config=") in configs
-    assert configs == {name: f"--repo_env=XLSTM_REQUIREMENTS={name}" for name in _ACCELERATORS}
+    assert configs == {name: f"--repo_env=XLSTM_REQUIREMENTS={name}" for name in _ADDITIONS}

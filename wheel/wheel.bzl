@@ -9,12 +9,12 @@ def _wheel_impl(ctx):
     arguments = ctx.actions.args()
     arguments.add_all([folder], expand_directories = False)
     arguments.add(ctx.info_file)
-    arguments.add_all(ours + ctx.files.metadata)
+    arguments.add_all(ours + ctx.files.srcs)
     arguments.use_param_file("%s", use_always = True)
     arguments.set_param_file_format("multiline")
     ctx.actions.run(
         outputs = [folder],
-        inputs = ours + ctx.files.metadata + [ctx.info_file],
+        inputs = ours + ctx.files.srcs + [ctx.info_file],
         executable = ctx.executable._build_wheel,
         arguments = [arguments],
         mnemonic = "Wheel",
@@ -27,8 +27,9 @@ wheel = rule(
     implementation = _wheel_impl,
     attrs = {
         "deps": attr.label_list(doc = "Python targets.", mandatory = True),
-        "metadata": attr.label_list(
-            doc = "pyproject.toml, and the files that it names.",
+        "srcs": attr.label_list(
+            doc = "Further files: pyproject.toml and the files that it names, and sources whose " +
+                  "packages come with an extra alone.",
             allow_files = True,
             mandatory = True,
         ),

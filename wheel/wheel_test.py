@@ -18,7 +18,7 @@ from xlstm.testing.patience import PATIENCE
 
 _INFO = r"xlstm_lm-[0-9.]+\.dist-info"
 # Modules whose names differ from their distributions', and those that only a flag imports.
-_DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+_DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 _BROUGHT_BY_USERS = {"mlstm_kernels", "torch"}
 
 

@@ -12,10 +12,9 @@ import runpy
 import sys
 from importlib.metadata import version
 
-# The module of each tool. Their own modules say what they do.
-_TOOLS = {
-    name: f"xlstm.tools.{name}"
-    for name in (
+# The tools by their folder. Their own modules say what they do.
+_FOLDERS = {
+    "xlstm.tools": (
         "train",
         "prepare_data",
         "generate",
@@ -24,18 +23,19 @@ _TOOLS = {
         "plot",
         "show_config",
         "describe_step",
-    )
-} | {
-    name: f"xlstm.tools.benchmarks.{name}"
-    for name in (
+    ),
+    "xlstm.tools.benchmarks": (
         "benchmark",
         "benchmark_context",
         "benchmark_generation",
         "benchmark_slstm",
         "benchmark_trainer",
         "kernel_report",
-    )
+    ),
 }
+_TOOLS = {tool: f"{folder}.{tool}" for folder, tools in _FOLDERS.items() for tool in tools}
+# The module is not called like the package that it imports.
+_TOOLS["lm_eval"] = "xlstm.tools.harness.lm_eval_command"
 # See `huge_pages.bzl`. The C library reads it when a process starts.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

@@ -5,9 +5,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.distributed.mesh import MeshConfig, create_mesh
 from xlstm.inference import decode as decode_module
 from xlstm.inference.decode import (
@@ -22,7 +20,7 @@ from xlstm.inference.decode import (
     rows_spec,
 )
 from xlstm.inference.sampling import SamplingConfig
-from xlstm.models.xlstm_parallel.testing import lively_params, small_config
+from xlstm.models.xlstm_parallel.testing import lively_params, place_params, small_config
 from xlstm.models.xlstm_parallel.xlstm_lm_model import state_specs, xLSTMLMModel
 
 CONFIG = small_config(vocab_size=12)
@@ -155,14 +153,7 @@ def test_on_a_mesh_it_is_the_same(axes, options):
     mesh = create_mesh(MeshConfig(**({"dp": 1} | axes)), jax.devices()[:4])
     config = small_config(vocab_size=12, **options)
     whole = lively_params(config, jax.random.key(1))
-    boxes = jax.eval_shape(xLSTMLMModel(config).init, jax.random.key(0), PROMPTS)["params"]
-    boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)
-    params = jax.tree.map(
-        lambda box, x: jax.device_put(x, NamedSharding(mesh, P(*box.names))),
-        boxes,
-        whole,
-        is_leaf=lambda x: hasattr(x, "names"),
-    )
+    params = place_params(whole, config, mesh)
     prompts, lengths = np.resize(PROMPTS, (4, 9)), np.array([6, 9, 1, 3])
     rows = NamedSharding(mesh, rows_spec(4, mesh))
     on_mesh = [jax.device_put(x, rows) for x in (prompts, lengths)]

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
 
 from xlstm.common_types import PRNGKeyArray, PyTree
+from xlstm.distributed.data_parallel import shard_parameters
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.config import BackendConfig
 from xlstm.models.xlstm_parallel.config import LanguageModelConfig, ModelConfig
 from xlstm.models.xlstm_parallel.xlstm_lm_model import xLSTMLMModel
@@ -45,3 +47,18 @@ def lively_params(config: LanguageModelConfig, rng: PRNGKeyArray) -> PyTree:
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)
+
+
+def place_params(params: PyTree, config: LanguageModelConfig, mesh: Mesh) -> PyTree:
+    """Returns parameters on a mesh, sharded over every axis that they can be sharded over.
+
+    Args:
+        params: Unboxed parameters, as from `lively_params`.
+        config: Configuration of the model.
+        mesh: The mesh, without pipeline stages.
+    """
+    init = xLSTMLMModel(config).init
+    boxes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+    boxes = shard_parameters(boxes, mesh.shape["fsdp"], min_weight_size=1)
+    specs = nn.get_partition_spec(boxes)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
