@@ -120,7 +120,8 @@ def test_answers_are_those_of_a_direct_computation(scored, run):
     for answer, pair in zip(found["xlstm_choice"], pairs, strict=True):
         np.testing.assert_allclose(answer, direct(run, *pair), atol=1e-4, rtol=0)
     for answer, row in zip(found["xlstm_rolling"], rows("rolling"), strict=True):
-        np.testing.assert_allclose(answer, direct(run, "", row["text"])[0], atol=1e-4, rtol=0)
+        # The sum over a thousand tokens also has the relative error of float32.
+        np.testing.assert_allclose(answer, direct(run, "", row["text"])[0], atol=1e-4, rtol=1e-7)
     num_bytes = sum(len(row["text"].encode()) for row in rows("rolling"))
     bits = -sum(found["xlstm_rolling"]) / num_bytes / np.log(2)
     assert f"|bits_per_byte  |↓  |{bits:8.4f}|" in output
