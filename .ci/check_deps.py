@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 RULES = {"py_library", "py_binary", "xlstm_test"}
 # Distributions whose names differ from their modules.
-DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
+DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
 # What a rule adds to `deps` itself.
 IMPLIED_DEPS = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilation"}}
 
 
 def build_files() -> list[Path]:
     """Returns the BUILD files of the packages that hold our code."""
-    return sorted(path for folder in ("docs", "xlstm") for path in Path(folder).rglob("BUILD"))
+    folders = ("docs", "examples/clusters", "xlstm")
+    return sorted(path for folder in folders for path in Path(folder).rglob("BUILD"))
 
 
 class Target(NamedTuple):
@@ -69,7 +70,7 @@ def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
     labels = set()
     for name in (name for src in srcs for name in imports(build.parent / src)):
         top = name.partition(".")[0]
-        if top == "xlstm":
+        if top in ("examples", "xlstm"):
             labels.add(owners.get(Path(name.replace(".", "/") + ".py")))
         elif top not in sys.stdlib_module_names:
             labels.add(f"@pip//:{DISTRIBUTIONS.get(top, top.lower())}")
