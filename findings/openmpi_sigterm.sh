@@ -1,13 +1,15 @@
 #!/bin/sh
-# At SIGTERM, mpirun kills the processes one second after it has passed the signal on.
+# At SIGTERM, mpirun waits before it passes the signal on, and kills the processes soon after.
 #
 # Expected: mpirun passes SIGTERM on and waits, so that programs can save their work, as shells,
 #   srun and Kubernetes have them do, which wait for half a minute.
-# What happens: SIGKILL follows one second after SIGTERM. The parameter odls_base_sigkill_timeout
-#   changes that; mpirun then waits for twice that time, even if the processes have ended.
+# What happens: the processes get SIGTERM after one second, and SIGKILL after another one. The
+#   parameter odls_base_sigkill_timeout changes both: a longer time to save is also a longer time
+#   until the processes hear of it, and mpirun waits for all of it, even if they have ended.
 # Version: Open MPI 4.1.4 (Debian 12).
 # Decided in: orte/mca/odls/base/odls_base_default_fns.c of Open MPI,
-#   orte_odls_base_default_kill_local_procs (sleeps for the time after each of its signals).
+#   orte_odls_base_default_kill_local_procs (sleeps for the time after each of its signals, SIGCONT,
+#   SIGTERM and SIGKILL).
 #
 # Output:
 #   by default: asked to stop

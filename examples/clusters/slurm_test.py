@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -215,9 +216,14 @@ def _error(cluster, *words):
     return done.returncode, [x for x in done.stderr.splitlines() if x.startswith("error: ")]
 
 
-def test_a_command_without_srun(cluster):
+# With `salloc` alone, a site may start its shell as a step of one task.
+_SHELL = ["srun", "--interactive", "--preserve-env", "--ntasks=1", "--nodes=1"]
+
+
+@pytest.mark.parametrize("launcher", [[], _SHELL], ids=["job", "shell"])
+def test_a_command_without_srun(cluster, launcher):
     words = ["xlstm-lm", "train", "--distributed", *train_flags(Path("no"), cluster.store)]
-    assert _error(cluster, *words) == (
+    assert _error(cluster, *launcher, *words) == (
         2,
         [
             "error: --distributed in a SLURM job, but not in a task of srun, so this process would"
@@ -244,6 +250,21 @@ def test_a_task_that_never_comes(cluster):
     assert status == 2
     (error,) = errors
     assert re.match("error: of 2 processes, these have not connected within 5 s: 1; start", error)
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
+def test_mpirun_in_a_job_gives_each_process_its_index(cluster):
+    script = cluster.folder / "index.py"
+    script.write_text(
+        "from xlstm.tools.cluster_environment import find_cluster\n"
+        "found = find_cluster(1)\n"
+        "print(found.num_processes, found.process_id, found.coordinator_address, flush=True)\n"
+    )
+    mpirun = f"--wrap=mpirun --allow-run-as-root xlstm-python {script}"
+    cluster.run("sbatch", "--wait", *_SIZES, "--output=index.log", mpirun)
+    lines = [line.split() for line in cluster.log("index").splitlines()]
+    assert sorted(line[:2] for line in lines) == [["4", str(index)] for index in range(4)]
+    assert len({line[2] for line in lines}) == 1
 
 
 def test_srun_leaves_the_characters_of_a_line_whole(cluster):
