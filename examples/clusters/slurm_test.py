@@ -190,6 +190,17 @@ def test_how_a_job_ends(cluster, script, state, restarts, request):
     assert (found["JobState"], int(found["Restarts"])) == (state, restarts)
 
 
+def test_a_job_whose_time_is_nearly_over_is_asked_to_stop_and_starts_again(cluster):
+    tool = cluster.folder / "slow"
+    until_term = "trap 'exit 75' TERM\nwhile :; do sleep 0.1; done\n"
+    tool.write_text(f'#!/bin/sh\n[ "$SLURM_RESTART_COUNT" ] && exit 0\n{until_term}')
+    tool.chmod(0o755)
+    options = ["--time=1", "--signal=TERM@50"]  # In minutes, and in seconds.
+    job = cluster.submit("slow", options=options, XLSTM_TRAIN=str(tool))
+    found = cluster.wait_for_state(job, *_ENDED)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+
+
 def test_a_cancelled_job_stays_cancelled(cluster):
     tool = cluster.folder / "patient"
     tool.write_text("#!/bin/sh\ntrap 'exit 75' TERM\necho begins\nwhile :; do sleep 0.1; done\n")
