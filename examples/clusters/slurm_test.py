@@ -61,6 +61,11 @@ class _Cluster:
         flags = train_flags(self.folder / name, self.store, num_steps)
         return self.submit(name, *flags, "--simulate_devices=1", options=options)
 
+    def preempt(self) -> None:
+        """Runs a job that needs both nodes and goes before all others."""
+        words = ["--wait", "--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.log"]
+        self.run("sbatch", *words, "--wrap=true")
+
     def job(self, number: str) -> dict[str, str]:
         """Returns what SLURM knows about a job."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
@@ -121,8 +126,7 @@ def test_a_run_that_is_stopped_and_then_preempted_goes_on_bit_for_bit(cluster, u
     assert 5 <= first < NUM_STEPS
 
     cluster.wait_for_step("disturbed", first + 5)
-    urgent = ["sbatch", "--parsable", "--wait", "--partition=urgent", "--output=urgent.log"]
-    cluster.run(*urgent, "--nodes=2", "--ntasks-per-node=4", "--wrap=echo urgent")
+    cluster.preempt()
     second = read_losses(cluster.folder / "disturbed")[-1][0]
     assert first + 5 <= second < NUM_STEPS
 
@@ -167,6 +171,39 @@ def _processes_of(tool):
         if words[1:3] == [b"-m", f"xlstm.tools.{tool}".encode()]:
             found.add(int(path.parent.name))
     return found
+
+
+_ASKED_TWICE = """
+import os, sys, threading, time
+from xlstm.trainer.base.signals import on_stop_signal
+
+if os.environ.get("SLURM_RESTART_COUNT"):
+    sys.exit(0)
+asked = threading.Event()
+with on_stop_signal(lambda name: asked.set()):
+    print("begins", flush=True)
+    asked.wait()
+    time.sleep(1)
+    print("saved", flush=True)
+os._exit(75)
+"""
+
+
+def test_two_sigterms_of_slurm_leave_the_time_to_save(tmp_path):
+    # Without a grace time, SLURM's controller and srun each send one.
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "asked.py").write_text(_ASKED_TWICE)
+    environment = install_command(tmp_path)
+    with slurm_cluster(tmp_path / "slurm", grace_seconds=0) as variables:
+        cluster = _Cluster(tmp_path, environment | variables)
+        tool = f"{tmp_path}/xlstm-python {tmp_path}/asked.py"
+        job = cluster.submit("asked", XLSTM_TRAIN=tool)
+        wait_until(lambda: cluster.log("asked").count("begins") == 4)
+        cluster.preempt()
+        found = cluster.wait_for_state(job, *_ENDED)
+        assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+        assert "DUE TO PREEMPTION" in cluster.log("asked")
+        assert cluster.log("asked").count("saved") == 4
 
 
 # What stands in for the tool ends like this.
