@@ -5,8 +5,8 @@ JAX_NUM_PROCESSES nor JAX_PROCESS_ID. Variables that contradict each other make 
 others that never come.
 """
 
-import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -110,7 +110,7 @@ def _address(found: Sequence[tuple[str, str]]) -> str:
     port = os.environ.get("JAX_COORDINATOR_PORT")
     if _OPEN_MPI in found and _OPEN_MPI_ADDRESS in os.environ:
         return OmpiCluster.get_coordinator_address(None, port)
-    if _SLURM in found:
+    if _SLURM in found and "SLURM_STEP_NODELIST" in os.environ:
         _number("SLURM_JOB_ID")  # JAX makes a port of it.
         return SlurmCluster.get_coordinator_address(None, port)
     raise ValueError(
@@ -120,26 +120,27 @@ def _address(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _detected_by_jax(seconds: int) -> Cluster:
-    """Returns the processes on Cloud TPUs, and where JAX may ask the interface of Kubernetes."""
+    """Returns the processes on Cloud TPUs, and where JAX may ask Kubernetes for them."""
     if _is_any_set("SLURM_JOB_ID", *_SLURM):
         raise ValueError(
             "--distributed in a SLURM job, but not in a task of srun, so this process would wait"
             " for others that never come: put srun before the command"
         )
-    is_in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
-    if not is_in_pod or importlib.util.find_spec("kubernetes"):
-        try:
+    try:
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # In pods: the package kubernetes is missing.
             address, size, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, seconds
             )
-        except RuntimeError as error:
-            raise OSError(f"the cluster does not name its processes: {error}") from error
-        if address and size is not None and index is not None:
-            return Cluster(address, size, index, None)
-    raise ValueError(
-        "--distributed, but no scheduler started this process: start it with srun or mpirun, or set"
-        f" {_ADDRESS}, {_JAX[0]} and {_JAX[1]} in its environment"
-    )
+    except RuntimeError as error:
+        raise OSError(f"the cluster does not name its processes: {error}") from error
+    if address is None or size is None or index is None:
+        raise ValueError(
+            "--distributed, but no scheduler started this process: start it with srun or mpirun, or"
+            f" set {_ADDRESS}, {_JAX[0]} and {_JAX[1]} in its environment"
+        )
+    return Cluster(address, size, index, None)
 
 
 def _local_device_ids(found: Sequence[tuple[str, str]]) -> list[int] | None:

@@ -115,6 +115,10 @@ def test_the_gpus_of_a_task(found, environment, devices):
             {x: _OPEN_MPI[x] for x in _OPEN_MPI if x != "OMPI_MCA_orte_hnp_uri"},
             "OMPI_COMM_WORLD_SIZE is in the environment without JAX_COORDINATOR_ADDRESS",
         ),
+        (
+            {x: _SLURM[x] for x in _SLURM if x != "SLURM_STEP_NODELIST"},
+            "SLURM_NTASKS is in the environment without JAX_COORDINATOR_ADDRESS",
+        ),
         ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is missing in the environment"),
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is missing in the environment"),
         (
@@ -125,6 +129,7 @@ def test_the_gpus_of_a_task(found, environment, devices):
     ],
     ids=str,
 )
-def test_variables_that_no_run_can_start_with(found, environment, message):
+def test_variables_that_no_run_can_start_with(found, environment, message, recwarn):
     with pytest.raises(ValueError, match=f"--distributed.*{message}"):
         found(environment)
+    assert not recwarn.list  # Of JAX, about packages that it misses.
