@@ -158,6 +158,7 @@ def test_a_killed_task_ends_the_job_and_the_log_says_why(cluster):
     assert "task 2: Killed" in log
     failed = "the computation with the other processes failed .* start all of them again to resume"
     assert re.search(f"error: process [013] of 4: {failed}", log)
+    assert "has ended: process" not in log  # Each names the first that failed.
 
 
 def _processes_of(tool):

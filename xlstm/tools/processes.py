@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -197,7 +198,9 @@ def _end_of_another() -> tuple[int, str] | None:
         return None
     for process, text in ends.items():
         status, _, message = text.partition(" ")
-        return int(status), f"process {process} has ended: {message}"
+        # It may have ended because of a third one.
+        is_passed_on = re.match(r"process \d+ has ended: ", message)
+        return int(status), message if is_passed_on else f"process {process} has ended: {message}"
     return None
 
 
