@@ -28,6 +28,7 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sca
 _NODES = "127.0.0.[{first}-{last}]"
 _FIRST_NODE = 2
 _CPUS_PER_NODE = 4  # Whatever the machine has.
+_LONGEST_FOLDER = 60  # SLURM's sockets in it have names of up to 47 bytes, and 107 is the limit.
 _SECONDS_TO_START = 60
 _SECONDS_TO_STOP = 20
 
@@ -102,11 +103,13 @@ def up(folder: Path, num_nodes: int = 2, grace_seconds: int = 120) -> dict[str, 
         grace_seconds: Seconds between the SIGTERM and the SIGKILL for a preempted job.
 
     Raises:
-        OSError: If a daemon does not start.
+        OSError: If a daemon does not start, or if the path of the folder is too long.
     """
     if missing := missing_programs():
         raise OSError(f"{', '.join(missing)} not found: install slurm-wlm and munge")
     folder = folder.resolve()
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        raise OSError(f"{folder}: expected a path of at most {_LONGEST_FOLDER} bytes, for sockets")
     names = [f"127.0.0.{_FIRST_NODE + i}" for i in range(num_nodes)]
     port, *node_ports = _free_ports(1 + num_nodes)
     (folder / "state").mkdir()

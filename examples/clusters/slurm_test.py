@@ -1,17 +1,19 @@
 """Tests of the recipe for SLURM, on a cluster of two nodes on this machine."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from examples.clusters.slurm_cluster import missing_programs, slurm_cluster
+from examples.clusters.slurm_cluster import missing_programs, slurm_cluster, up
 from examples.clusters.small_run import (
     NUM_STEPS,
     install_command,
@@ -93,8 +95,15 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 def cluster(tmp_path_factory):
     """A cluster of two nodes."""
     folder = tmp_path_factory.mktemp("runs")
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as variables:
+    with _short_folder() as short, slurm_cluster(short) as variables:
         yield _Cluster(folder, install_command(folder) | variables)
+
+
+@contextlib.contextmanager
+def _short_folder():
+    """Makes a folder whose path is short enough for sockets, which those of Bazel are not."""
+    with tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp") as path:
+        yield Path(path)
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +201,9 @@ os._exit(75)
 
 def test_two_sigterms_of_slurm_leave_the_time_to_save(tmp_path):
     # Without a grace time, SLURM's controller and srun each send one.
-    (tmp_path / "slurm").mkdir()
     (tmp_path / "asked.py").write_text(_ASKED_TWICE)
     environment = install_command(tmp_path)
-    with slurm_cluster(tmp_path / "slurm", grace_seconds=0) as variables:
+    with _short_folder() as short, slurm_cluster(short, grace_seconds=0) as variables:
         cluster = _Cluster(tmp_path, environment | variables)
         tool = f"{tmp_path}/xlstm-python {tmp_path}/asked.py"
         job = cluster.submit("asked", XLSTM_TRAIN=tool)
@@ -333,6 +341,14 @@ def test_srun_leaves_the_characters_of_a_line_whole(cluster):
     cluster.run("sbatch", "--wait", *_SIZES, "--output=wide.log", srun)
     found = cluster.log("wide").splitlines(keepends=True)
     assert found.count(line) == 600 and found.count("x\n") == 900
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket(tmp_path):
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    with pytest.raises(OSError, match="expected a path of at most 60 bytes"):
+        up(long)
+    assert not list(long.iterdir())
 
 
 def test_the_page_shows_the_recipe():
