@@ -22,9 +22,8 @@ IMPLIED_DEPS = {"xlstm_test": {"@pip//:pytest", "//xlstm/testing:quick_compilati
 
 def build_files() -> list[Path]:
     """Returns the BUILD files of the packages that hold our code."""
-    return sorted(
-        path for folder in ("docs", "wheel", "xlstm") for path in Path(folder).rglob("BUILD")
-    )
+    folders = ("docs", "examples/clusters", "wheel", "xlstm")
+    return sorted(path for folder in folders for path in Path(folder).rglob("BUILD"))
 
 
 class Target(NamedTuple):
@@ -71,7 +70,7 @@ def needed(build: Path, srcs: list[str], owners: dict[Path, str]) -> set[str]:
     labels, siblings = set(), {Path(src).stem for src in srcs}
     for name in (name for src in srcs for name in imports(build.parent / src)):
         top = name.partition(".")[0]
-        if top == "xlstm":
+        if top in ("examples", "xlstm"):
             labels.add(owners.get(Path(name.replace(".", "/") + ".py")))
         elif top not in sys.stdlib_module_names and top not in siblings:
             labels.add(f"@pip//:{DISTRIBUTIONS.get(top, top.lower())}")

@@ -48,7 +48,7 @@ def meet(
     """
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator_address={address}: expected host:port")
+        raise ValueError(f"the coordinator's address is {address}: expected host:port")
     if process_id == 0:
         _Host(int(port), num_processes).receive(seconds, report)
         return
@@ -100,8 +100,9 @@ class _Host:
         except OSError as error:
             reason = os.strerror(error.errno)
             raise OSError(
-                f"process 0 cannot listen at port {self._port} ({reason}): choose another port,"
-                " or stop another process 0 of this run that listens there"
+                f"process 0 cannot listen at port {self._port} ({reason}): stop another"
+                " process 0 of this run that listens there, or choose another port, with"
+                " --coordinator_address or, under --distributed, JAX_COORDINATOR_PORT"
             ) from error
         server.settimeout(_SECONDS_BETWEEN_TRIES)
         return server

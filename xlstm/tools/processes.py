@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from xlstm.models.xlstm_parallel.blocks.mlstm.backend.kernel_errors import kernel_problem
+from xlstm.tools.cluster_environment import Cluster, find_cluster
 from xlstm.tools.command_line import print_error, print_line, project_flags
 from xlstm.tools.meeting import meet
 from xlstm.trainer.base import coordinator
@@ -32,8 +34,8 @@ _CONNECT_SECONDS = flags.DEFINE_integer(
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Runs several processes, whose addresses and number come from SLURM's or the cloud's"
-    " environment.",
+    "Runs several processes, whose number and addresses come from the environment: of SLURM,"
+    " Open MPI, Cloud TPUs, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
 )
 _SIMULATE_DEVICES = flags.DEFINE_integer(
     "simulate_devices", None, "Number of devices to simulate on the CPU.", lower_bound=1
@@ -57,11 +59,18 @@ def initialize_devices() -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _SIMULATE_DEVICES.value)
     settings = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    if all(setting is None for setting in settings):
-        if _DISTRIBUTED.value:
-            _connect()
+    is_given = [setting is not None for setting in settings]
+    if _DISTRIBUTED.value:
+        if any(is_given):
+            raise ValueError(
+                "--distributed takes the processes from the environment: give either it, or"
+                " --coordinator_address, --num_processes and --process_id"
+            )
+        _connect(find_cluster(_CONNECT_SECONDS.value))
         return
-    if any(setting is None for setting in settings):
+    if not any(is_given):
+        return
+    if not all(is_given):
         raise ValueError(
             "--coordinator_address, --num_processes and --process_id go together: give all three,"
             " or only --distributed on SLURM and on clouds that JAX supports"
@@ -71,16 +80,24 @@ def initialize_devices() -> None:
             f"--process_id={_PROCESS_ID.value}: expected at least 0 and less than"
             f" --num_processes={_NUM_PROCESSES.value}"
         )
-    meet(*settings, _CONNECT_SECONDS.value, print_line)
-    _connect(*settings)
+    _connect(Cluster(*settings, local_device_ids=None))
 
 
-def _connect(*settings: str | int) -> None:
+def _connect(cluster: Cluster) -> None:
+    address, num_processes, process_id, local_device_ids = cluster
     seconds = _CONNECT_SECONDS.value
+    meet(address, num_processes, process_id, seconds, print_line)
     try:
         # JAX's own timeout aborts the process with a page of addresses.
         with _giving_up_after(seconds):
-            jax.distributed.initialize(*settings, initialization_timeout=seconds + 60)
+            jax.distributed.initialize(
+                address,
+                num_processes,
+                process_id,
+                local_device_ids,
+                cluster_detection_method="deactivate",
+                initialization_timeout=seconds + 60,
+            )
     except RuntimeError as error:
         raise OSError(f"the processes cannot be connected: {error}") from error
     if jax.default_backend() == "cpu":
@@ -181,7 +198,9 @@ def _end_of_another() -> tuple[int, str] | None:
         return None
     for process, text in ends.items():
         status, _, message = text.partition(" ")
-        return int(status), f"process {process} has ended: {message}"
+        # It may have ended because of a third one.
+        is_passed_on = re.match(r"process \d+ has ended: ", message)
+        return int(status), message if is_passed_on else f"process {process} has ended: {message}"
     return None
 
 

@@ -6,6 +6,7 @@ The same command resumes a run that was stopped.
 """
 
 import os
+import sys
 
 from absl import flags
 
@@ -36,6 +37,14 @@ _WORKDIR = flags.DEFINE_string(
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resumes a run that began with another configuration."
+)
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status when a signal has stopped the run before its last step. With another one than 0, a"
+    " scheduler can tell a run to restart from a run that is done.",
+    lower_bound=0,
+    upper_bound=125,
 )
 _VERIFY_DATA = define_verify_data()
 
@@ -68,13 +77,15 @@ def main(argv: list[str]) -> None:
     print_line(f"train: starting the devices, for the run in {workdir} ...")
     initialize_devices()
     with abort_all_on_failure():
-        train_language_model(
+        is_done = train_language_model(
             config,
             workdir,
             allow_config_change=_ALLOW_CONFIG_CHANGE.value,
             verify_data=_VERIFY_DATA.value,
             sample=sample_text if config.logger.sample_tokens else None,
         )
+    if not is_done:
+        sys.exit(_STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

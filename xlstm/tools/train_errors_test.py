@@ -102,6 +102,8 @@ _BAD_INPUT = {
         "backend.implementation=mosaic cannot be used: it needs a Hopper GPU",
     ),
     "processes": (["--num_processes=2"], "go together"),
+    "both": (["--distributed", "--process_id=0"], "give either it, or --coordinator_address"),
+    "alone": (["--distributed"], "no scheduler started this process: start it with srun"),
 }
 
 

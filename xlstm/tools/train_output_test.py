@@ -73,7 +73,8 @@ def test_a_run_outlives_the_disk_of_its_log(folder):
 
 
 def _start_without_end(folder, workdir, **options):
-    process = _start(folder, workdir, "--config.trainer.num_steps=100000", **options)
+    flags = ["--config.trainer.num_steps=100000", "--stopped_status=75"]
+    process = _start(folder, workdir, *flags, **options)
     _wait_for_rows(process, folder / workdir, 5)
     return process
 
@@ -85,7 +86,7 @@ def test_when_the_terminal_closes_the_run_is_saved(folder):
     for _ in range(2):  # From the kernel and from the shell.
         process.send_signal(signal.SIGHUP)
         time.sleep(0.01)
-    assert process.wait(timeout=PATIENCE) == 0
+    assert process.wait(timeout=PATIENCE) == 75
     last = _rows(folder / "closed")[-1]["step"]
     assert (folder / "closed" / "checkpoints" / str(last)).is_dir()
 
@@ -98,5 +99,5 @@ def test_a_run_under_nohup_goes_on(folder):
     _wait_for_rows(process, folder / "nohup", len(_rows(folder / "nohup")) + 20)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
+    assert process.returncode == 75, errors
     assert "SIGTERM received: the run saves a checkpoint" in output and "SIGHUP" not in output

@@ -4,20 +4,25 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 # A second one of these ends the process at once. SIGHUP is not among them: when a terminal closes,
 # the kernel and the shell both send it.
 _URGENT = (signal.SIGTERM, signal.SIGINT)
 _SIGNALS = (*_URGENT, signal.SIGHUP)
+# A SIGTERM this soon after another signal belongs to it: SLURM's controller and its srun both send
+# one to a job that is preempted or cancelled, a few milliseconds apart.
+_SECONDS_OF_ONE_REQUEST = 1.0
 
 
 @contextlib.contextmanager
 def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
     """Calls a function at the first SIGTERM, SIGINT or SIGHUP during the block.
 
-    Later ones do nothing, except that a second SIGTERM or SIGINT ends the process at once. Signals
-    that are ignored, as under `nohup`, stay ignored.
+    Later ones do nothing, except that a second SIGTERM or SIGINT ends the process at once. A
+    SIGTERM within a second of the first one is not a second one. Signals that are ignored, as under
+    `nohup`, stay ignored.
 
     A thread receives the signals, because Python's own handlers wait for the main thread, which may
     be waiting for a device that hangs.
@@ -33,14 +38,16 @@ def on_stop_signal(ask: Callable[[str], None]) -> Iterator[None]:
     os.set_blocking(writer, False)
 
     def listen() -> None:
-        asked = is_urgent = False
+        asked, urgent_since = False, None
         while number := os.read(reader, 1):
             if number[0] not in numbers:
                 continue
             if number[0] in _URGENT:
-                if is_urgent:
+                now = time.monotonic()
+                if urgent_since is None:
+                    urgent_since = now
+                elif number[0] != signal.SIGTERM or now - urgent_since > _SECONDS_OF_ONE_REQUEST:
                     os._exit(128 + number[0])
-                is_urgent = True
             if not asked:
                 asked = True
                 with contextlib.suppress(Exception):  # It may print to a closed terminal.

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from xlstm.testing.patience import PATIENCE, wait_until
+from xlstm.trainer.base import signals
 from xlstm.trainer.base.signals import on_stop_signal, stop_message
 
 
@@ -59,6 +60,17 @@ def test_a_terminal_may_say_several_times_that_it_is_gone():
     assert names == ["SIGHUP"]
 
 
+def test_two_sigterms_of_one_scheduler_are_one(monkeypatch):
+    monkeypatch.setattr(signals, "_SECONDS_OF_ONE_REQUEST", PATIENCE)
+    names = []
+    with on_stop_signal(names.append):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: names)
+            time.sleep(0.05)
+    assert names == ["SIGTERM"]
+
+
 def test_afterwards_all_is_as_before():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with on_stop_signal(lambda name: None):
@@ -87,6 +99,8 @@ def test_a_second_signal_ends_even_a_process_that_hangs(second):
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "SIGTERM\n"
         assert process.poll() is None
+        if second == signal.SIGTERM:  # At least a second later.
+            time.sleep(1.1)
         process.send_signal(second)
         assert process.wait(timeout=PATIENCE) == 128 + second
     finally:

@@ -69,7 +69,7 @@ def train_language_model(
     allow_config_change: bool = False,
     verify_data: bool = False,
     sample: Callable[[TrainingRun, TrainState], str] | None = None,
-) -> None:
+) -> bool:
     """Trains a new run, or resumes from the last confirmed checkpoint in the run's folder.
 
     SIGTERM, SIGINT and SIGHUP stop the run early, after it has written a checkpoint.
@@ -81,6 +81,9 @@ def train_language_model(
         verify_data: Whether to verify, before the first step, also the token stores that are large
             or were verified before.
         sample: Generates a text with the trained model, to show at the end; None shows none.
+
+    Returns:
+        Whether all steps are done; if not, a signal has stopped the run.
 
     Raises:
         ValueError: If the configuration is invalid or does not fit the devices, the data or the
@@ -100,11 +103,13 @@ def train_language_model(
             clock=run.clock,
             to_scalars=metrics_to_scalars,
         )
-    if check_end(run, run.checkpointer, int(state.step)):
-        if sample:
-            run.say(f"{' a sample ':─^80}")
-            run.say(f"{sample(run, state)}\n{'':─^80}")
-        run.say(f"{int(state.step):,} steps done; everything is in {workdir_path}")
+    if not check_end(run, run.checkpointer, int(state.step)):
+        return False
+    if sample:
+        run.say(f"{' a sample ':─^80}")
+        run.say(f"{sample(run, state)}\n{'':─^80}")
+    run.say(f"{int(state.step):,} steps done; everything is in {workdir_path}")
+    return True
 
 
 @contextlib.contextmanager
