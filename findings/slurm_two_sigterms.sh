@@ -13,16 +13,46 @@
 #   SIGTERM reached 8 of 8 tasks, and some of them twice within a second
 set -eu
 script=$(realpath "$0")
-cluster=$(dirname "$script")/../examples/clusters/slurm_cluster.py
 folder=$(mktemp -d)
-trap 'python3 "$cluster" down "$folder/cluster"; rm -rf "$folder"' EXIT
+daemons=
+trap 'kill $daemons; wait; rm -rf "$folder"' EXIT
 cd "$folder"
 if ! PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null; then
-  apt-get install --yes --quiet=2 slurm-wlm munge >/dev/null 2>&1
+  apt-get install --yes --quiet=2 slurm-wlm >/dev/null 2>&1
 fi
-variables=$(python3 "$cluster" up "$folder/cluster")
-eval "$variables"
-scontrol update PartitionName=normal GraceTime=0
+# A controller and a node daemon of this machine, without munge, systemd and cgroups.
+cat > slurm.conf <<CONFIGURATION
+ClusterName=finding
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=16817
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=10
+NodeName=localhost NodeAddr=127.0.0.1 Port=16818 CPUs=8
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime=0
+PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
+CONFIGURATION
+export SLURM_CONF="$folder/slurm.conf" PATH="$PATH:/usr/sbin"
+mkdir state spool
+slurmctld -D -f slurm.conf -i >slurmctld.log 2>&1 &
+daemons=$!
+slurmd -D -f slurm.conf -N localhost >slurmd.log 2>&1 &
+daemons="$daemons $!"
+until sinfo --noheader --format=%t 2>/dev/null | grep -q idle; do sleep 0.2; done
 cat > finding.py <<'PYTHON'
 import os
 import signal
@@ -44,10 +74,10 @@ except BlockingIOError:
 with open(f"task{task}", "w") as file:
     print("twice" if again else "once", file=file)
 PYTHON
-job=$(sbatch --parsable --nodes=2 --ntasks=8 --no-requeue --output=job.log \
+job=$(sbatch --parsable --ntasks=8 --no-requeue --output=job.log \
   --wrap="srun python3 finding.py")
 until [ "$(find . -name 'started*' | wc -l)" = 8 ]; do sleep 0.1; done
-sbatch --wait --partition=urgent --nodes=2 --exclusive --output=urgent.log --wrap=true >/dev/null
+sbatch --wait --partition=urgent --exclusive --output=urgent.log --wrap=true >/dev/null
 while squeue --noheader --job "$job" | grep -q .; do sleep 0.5; done
 twice=$(cat task* | grep -q twice && echo ", and some of them twice within a second")
 echo "SIGTERM reached $(cat task* | wc -l) of 8 tasks$twice" | tee found.txt
