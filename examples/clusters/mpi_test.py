@@ -58,6 +58,7 @@ def test_mpirun_trains_as_one_process_does(start):
     status, output = _end(start("together"))
     assert status == 0, output
     assert "(4 CPU devices)" in output
+    assert "\x1b" not in output  # No progress bar, which is for terminals.
     alone, together = read_losses(folder / "alone"), read_losses(folder / "together")
     assert [x[:2] for x in together] == [x[:2] for x in alone]
     assert [x[2] for x in together] == pytest.approx([x[2] for x in alone], rel=1e-5)

@@ -73,7 +73,7 @@ def initialize_devices() -> None:
     if not all(is_given):
         raise ValueError(
             "--coordinator_address, --num_processes and --process_id go together: give all three,"
-            " or only --distributed on SLURM and on clouds that JAX supports"
+            " or only --distributed, under srun, mpirun, or with JAX's variables"
         )
     if not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
         raise ValueError(

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING) from error
     import xlstm.tools.harness.model  # noqa: F401  # Registers ours.
+    from xlstm.tools.harness.task_files import check_task_files
 
     # Paths in arguments and in the files of tasks start where the user called `bazel run`.
     os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
@@ -37,8 +38,11 @@ def main(argv: list[str]) -> None:
     setup_logging()
     sys.argv = ["lm_eval", *argv[1:]]
     command = HarnessCLI()
+    arguments = command.parse_args()
+    folder, tasks = (getattr(arguments, name, None) for name in ("include_path", "tasks"))
+    check_task_files([folder] if folder else [], tasks if isinstance(tasks, list) else [])
     try:
-        command.execute(command.parse_args())
+        command.execute(arguments)
     except (yaml.YAMLError, jinja2.TemplateError) as error:  # A task's file is wrong.
         raise ValueError(f"a task cannot be used: {error}") from error
     except ModuleNotFoundError as error:  # A model or a task needs more packages.
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    announce_start("lm_eval: loading JAX and the harness ...")
+    announce_start("lm_eval: loading JAX and the harness ...", always=True)
     # All flags are the harness's: absl must not see them.
     words, sys.argv[1:] = sys.argv[1:], []
     run(lambda argv: main([*argv, *words]))

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 
+import lm_eval
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
@@ -16,11 +17,26 @@ from xlstm.inference.load_model import load_run
 from xlstm.testing.patience import PATIENCE
 from xlstm.tools.harness import lm_eval_command
 from xlstm.tools.harness.model import RunLM
+from xlstm.tools.harness.task_files import check_task_files
 from xlstm.tools.testing.start_tool import start_tool
 
 TESTDATA = os.path.join(os.path.dirname(lm_eval_command.__file__), "testdata")
 GOLDEN = os.path.join(os.path.dirname(convert.__file__), "testdata", "hf_xlstm_tiny")
 TASKS = "xlstm_choice", "xlstm_rolling", "xlstm_generate"
+# Groups, includes, functions and metrics of other packages.
+_HARNESS_TASKS = [
+    os.path.join(os.path.dirname(lm_eval.__file__), "tasks", name)
+    for name in (
+        "arc",
+        "darija_bench",
+        "hellaswag",
+        "lambada",
+        "mmlu",
+        "wikitext",
+        "gsm8k",
+        "squadv2",
+    )
+]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -260,7 +276,9 @@ def test_a_request_beyond_max_length_is_named(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("task: broken\ndataset_path: [json\n", "a task cannot be used: while parsing"),
+        ("task: broken\ndataset_path: [json\n", "task.yaml cannot be read: while parsing"),
+        ("doc_to_choise: [a]", "task.yaml has a field 'doc_to_choise'; did you mean 'doc_to_cho"),
+        ("metric_list: [{metric: acc_nrm}]", "task.yaml has a metric 'acc_nrm'; did you mean 'ac"),
         ("dataset_kwargs: {data_files: {test: nowhere.jsonl}}", "Unable to find .*nowhere.jsonl"),
         ('doc_to_text: "{{context"', "a task cannot be used: unexpected end of template"),
         ('doc_to_text: "{{nothing}}"', "a task cannot be used: 'nothing' is undefined"),
@@ -278,6 +296,30 @@ def test_a_bad_file_of_a_task_is_named(folder, tmp_path, monkeypatch, content, m
     words = "--model=xlstm", f"--model_args=checkpoint={folder / 'run'}", f"--tasks={task}"
     with pytest.raises((ValueError, OSError), match=message):
         lm_eval_command.main(["lm_eval", *words])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('task: "broken', "broken.yaml cannot be read: while scanning a quoted scalar"),
+        ("- a list", "broken.yaml cannot be read: Expected YAML dict"),
+        ("include: nowhere.yaml\ntask: broken", "broken.yaml cannot be read: .*nowhere.yaml"),
+        ("task: broken\nconfusing: 1", "broken.yaml has a field 'confusing', which the harness"),
+    ],
+)
+def test_a_bad_file_in_a_folder_of_tasks_is_named(tmp_path, content, message):
+    (tmp_path / "broken.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        check_task_files([str(tmp_path)], ["broken"])
+
+
+def test_a_folder_of_tasks_must_exist(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: expected a folder with files of tasks"):
+        check_task_files([str(tmp_path / "nowhere")], [])
+
+
+def test_the_files_of_the_harness_and_ours_have_nothing_to_report():
+    check_task_files([TESTDATA, *_HARNESS_TASKS], [])
 
 
 def test_the_harness_must_be_installed(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,8 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
     check_workdir(workdir, config, data.checksums, allow_config_change=allow_config_change)
 
     plain = {"highlight": False, "markup": False, "emoji": False}
+    # mpirun gives process 0 a terminal of its own, whatever reads the output of mpirun.
+    terminal = False if "OMPI_COMM_WORLD_RANK" in os.environ else None
     run = PreparedRun(
         config=config,
         mesh=mesh,
@@ -133,7 +136,7 @@ def prepare_run(config: RunConfig, workdir_path: str, allow_config_change: bool)
         validation_sets=validation_sets,
         stores=stores,
         code=code_version(),
-        console=Console(quiet=jax.process_index() != 0, **plain),
+        console=Console(quiet=jax.process_index() != 0, force_terminal=terminal, **plain),
         clock=clock,
         requests=Requests(mesh),
         soundness=Soundness(
