@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import subprocess
 import textwrap
 from pathlib import Path
@@ -16,10 +15,12 @@ from examples.clusters.small_run import (
     install_command,
     install_packages,
     read_losses,
+    read_recipe,
     train_flags,
+    wait_for_all,
     write_data,
 )
-from xlstm.testing.patience import PATIENCE, wait_until
+from xlstm.testing.patience import wait_until
 
 _MANIFEST = Path(__file__).parent / "kubernetes" / "train.yaml"
 # What Kubernetes puts into every container of a pod.
@@ -62,10 +63,7 @@ def _environment(manifest, index):
 @pytest.fixture(scope="module")
 def manifest():
     """The manifest, with a port that is free on this machine."""
-    with socket.socket() as server:
-        server.bind(("", 0))
-        port = server.getsockname()[1]
-    return yaml.safe_load(_MANIFEST.read_text().replace("12345", str(port)))
+    return read_recipe(_MANIFEST)
 
 
 @pytest.fixture(scope="module")
@@ -90,29 +88,19 @@ def start(tmp_path_factory, manifest):
     return start, folder / "run"
 
 
-def _end(processes):
-    """Waits for processes; returns their exit statuses and the output of the first."""
-    try:
-        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], outputs[0]
-
-
 def test_an_evicted_pod_makes_all_pods_fail_and_they_resume(start, manifest, tmp_path):
     start, workdir = start
     processes = start()
     wait_until(lambda: len(read_losses(workdir)) > 5, processes[0], interval=0.1)
     processes[1].send_signal(signal.SIGTERM)
-    statuses, output = _end(processes)
+    statuses, output = wait_for_all(processes)
     step = int(re.search(r"stopped after step ([\d,]+), which is saved", output)[1])
     assert 0 < step < NUM_STEPS
     # The rules of the manifest start such pods again.
     rules = _job(manifest)["podFailurePolicy"]["rules"]
     assert set(statuses) == {75} and not any(75 in x["onExitCodes"]["values"] for x in rules)
 
-    statuses, output = _end(start())
+    statuses, output = wait_for_all(start())
     assert set(statuses) == {0}, output
     assert f"resuming from step {step}" in output
 
@@ -126,7 +114,7 @@ def test_an_evicted_pod_makes_all_pods_fail_and_they_resume(start, manifest, tmp
 
 def test_bad_input_is_not_started_again(start, manifest):
     start, _ = start
-    statuses, output = _end(start("--no_such_flag"))
+    statuses, output = wait_for_all(start("--no_such_flag"))
     assert "error: there is no flag --no_such_flag" in output
     ((rule,), (outer,)) = (
         _job(manifest)["podFailurePolicy"]["rules"],

@@ -3,19 +3,19 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from examples.clusters.small_run import (
     NUM_STEPS,
     install_command,
     install_packages,
     read_losses,
+    read_recipe,
     train_flags,
+    wait_for_all,
     write_data,
 )
 from xlstm.testing.patience import PATIENCE, wait_until
@@ -26,10 +26,7 @@ _FILE = Path(__file__).parent / "skypilot" / "train.yaml"
 @pytest.fixture(scope="module")
 def task():
     """The content of the file, with a port that is free on this machine."""
-    with socket.socket() as server:
-        server.bind(("", 0))
-        port = server.getsockname()[1]
-    return yaml.safe_load(_FILE.read_text().replace("12345", str(port)))
+    return read_recipe(_FILE)
 
 
 def test_the_nodes_stop_with_the_status_that_recovers_them_and_resume(task, tmp_path):
@@ -59,23 +56,13 @@ def test_the_nodes_stop_with_the_status_that_recovers_them_and_resume(task, tmp_
     processes = start()
     wait_until(lambda: len(read_losses(workdir)) > 5, processes[0], interval=0.1)
     processes[0].send_signal(signal.SIGTERM)
-    statuses, output = _end(processes)
+    statuses, output = wait_for_all(processes)
     step = int(re.search(r"stopped after step ([\d,]+), which is saved", output)[1])
     assert 0 < step < NUM_STEPS
     assert set(statuses) == set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
 
-    statuses, output = _end(start())
+    statuses, output = wait_for_all(start())
     assert set(statuses) == {0} and f"resuming from step {step}" in output
-
-
-def _end(processes):
-    """Waits for processes; returns their exit statuses and the output of the first."""
-    try:
-        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], outputs[0]
 
 
 def test_skypilot_reads_the_file_and_rejects_mistakes(tmp_path):

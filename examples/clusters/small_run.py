@@ -3,12 +3,15 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from xlstm.dataset.testing import write_store
 from xlstm.testing.patience import PATIENCE
@@ -95,6 +98,24 @@ def train_flags(workdir: Path, store: Path, num_steps: int = NUM_STEPS) -> list[
         "--config.mesh.fsdp=2",
         "--config.mesh.tp=2",
     ]
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Returns the content of a YAML file, with a port that is free on this machine."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    return yaml.safe_load(path.read_text().replace("12345", str(port)))
+
+
+def wait_for_all(processes: Sequence[subprocess.Popen]) -> tuple[list[int], str]:
+    """Waits for processes; returns their exit statuses and the output of the first."""
+    try:
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs[0]
 
 
 def read_losses(workdir: Path) -> list[tuple[int, str, float]]:
